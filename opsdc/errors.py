@@ -1,0 +1,25 @@
+"""Errors a caller can act on. Each also is the standard-library error that it refines."""
+
+
+class OPSDCError(Exception):
+    """Base of every error that OPSDC raises on purpose."""
+
+
+class ConfigError(OPSDCError, ValueError):
+    """A setting is unknown, mistyped or out of range."""
+
+
+class DataError(OPSDCError, ValueError):
+    """A problem, a column or a prompt cannot be used."""
+
+
+class ModelError(OPSDCError, ValueError):
+    """The model or its head has a feature that the loss does not describe."""
+
+
+class CheckpointError(OPSDCError, OSError):
+    """No checkpoint can be written or read."""
+
+
+class TrainingError(OPSDCError, RuntimeError):
+    """Training cannot go on."""
