@@ -1,0 +1,168 @@
+"""How much scratch a call may take, how it is cut into chunks, and what it costs.
+
+One unit of cost is one head GEMM, 2·N·V·D floating-point operations.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+
+from opsdc_kernels.gemm import UPCAST_BLOCK_BYTES
+
+CPU_WORKSPACE_CAP_BYTES = 256 << 20
+"""More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""
+GPU_MINIMUM_CHUNK_ROWS = 512
+"""Below this a GPU's GEMMs no longer run at their full rate."""
+ROW_PASS_TEMPORARIES = 16
+"""Block-sized buffers that the row pass holds at once, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a call does, before it does it. `as_dict` is ready for a log or a JSON record."""
+
+    backend: str
+    reason: str
+    """Why this backend."""
+    chunk_rows: int
+    workspace_bytes: int
+    """Scratch the chunks take; freed before the call returns."""
+    gemm_units: int
+    """Head GEMMs of forward and backward together; one is 2·N·V·D flop."""
+    peak_bytes: int
+    """Predicted peak beside inputs: scratch, kept gradients and returned gradients."""
+
+    def as_dict(self) -> dict[str, str | int]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"backend {self.backend} ({self.reason}), chunks of {self.chunk_rows} rows, "
+            f"workspace {self.workspace_bytes / 2**20:.0f} MiB, {self.gemm_units} GEMM units, "
+            f"peak {self.peak_bytes / 2**20:.0f} MiB"
+        )
+
+
+def estimate(
+    *,
+    tokens: int,
+    vocab_size: int,
+    student_dim: int,
+    teacher_dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    trainable_head: bool = True,
+    gradient: bool = True,
+    reduction: str = "mean",
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Plan:
+    """Predicts what `linear_divergence` does for these sizes.
+
+    Args:
+        tokens: rows with weight above 0.
+        vocab_size: columns scored.
+        student_dim, teacher_dim: hidden sizes; the teacher's defaults to the student's.
+        dtype: of hidden states and weights.
+        device: on which they lie.
+        trainable_head: the weight asks for a gradient.
+        gradient: False for a loss-only pass.
+        reduction, backend, workspace_bytes: as given to `linear_divergence`.
+
+    Raises:
+        ValueError: `workspace_bytes` holds not one row.
+    """
+    device = torch.device(device)
+    picked, reason = choose_backend(backend, device, gradient)
+    wide = 8 if dtype == torch.float64 else 4
+    gradients = 0
+    if gradient:
+        saved = tokens * student_dim + (vocab_size * student_dim if trainable_head else 0)
+        gradients = saved * (wide + dtype.itemsize)
+    if picked == "reference":
+        rows, scratch = tokens, 6 * wide * tokens * vocab_size
+    else:
+        dims = (student_dim, teacher_dim or student_dim)
+        rows = chunk_rows(tokens, vocab_size, dims, dtype, device, workspace_bytes)
+        scratch = scratch_bytes(rows, vocab_size, dims, dtype, device)
+    recomputes = picked == "fused" or (reduction == "none" and trainable_head)
+    units = 2 + (gradient * (1 + trainable_head + 2 * recomputes))
+    return Plan(
+        backend=picked,
+        reason=reason,
+        chunk_rows=rows,
+        workspace_bytes=scratch,
+        gemm_units=units,
+        peak_bytes=scratch + gradients,
+    )
+
+
+def choose_backend(backend: str, device: torch.device, gradient: bool) -> tuple[str, str]:
+    """The backend that runs, and why."""
+    if backend != "auto":
+        return backend, "asked for"
+    if device.type != "cuda":
+        return "chunked", f"the fastest on {device.type}"
+    return "chunked", "fewest GEMM units, and its scratch fits the workspace"
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    """1/64 of the device's *total* memory, so that a run repeats whatever else is running."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 64
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total // 64, CPU_WORKSPACE_CAP_BYTES)
+
+
+def chunk_rows(
+    tokens: int,
+    vocab_size: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    workspace_bytes: int | None,
+) -> int:
+    """Rows per chunk, all chunks about equal, such that `scratch_bytes` fits the workspace."""
+    asked = workspace_bytes
+    budget = default_workspace_bytes(device) if asked is None else asked
+    block = block_rows(vocab_size, device)
+    fixed = scratch_bytes(0, vocab_size, dims, dtype, device)
+    full_block = scratch_bytes(block, vocab_size, dims, dtype, device)
+    if budget < full_block:
+        rows = (budget - fixed) * block // (full_block - fixed)
+    else:
+        per_row = scratch_bytes(block + 1, vocab_size, dims, dtype, device) - full_block
+        rows = block + (budget - full_block) // per_row
+    if asked is None:
+        rows = max(rows, GPU_MINIMUM_CHUNK_ROWS if device.type == "cuda" else 1)
+    if rows < 1:
+        raise ValueError(
+            f"workspace_bytes={asked} is below the "
+            f"{scratch_bytes(1, vocab_size, dims, dtype, device)} that one row of {vocab_size} "
+            "columns takes; give more, or None for the default"
+        )
+    chunks = max(-(-tokens // rows), 1)
+    return max(-(-tokens // chunks), 1)
+
+
+def block_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows per element-wise pass: few enough that the block stays in a CPU's cache."""
+    block_bytes = (768 << 10) if device.type == "cpu" else (32 << 20)
+    return max(block_bytes // (4 * vocab_size), 1)
+
+
+def scratch_bytes(
+    rows: int, vocab_size: int, dims: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Two logit buffers, copies of the chunk's hidden states, one block of the row pass and, for a
+    16-bit head on a CPU, its upcast block."""
+    wide = 8 if dtype == torch.float64 else 4
+    block = ROW_PASS_TEMPORARIES * min(block_rows(vocab_size, device), rows) * vocab_size * wide
+    upcast = 0
+    if device.type == "cpu" and dtype.itemsize == 2:
+        upcast = min(UPCAST_BLOCK_BYTES, 4 * vocab_size * max(dims))
+    per_row = 2 * wide * vocab_size + 3 * wide * sum(dims)
+    return rows * per_row + block + upcast

@@ -1,0 +1,208 @@
+r"""The mathematics, eager, in any dtype: the definition of correct. Materializes [N, V] logits.
+
+Per token, with student logits s and distribution q = softmax(s), teacher logits t and p =
+softmax(t)::
+
+    z = softcap(scale · (h·Wᵀ + b)) / temperature,   softcap(x) = cap · tanh(x / cap)          (1)
+
+    d = t − s,   c = d − E_q[d],   f(x) = e^x − 1 − x ≥ 0                                      (2)
+    KL(q‖p) = log E_q[e^d] − E_q[d] = log1p(E_q[f(c)])                 =: L                    (3)
+    r = log(p/q) = c − L                                                                       (4)
+    KL(p‖q) = E_p[f(−r)]                                                                       (5)
+    m̄ = (1−β)·q + β·p,   a = log(m̄/q) = log1p(β·(e^r − 1)),   b = log(m̄/p) = a − r          (6)
+    JSD = (1−β)·KL(q‖m̄) + β·KL(p‖m̄) = (1−β)·E_q[f(a)] + β·E_p[f(b)]                          (7)
+
+(3), (5) and (7) equal the textbook sums because E_q[c] = 0 and E_q[e^r] = E_p[e^−r] = E_q[e^a] =
+E_p[e^b] = 1. Every term is ≥ 0: nothing cancels, no divergence can be negative, and each keeps full
+relative accuracy however close teacher and student are. The textbook Σ q·(log q − log p) does not:
+in float64 it is wrong below a KL of about 1e-10.
+
+Gradients with respect to the student's logits (``chunked`` writes them out, this file leaves them
+to autograd, so that each checks the other)::
+
+    reverse KL   −q·c                                                                          (8)
+    forward KL   q − p = −q·(e^r − 1)                                                          (9)
+    JSD          −(1−β)·q·(a + E_q[f(a)]),    E_q[a] = −E_q[f(a)] = −KL(q‖m̄)                 (10)
+
+The teacher is a constant, with a shared head too: W receives the gradient of s alone.
+
+Infinite logits (a masked vocabulary). −inf on both sides: the column does not exist. On one side
+only, with F the columns where both are finite, q_F and p_F the distributions renormalized over F,
+Q_out the student's and P_out the teacher's mass outside F: (2) to (4) hold over F for q_F and
+p_F, and log(p/q) = c − L + log(1 − P_out) − log(1 − Q_out) there.
+
+* student −inf: reverse KL is L − log(1 − P_out), forward KL is +inf, the JSD gains −β·P_out·log β.
+* teacher −inf: reverse KL is +inf, forward KL gains Q_out, the JSD gains −(1−β)·Q_out·log(1−β).
+* gradients stay finite: those of the reverse KL are −q_F·c on F and 0 elsewhere; nothing flows
+  through an infinite student logit.
+
+Sources: the reverse KL over the full vocabulary is the objective of on-policy distillation (Gu et
+    al., MiniLLM, arXiv:2306.08543; Agarwal et al., GKD, arXiv:2306.13649, also for JSD(β)); (3) is
+    the cumulant form of KL for exponential families, written with a positive integrand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from opsdc_kernels.problem import Problem, reduce_tokens
+
+Statistics = tuple[Tensor, ...]
+
+
+def reference_divergence(problem: Problem) -> tuple[Tensor, Statistics | None]:
+    """Loss and, if asked for, the tensors of `DivergenceStats` after the first, all by autograd.
+
+    The one backend that can be differentiated twice.
+    """
+    n_tokens = problem.student_hidden.shape[0]
+    kept = problem.kept_rows()
+    student_ND, teacher_NE = problem.student_hidden, problem.teacher_hidden
+    if kept is not None:
+        student_ND, teacher_NE = student_ND[kept], teacher_NE[kept]
+    s_NV, t_NV, d_NV = logits_and_difference(problem, student_ND, teacher_NE)
+    per_token = divergence_of_logits(s_NV, t_NV, d_NV, problem.divergence, problem.beta)
+    if kept is not None:
+        per_token = per_token.new_zeros(n_tokens).index_put((kept,), per_token)
+    loss = reduce_tokens(per_token, problem.token_weight, problem.reduction)
+    if not problem.return_stats:
+        return loss, None
+    with torch.no_grad():
+        targets = problem.target_ids
+        if targets is not None and kept is not None:
+            targets = targets[kept]
+        statistics = statistics_of_logits(s_NV, t_NV, targets)
+        if kept is not None:
+            statistics = tuple(x.new_zeros(n_tokens).index_put((kept,), x) for x in statistics)
+    return loss, (per_token.detach(), *statistics)
+
+
+def logits_and_difference(
+    problem: Problem, student_ND: Tensor, teacher_NE: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(s, t, t − s), each [N, K] in the statistics' dtype, after the transforms of eq. (1)."""
+    dtype, size, temperature = problem.dtype, problem.vocab_size, problem.temperature
+
+    def uncapped(hidden: Tensor, weight: Tensor, bias: Tensor | None, side: int) -> Tensor:
+        x = hidden.to(dtype) @ weight[:size].to(dtype).T
+        return (x if bias is None else x + bias[:size].to(dtype)) * problem.logit_scale[side]
+
+    def logits(x: Tensor, side: int) -> Tensor:
+        cap = problem.logit_softcap[side]
+        return (x if cap is None else cap * torch.tanh(x / cap)) / temperature
+
+    weight = problem.student_weight
+    x_s = uncapped(student_ND, weight, problem.student_bias, 0)
+    s = logits(x_s, 0)
+    with torch.no_grad():
+        if problem.shared_logits:
+            delta = uncapped(teacher_NE.to(dtype) - student_ND.to(dtype), weight, None, 0)
+            x_t = x_s + delta
+            t = logits(x_t, 0)
+            d = delta / temperature
+            if (cap := problem.logit_softcap[0]) is not None:
+                # tanh(A) − tanh(B) = tanh(A − B)·(1 − tanh(A)·tanh(B)): no cancellation.
+                both = torch.tanh(x_s / cap) * torch.tanh(x_t / cap)
+                d = cap / temperature * torch.tanh(delta / cap) * (1 - both)
+        else:
+            other_weight = weight if problem.teacher_weight is None else problem.teacher_weight
+            t = logits(uncapped(teacher_NE, other_weight, problem.teacher_bias, 1), 1)
+            d = t - s
+    # The value of d is exact; its derivative is that of −s.
+    return s, t, d - (s - s.detach())
+
+
+def divergence_of_logits(
+    s_NV: Tensor, t_NV: Tensor, d_NV: Tensor, divergence: str, beta: float
+) -> Tensor:
+    """Per-token divergence [N] by eqs. (2) to (7), differentiable in s."""
+    no_student, no_teacher = torch.isneginf(s_NV), torch.isneginf(t_NV)
+    outside = no_student | no_teacher
+    only_student, only_teacher = no_teacher & ~no_student, no_student & ~no_teacher
+    log_q = torch.log_softmax(s_NV.masked_fill(outside, -math.inf), dim=1)
+    log_q = log_q.masked_fill(outside, -math.inf)
+    q = log_q.exp()
+    d = d_NV.masked_fill(outside, 0.0)
+    mean = (q * d).sum(1, keepdim=True)
+    c = (d - mean).masked_fill(outside, 0.0)
+    c = (c - (q * c).sum(1, keepdim=True)).masked_fill(outside, 0.0)
+    inner = log_mean_exp(log_q, c, outside)
+    mass_t = torch.log_softmax(t_NV, dim=1).exp()
+    outside_p = torch.where(only_teacher, mass_t, 0.0).sum(1, keepdim=True)
+    log_share_p = torch.log1p(-outside_p)
+    infinite = torch.full((), math.inf, dtype=s_NV.dtype, device=s_NV.device)
+    if divergence == "reverse_kl":
+        value = (inner - log_share_p).squeeze(1)
+        return value + torch.where(only_student.any(1), infinite, 0.0)
+    outside_q = torch.where(only_student, torch.log_softmax(s_NV, dim=1).exp(), 0.0)
+    outside_q = outside_q.sum(1, keepdim=True)
+    log_q = log_q + torch.log1p(-outside_q)
+    r = (c - inner + log_share_p - torch.log1p(-outside_q)).masked_fill(outside, 0.0)
+    log_p = log_q + r
+    if divergence == "forward_kl":
+        value = weighted_excess(log_p, -r).sum(1) + outside_q.squeeze(1)
+        return value + torch.where(only_teacher.any(1), infinite, 0.0)
+    a = log_mixture(r, beta)
+    inside = (1 - beta) * weighted_excess(log_q, a) + beta * weighted_excess(log_p, a - r)
+    inside = inside.sum(1)
+    inside = inside - (1 - beta) * math.log1p(-beta) * outside_q.squeeze(1)
+    return inside - beta * math.log(beta) * outside_p.squeeze(1)
+
+
+def log_mean_exp(log_q: Tensor, c: Tensor, outside: Tensor) -> Tensor:
+    """L = log E_q[e^c] for centred c, [N, 1]: eq. (3) where small, logsumexp where above 1."""
+    by_logsumexp = torch.logsumexp((log_q + c).masked_fill(outside, -math.inf), 1, keepdim=True)
+    large = by_logsumexp > 1
+    terms = weighted_excess(log_q, torch.where(large, 0.0, c))
+    return torch.where(large, by_logsumexp, torch.log1p(terms.sum(1, keepdim=True)))
+
+
+def weighted_excess(log_w: Tensor, x: Tensor) -> Tensor:
+    """e^log_w · f(x), f(x) = e^x − 1 − x, without overflow where e^x alone is infinite."""
+    w = log_w.exp()
+    above = x > 1
+    direct = torch.where(above, log_w + x, 0.0).exp() - w * (1 + torch.where(above, x, 0.0))
+    return torch.where(above, direct, w * excess(torch.where(above, 0.0, x)))
+
+
+def excess(x: Tensor) -> Tensor:
+    """f(x) = e^x − 1 − x to full relative accuracy, by its series where |x| < 0.3."""
+    near = x.abs() < 0.3
+    y = torch.where(near, x, 0.0)
+    series = torch.ones_like(y)
+    for k in range(13, 2, -1):
+        series = 1 + y * series / k
+    series = series / 2
+    return torch.where(near, y * y * series, torch.expm1(torch.where(near, 0.0, x)) - x)
+
+
+def log_mixture(r: Tensor, beta: float) -> Tensor:
+    """a = log((1−β) + β·e^r), eq. (6)."""
+    above = r > 1
+    near = torch.log1p(beta * torch.expm1(torch.where(above, 0.0, r)))
+    far = torch.where(above, r, 0.0) + math.log(beta)
+    far = torch.logaddexp(torch.full_like(far, math.log1p(-beta)), far)
+    return torch.where(above, far, near)
+
+
+def statistics_of_logits(s_NV: Tensor, t_NV: Tensor, target_ids_N: Tensor | None) -> Statistics:
+    """Log-normalizers, entropies, agreement and, with targets, log-probabilities, each [N]."""
+    lse_s, lse_t = torch.logsumexp(s_NV, 1), torch.logsumexp(t_NV, 1)
+
+    def entropy(logits: Tensor, lse: Tensor) -> Tensor:
+        log_q = logits - lse[:, None]
+        return -torch.where(torch.isneginf(log_q), 0.0, log_q * log_q.exp()).sum(1)
+
+    agreement = (s_NV.argmax(1) == t_NV.argmax(1)).to(s_NV.dtype)
+    found: Statistics = (lse_s, lse_t, entropy(s_NV, lse_s), entropy(t_NV, lse_t), agreement)
+    if target_ids_N is None:
+        return found
+    at = target_ids_N[:, None]
+    return (
+        *found,
+        s_NV.gather(1, at).squeeze(1) - lse_s,
+        t_NV.gather(1, at).squeeze(1) - lse_t,
+    )
