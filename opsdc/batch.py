@@ -1,0 +1,118 @@
+"""From rollouts to token batches: the only home of shifts, masks, packing and normalisation.
+
+A sequence is prompt + response. The hidden state at position i predicts token i + 1, so the
+response tokens at P … P+R−1 (P prompt tokens, R response tokens, the end-of-sequence token
+included) are scored at positions P−1 … P+R−2. Prompt positions never reach the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """One response behind the student's prompt and behind the teacher's: the same ids on both."""
+
+    student_prompt_ids: Sequence[int]
+    teacher_prompt_ids: Sequence[int]
+    response_ids: Sequence[int]
+
+    @property
+    def student_length(self) -> int:
+        return len(self.student_prompt_ids) + len(self.response_ids)
+
+    @property
+    def teacher_length(self) -> int:
+        return len(self.teacher_prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """Input of one forward through the backbone."""
+
+    input_ids: torch.Tensor
+    """[rows, T] int64"""
+    attention_mask: torch.Tensor | None
+    """[rows, T], or None when packed: a mask would switch transformers' isolation off"""
+    position_ids: torch.Tensor
+    """[rows, T] int64, restarting at 0 with every sequence"""
+    scored: torch.Tensor
+    """[n] indices into rows·T of the positions whose hidden state predicts a response token"""
+
+
+def token_batch(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    packed: bool,
+    pad_id: int,
+    device: torch.device,
+) -> TokenBatch:
+    """Lay (prompt, response) sequences out, in one row (packed) or one row each (right-padded).
+
+    The scored positions follow the order of the sequences and of their tokens.
+    """
+    rows = [list(prompt) + list(response) for prompt, response in sequences]
+    width = sum(map(len, rows)) if packed else max(map(len, rows))
+    scored: list[int] = []
+    start = 0
+    for prompt, response in sequences:
+        first = start + len(prompt) - 1
+        scored += range(first, first + len(response))
+        start += len(prompt) + len(response) if packed else width
+
+    if packed:
+        input_ids = torch.tensor([[token for row in rows for token in row]])
+        position_ids = torch.cat([torch.arange(len(row)) for row in rows])[None]
+        attention_mask = None
+    else:
+        input_ids = torch.full((len(rows), width), pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            attention_mask[i, : len(row)] = 1
+        position_ids = torch.arange(width).expand(len(rows), -1)
+        attention_mask = attention_mask.to(device)
+    return TokenBatch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask,
+        position_ids=position_ids.to(device),
+        scored=torch.tensor(scored, dtype=torch.int64, device=device),
+    )
+
+
+def micro_batches(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> list[list[int]]:
+    """Group sequences so that a forward holds at most `max_tokens`, padding counted.
+
+    A sequence longer than the budget is a group of its own: nothing is dropped or cut.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    room = 0
+    for i in order:
+        # Longest first: the first sequence of a padded group sets the width of its rows.
+        width = lengths[i] if packed or not groups else lengths[groups[-1][0]]
+        if not groups or width > room:
+            groups.append([])
+            room = max_tokens
+            width = lengths[i]
+        groups[-1].append(i)
+        room -= width
+    return groups
+
+
+def token_weights(response_lengths: Sequence[int], normalization: str) -> list[float]:
+    """Weight of every token of each response, so that Σ weight·KL is the loss of the whole step.
+
+    "sequence": the mean over responses of their token means; "token": the mean over all tokens.
+    Taken over the whole step, so micro-batching, packing and ranks change nothing. A response
+    without tokens counts in no mean.
+    """
+    counted = [n for n in response_lengths if n > 0]
+    if normalization == "token":
+        total = sum(counted)
+        return [1.0 / total if n else 0.0 for n in response_lengths]
+    return [1.0 / (len(counted) * n) if n else 0.0 for n in response_lengths]

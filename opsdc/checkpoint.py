@@ -1,0 +1,196 @@
+"""Checkpoints that survive a crash at any moment.
+
+    checkpoints/step-000008/
+        manifest.json            format, step, sha256 and size of every other file; written last
+        model/ or adapter/       ordinary Hugging Face folders (safetensors)
+        teacher/                 the same, unless the teacher is the student
+        optimizer.safetensors    AdamW's moments by parameter name
+        state.json               step, versions, the resolved configuration
+
+A checkpoint is written beside its place, synced to disk, and renamed: one that has its name is
+whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from opsdc.errors import CheckpointError
+from opsdc.model import load_weights, save_weights
+from opsdc.teacher import Teacher
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+def save(
+    root: Path,
+    step: int,
+    model: Any,
+    teacher: Teacher,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write `step`'s checkpoint under `root`, verify it, then drop all but the newest `keep`.
+
+    Raises CheckpointError (disk full, read-only folder, ...); older checkpoints stay as they are.
+    """
+    final = root / f"step-{step:06d}"
+    aside = root / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for stale in root.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        aside.mkdir()
+        save_weights(model, aside / _weights_folder(model))
+        if not teacher.is_student:
+            with teacher.weights():
+                save_weights(model, aside / "teacher")
+        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        _write_json(aside / "state.json", {**state, "step": step})
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        for file in files:
+            _sync(file)
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "files": {
+                str(f.relative_to(aside)): {"sha256": _sha256(f), "bytes": f.stat().st_size}
+                for f in files
+            },
+        }
+        _write_json(aside / _MANIFEST, manifest)
+        for folder in (aside / _MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
+            _sync(folder)
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+        _sync(root)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
+        ) from error
+    problem = verify(final)
+    if problem:
+        raise CheckpointError(f"checkpoint {final} reads back damaged: {problem}")
+    for old in listing(root)[keep:]:
+        shutil.rmtree(old)
+    return final
+
+
+def listing(root: Path) -> list[Path]:
+    """Finished checkpoints under `root`, newest first."""
+    return sorted(root.glob("step-[0-9]*"), key=lambda p: p.name, reverse=True)
+
+
+def newest_good(root: Path) -> Path | None:
+    """The newest checkpoint whose every file has its recorded hash; says why others are passed."""
+    damaged = []
+    for folder in listing(root):
+        problem = verify(folder)
+        if problem is None:
+            return folder
+        print(f"checkpoint {folder} is damaged ({problem}); trying the one before", file=sys.stderr)
+        damaged.append(folder)
+    if damaged:
+        raise CheckpointError(
+            f"all {len(damaged)} checkpoints under {root} are damaged; move them away or set "
+            "train.resume to none with another output_dir"
+        )
+    return None
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when every file is as it was written."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"{_MANIFEST} has format {manifest['format']!r}, this version reads {FORMAT}"
+        for name, expected in files.items():
+            path = folder / name
+            if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+                return f"{_MANIFEST} names a file outside the checkpoint: {name!r}"
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} does not have its recorded sha256"
+    except OSError as error:
+        return f"cannot read {_MANIFEST}: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_MANIFEST} is not a manifest: {error!r}"
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a verified checkpoint."""
+    return json.loads((folder / "state.json").read_text("utf-8"))
+
+
+def restore(
+    folder: Path, model: Any, teacher: Teacher, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Load a verified checkpoint into the model, the teacher and the optimizer; gives its state."""
+    load_weights(model, folder / _weights_folder(model))
+    if not teacher.is_student:
+        with teacher.weights():
+            load_weights(model, folder / "teacher")
+    state = read_state(folder)
+    teacher.version = state["teacher_version"]
+    tensors = load_file(folder / "optimizer.safetensors")
+    for name, param in model.named_parameters():
+        if param.requires_grad and f"{name}/step" in tensors:
+            optimizer.state[param] = {
+                # AdamW keeps its step counter on the CPU, its moments with the parameter.
+                key: value if key == "step" else value.to(param.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                for value in (tensors[f"{name}/{key}"],)
+            }
+    return state
+
+
+def _weights_folder(model: Any) -> str:
+    return "adapter" if hasattr(model, "peft_config") else "model"
+
+
+def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value.detach().contiguous()
+        for name, param in model.named_parameters()
+        for key, value in optimizer.state.get(param, {}).items()
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), "utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,214 @@
+"""The command `opsdc`: train, eval, inspect, plot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from opsdc.config import OPSDCConfig, flags, recipe_names
+from opsdc.errors import ConfigError, OPSDCError
+
+_TRAIN_EPILOG = """\
+Settings come from a recipe or a YAML file whose sections are the groups above; flags win over it.
+
+  opsdc train                                            the demo model on two CPU cores
+  opsdc train --config qwen3-8b --output_dir runs/8b     the paper's hyper-parameters
+  opsdc train --config my.yaml --optim.lr 2e-6 --train.steps 50
+  opsdc train --config my.yaml                           again: goes on from the newest checkpoint
+
+A run leaves in output_dir: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, model/,
+eval/*.jsonl, summary.json and plot.png.
+"""
+_EVAL_EPILOG = """\
+  opsdc eval runs/demo                                   base, prompt-only and trained, anew
+  opsdc eval runs/demo --eval.samples 4 --output_dir runs/demo/eval-4
+  opsdc eval runs/demo --trained runs/demo/checkpoints/step-000008/model
+"""
+_INSPECT_EPILOG = """\
+  opsdc inspect                                          first held-out problem, demo model
+  opsdc inspect --config runs/demo/config.yaml --problem 3 --model runs/demo/model
+  opsdc inspect --text 'What is \\boxed{2+2}?' --color | less -R
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status (2 for an error of the user's)."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    # A bar per model load would drown our own lines.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        return arguments.run(arguments)
+    except OPSDCError as error:
+        print(f"opsdc {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="opsdc",
+        description="On-policy self-distillation: teach a reasoning model to be concise with its "
+        "own concise self as the teacher.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(name: str, text: str, epilog: str, run: Any) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    train = command("train", "train a model, or go on with a run", _TRAIN_EPILOG, _train)
+    _config_flag(train)
+    _setting_flags(train)
+
+    evaluate = command(
+        "eval", "compare base, prompt-only and trained on held-out problems", _EVAL_EPILOG, _eval
+    )
+    evaluate.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (config.yaml)")
+    evaluate.add_argument(
+        "--trained", type=Path, metavar="FOLDER", help="the trained model (default: RUN/model)"
+    )
+    _setting_flags(evaluate, only=("output_dir", "seed", "eval.", "data."))
+
+    inspect = command(
+        "inspect",
+        "show both prompts, the scored tokens and the divergence per token of one problem",
+        _INSPECT_EPILOG,
+        _inspect,
+    )
+    _config_flag(inspect)
+    inspect.add_argument("--problem", type=int, default=0, metavar="N", help="held-out problem N")
+    inspect.add_argument("--text", help="your own problem instead")
+    inspect.add_argument("--model", metavar="FOLDER", help="short for --model.name_or_path")
+    inspect.add_argument(
+        "--color",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="colours (default: on a terminal)",
+    )
+    _setting_flags(inspect, only=("seed", "model.", "data.", "prompt.", "rollout.", "loss."))
+
+    plot = command("plot", "draw a run: divergence, length, entropy, accuracy", "", _plot)
+    plot.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (metrics.jsonl)")
+    plot.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/plot.png")
+    return parser
+
+
+def _config_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        default="smollm2-cpu",
+        metavar="FILE",
+        help=f"a YAML file or a recipe: {', '.join(recipe_names())} (default: smollm2-cpu)",
+    )
+
+
+def _setting_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] = ("",)) -> None:
+    groups: dict[str, Any] = {}
+    for name, (hint, default, text) in flags().items():
+        if not name.startswith(only):
+            continue
+        section = name.rpartition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section or "settings")
+        shown = {"None": "unset", "": "''"}.get(str(default), str(default))
+        groups[section].add_argument(
+            f"--{name}",
+            dest=f"set:{name}",
+            metavar=_metavar(hint),
+            default=argparse.SUPPRESS,
+            help=f"{text} (default: {shown})".replace("%", "%%"),
+        )
+
+
+def _metavar(hint: Any) -> str:
+    text = str(hint) if not isinstance(hint, type) else hint.__name__
+    if "Literal" in text:
+        return text.partition("[")[2].rpartition("]")[0].replace("'", "").replace(", ", "|")
+    for kind, name in (("dict", "MAP"), ("list", "LIST"), ("bool", "BOOL"), ("float", "X")):
+        if kind in text:
+            return name
+    return "N" if "int" in text else "TEXT"
+
+
+def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
+    return {
+        name.removeprefix("set:"): value
+        for name, value in vars(arguments).items()
+        if name.startswith("set:")
+    }
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = OPSDCConfig.load(arguments.config, _overrides(arguments))
+    from opsdc import report
+    from opsdc.train import OPSDCTrainer
+
+    trainer = OPSDCTrainer(None, config)
+    trainer.train()
+    report.print_report(Path(config.output_dir))
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    folder = arguments.folder
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
+    overrides = _overrides(arguments)
+    overrides.setdefault("output_dir", str(folder / "reeval"))
+    config = OPSDCConfig.load(folder / "config.yaml", overrides)
+    from opsdc import report
+    from opsdc.evaluate import evaluate_arms
+
+    evaluate_arms(config, arguments.trained or folder / "model")
+    report.print_report(Path(config.output_dir))
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    overrides = _overrides(arguments)
+    if arguments.model:
+        overrides["model.name_or_path"] = arguments.model
+    config = OPSDCConfig.load(arguments.config, overrides)
+    from opsdc.dataset import prompted_sets
+    from opsdc.inspect import inspect
+    from opsdc.model import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(config.model)
+    rows = None
+    if arguments.text is not None:
+        rows = [{"problem": arguments.text}]
+        config = replace(config, rollout=replace(config.rollout, prompts_per_step=1))
+    _, held_out = prompted_sets(config, tokenizer, rows, rows)
+    if not 0 <= arguments.problem < len(held_out):
+        raise ConfigError(
+            f"--problem must be between 0 and {len(held_out) - 1}, got {arguments.problem}"
+        )
+    model = load_model(config.model)
+    item = held_out[arguments.problem]
+    print(inspect(model, tokenizer, item, config, colour=arguments.color))
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from opsdc.plots import plot_run
+
+    print(plot_run(arguments.folder, arguments.output))
+    return 0

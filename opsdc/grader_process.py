@@ -1,0 +1,147 @@
+"""The process behind `opsdc.grader`: compares answers where a hostile one can do no harm.
+
+One JSON request per line on standard input, one JSON reply per line on the original standard
+output. It is a process because a model's answer such as 9^9^9^9 can keep a computer algebra system
+in C code, where neither a thread nor a Python signal handler ends it; the kernel ends this process
+when a request has used its CPU seconds. CPU time, not wall time: a busy machine must not turn right
+answers into wrong ones.
+
+Run as a file, never imported, so that nothing of a model or a GPU is loaded here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import sys
+from typing import Any
+
+_CPU_LIMIT_S = 10.0
+_MEMORY_LIMIT_BYTES = 8 << 30
+
+
+class _NoEval:
+    """Refuses to compile text into Python while a model's answer is being looked at.
+
+    sympy's parse_expr and several of reasoning-gym's scorers call eval() on the answer.
+    """
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.refused = False
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        # Files (lazy imports) have real names; text handed to eval() is called "<string>".
+        if self.armed and event == "compile" and str(arguments[1]).startswith("<"):
+            self.refused = True
+            raise PermissionError("an answer is not evaluated as Python")
+
+    def __enter__(self) -> _NoEval:
+        self.armed, self.refused = True, False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.armed = False
+
+
+def _math_verify(gold: str, texts: list[str], no_eval: _NoEval) -> dict[str, Any]:
+    """Per text: does math-verify find the gold answer in it, and what did it find?"""
+    with _cpu_limit(), no_eval:
+        return {"results": [_compare(gold, text) for text in texts]}
+
+
+def _compare(gold: str, text: str) -> list[Any]:
+    import math_verify
+
+    found = math_verify.parse(text, parsing_timeout=None)
+    correct = math_verify.verify(_parse_gold(gold), found, timeout_seconds=None)
+    # The last entry is the text that was parsed, the ones before it what became of it.
+    return [bool(correct), str(found[-1]) if found else None]
+
+
+@functools.lru_cache(maxsize=4)
+def _parse_gold(gold: str) -> Any:
+    import math_verify
+
+    return math_verify.parse(gold, parsing_timeout=None)
+
+
+def _load_math_verify() -> None:
+    import math_verify.parser as parser
+
+    def without_eval(expression: str) -> Any:
+        # math-verify hands arithmetic outside LaTeX ("12/5 + 3") to sympy's parse_expr, which is
+        # an eval(); its LaTeX grammar reads the same characters.
+        latex = re.sub(r"\*\*\s*(-?\d+)", r"^{\1}", expression)
+        latex = latex.replace("×", r" \times ").replace("*", r" \times ").replace("÷", "/")
+        return parser.parse_latex_cached(latex)
+
+    parser.parse_expr_cached = without_eval
+    # First use builds grammars and tables; it must not count against the first answer.
+    _compare(r"\boxed{\frac{1}{2}}", "The answer is 2/4.")
+
+
+def _reasoning_gym(entry: dict[str, Any], answer: str, no_eval: _NoEval) -> dict[str, Any]:
+    """The task's own score of an answer to its problem number `index`, made again from its seed."""
+    dataset = _dataset(entry["task"], json.dumps(entry["options"]))
+    problem = dataset[entry["index"]]
+    with _cpu_limit(), no_eval:
+        try:
+            score = float(dataset.score_answer(answer, problem))
+        except Exception:  # A scorer that cannot read an answer has found it wrong.
+            score = 0.0
+    return {"score": score, "refused": no_eval.refused}
+
+
+@functools.lru_cache(maxsize=4)
+def _dataset(task: str, options: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, **json.loads(options))
+
+
+@contextlib.contextmanager
+def _cpu_limit() -> Any:
+    # No handler is installed: the default action of SIGPROF ends the process, in C code too.
+    signal.setitimer(signal.ITIMER_PROF, _CPU_LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _reply(request: dict[str, Any], no_eval: _NoEval, loaded: set[str]) -> dict[str, Any]:
+    kind = request["kind"]
+    try:
+        if kind not in loaded:
+            if kind == "math_verify":
+                _load_math_verify()
+            else:
+                import reasoning_gym  # noqa: F401
+            loaded.add(kind)
+    except ImportError as error:
+        return {"missing": error.name}
+    if kind == "math_verify":
+        return _math_verify(request["gold"], request["texts"], no_eval)
+    return _reasoning_gym(request["entry"], request["answer"], no_eval)
+
+
+def _main() -> None:
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # What a library prints must not become a reply.
+    no_eval, loaded = _NoEval(), set[str]()
+    with contextlib.suppress(ValueError, OSError):  # A lower limit is already in force.
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
+    for line in sys.stdin.buffer:
+        replies.write(json.dumps(_reply(json.loads(line), no_eval, loaded)) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,54 @@
+"""From hidden states to the divergence: the one place where the trainer calls `opsdc_kernels`."""
+
+from __future__ import annotations
+
+import torch
+
+from opsdc.config import LossConfig
+from opsdc.model import Head
+from opsdc_kernels import DivergenceStats, linear_divergence
+
+
+def distillation_loss(
+    student_hidden: torch.Tensor,
+    student_head: Head,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head,
+    token_weight: torch.Tensor | None,
+    config: LossConfig,
+    *,
+    reduction: str = "sum",
+    target_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, DivergenceStats]:
+    """Σ_t w_t · D(student_t, teacher_t) over the full vocabulary, at temperature 1.
+
+    Args:
+        student_hidden: [n, D], with gradient.
+        student_head: the model's head as it is now.
+        teacher_hidden: [n, D], no gradient.
+        teacher_head: the teacher's; the same tensors where the head is not trained.
+        token_weight: [n] from `batch.token_weights`, or None with reduction "none".
+        config: divergence, backend and scratch budget.
+        reduction: "sum" in training; "none" gives [n].
+        target_ids: [n], adds the sampled tokens' log-probabilities to the statistics.
+
+    Returns: the loss in nats, and per-token statistics without gradient.
+    """
+    return linear_divergence(
+        student_hidden,
+        student_head.weight,
+        teacher_hidden,
+        teacher_head.weight,
+        divergence=config.divergence,
+        beta=config.beta,
+        token_weight=token_weight,
+        reduction=reduction,
+        student_bias=student_head.bias,
+        teacher_bias=teacher_head.bias,
+        logit_scale=student_head.logit_scale,
+        logit_softcap=student_head.logit_softcap,
+        target_ids=target_ids,
+        return_stats=True,
+        backend=config.backend,
+        workspace_bytes=config.workspace_bytes,
+    )

@@ -1,0 +1,108 @@
+"""The record of a run: JSON lines on disk, callbacks to the trackers people use."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler
+
+from opsdc.config import OPSDCConfig
+
+
+class Lines:
+    """A JSON-lines file whose rows carry `step`; a resumed run cuts it to its checkpoint first."""
+
+    def __init__(self, path: Path, *, after_step: int) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_lines(path) if row["step"] <= after_step]
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text("".join(map(_line, kept)), "utf-8")
+        aside.replace(path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row and hand it to the operating system at once."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; a last line that a crash cut short is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write aside and rename, so that a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+    aside.replace(path)
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN: a mean over nothing is null."""
+    return value if math.isfinite(value) else None
+
+
+def peak_mib() -> float:
+    """Peak memory of this process so far: the GPU's allocator where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Callbacks:
+    """`transformers.TrainerCallback`s around our loop, trackers of `log.report_to` included."""
+
+    def __init__(
+        self,
+        config: OPSDCConfig,
+        callbacks: Sequence[TrainerCallback],
+        model: Any,
+        tokenizer: Any,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        found = get_reporting_integration_callbacks(list(config.log.report_to))
+        trackers = [c() if isinstance(c, type) else c for c in found]
+        self._handler = CallbackHandler(
+            trackers + list(callbacks), model, tokenizer, optimizer, None
+        )
+        self._args = TrainingArguments(
+            output_dir=config.output_dir,
+            max_steps=config.train.steps,
+            learning_rate=config.optim.lr,
+            logging_steps=config.log.every,
+            seed=config.seed,
+            report_to="none",
+            run_name=Path(config.output_dir).name,
+        )
+        self._state = TrainerState(max_steps=config.train.steps, is_world_process_zero=True)
+        self._control = TrainerControl()
+
+    def emit(self, event: str, *, step: int, **kwargs: Any) -> bool:
+        """Send one event ("on_step_end", ...); True when a callback asks training to stop."""
+        self._state.global_step = step
+        self._handler.call_event(event, self._args, self._state, self._control, **kwargs)
+        return self._control.should_training_stop

@@ -1,0 +1,118 @@
+"""Checks before step 1, each of which has cost somebody a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from opsdc.batch import Pair, token_batch
+from opsdc.config import OPSDCConfig
+from opsdc.errors import ModelError
+from opsdc.model import check_head, hidden_states, read_head, unwrap
+from opsdc.teacher import Teacher
+from opsdc.update import Layout, autocast, backward, teacher_hidden_states
+
+# Attention kernels that skip the blocks of other sequences; the rest would pay T² for a packed row.
+_VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
+# Packed and single forwards add in another order; anything above rounding is a leak.
+_PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@torch.no_grad()
+def packing_difference(model: Any, sequences: list[list[int]], dtype: torch.dtype) -> float:
+    """Largest hidden-state difference of packed against single sequences, relative to the largest.
+
+    In transformers, packed neighbours are isolated only on some attention paths and for some
+    architectures; where they are not, they leak into each other silently.
+    """
+    device = read_head(model).weight.device
+
+    def run(parts: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        with autocast(device, dtype):
+            batch = token_batch(parts, packed=True, pad_id=0, device=device)
+            return hidden_states(model, batch).float()
+
+    parts = [(ids[:1], ids[1:]) for ids in sequences]
+    single = torch.cat([run([part]) for part in parts])
+    return float((run(parts) - single).abs().max() / single.abs().max().clamp_min(1e-30))
+
+
+def choose_packing(model: Any, config: OPSDCConfig, sequences: list[list[int]]) -> tuple[bool, str]:
+    """Whether to pack, and the sentence that says why. Raises ModelError when "on" would leak."""
+    wanted = config.train.packing
+    if wanted == "off":
+        return False, "padded batches (train.packing off)"
+    attention = unwrap(model).config._attn_implementation
+    if wanted == "auto" and attention not in _VARIABLE_LENGTH:
+        return False, f"padded batches ({attention} attention would pay for foreign blocks)"
+    dtype = getattr(torch, config.model.dtype)
+    difference = packing_difference(model, sequences, dtype)
+    if difference <= _PACKED_TOLERANCE[dtype]:
+        return True, f"packed rows (packed equals single to {difference:.1e})"
+    if wanted == "on":
+        raise ModelError(
+            f"train.packing on: packed neighbours leak into each other in "
+            f"{type(unwrap(model)).__name__} with {attention} attention (relative difference "
+            f"{difference:.1e}); use off"
+        )
+    return False, f"padded batches (packed neighbours leak: {difference:.1e})"
+
+
+def same_prompt_divergence(
+    model: Any, teacher: Teacher, pairs: list[Pair], layout: Layout, config: OPSDCConfig
+) -> float:
+    """Mean divergence in nats, the student's prompt on both sides; 0 while weights are equal."""
+    same = [
+        Pair(
+            student_prompt_ids=p.student_prompt_ids,
+            teacher_prompt_ids=p.student_prompt_ids,
+            response_ids=p.response_ids,
+        )
+        for p in pairs
+    ]
+    with torch.no_grad():
+        kept = teacher_hidden_states(model, teacher, same, layout)
+    _, stats = backward(model, teacher, same, kept, layout, config)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return float(torch.cat([s.divergence for s in stats]).mean())
+
+
+def run(
+    model: Any,
+    teacher: Teacher,
+    pairs: list[Pair],
+    config: OPSDCConfig,
+    *,
+    pad_id: int,
+    teacher_is_student: bool,
+) -> tuple[Layout, list[str]]:
+    """All checks on a few prompts; gives the layout to train with and one line per check.
+
+    `teacher_is_student`: both have the same weights now (at the start, or right after a refresh).
+    """
+    difference = check_head(model)
+    sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
+    packed, why = choose_packing(model, config, sequences)
+    layout = Layout(
+        packed=packed,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        pad_id=pad_id,
+        dtype=getattr(torch, config.model.dtype),
+    )
+    lines = [
+        f"head: the model's own logits to {difference:.1e}",
+        f"layout: {why}, at most {layout.max_tokens} tokens a forward",
+    ]
+    if not teacher_is_student:
+        return layout, lines
+    divergence = same_prompt_divergence(model, teacher, pairs, layout, config)
+    lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
+    if not divergence <= 1e-6:
+        raise ModelError(
+            f"the same prompt on both sides gives a divergence of {divergence:.1e} nats per token "
+            "instead of 0: teacher and student do not compute alike. Dropout in the model's "
+            "config, or an attention implementation that is not deterministic, would do that"
+        )
+    return layout, lines

@@ -1,0 +1,159 @@
+"""Sampling with transformers' `generate` in the trainer's process: no second copy of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from opsdc.progress import Progress
+from opsdc.rollout import Request, Rollout, SamplingParams
+
+
+class HFSampler:
+    """Samples from the very module that is trained, so a push only moves the version.
+
+    Noise is keyed by (seed, request key, position) and added to the logits of a greedy decode
+    (the Gumbel-max trick), so a response does not depend on which others share its batch.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    ) -> None:
+        self._model = model
+        self._seed = seed
+        self._eos_ids = eos_token_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self._pad_id = self._eos_ids[0] if pad is None else pad
+        self._version = -1
+
+    def push(self, model: torch.nn.Module, version: int) -> None:
+        self._version = version
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, *, label: str
+    ) -> list[Rollout]:
+        was_training = self._model.training
+        self._model.eval()
+        checkpointed = getattr(self._model, "is_gradient_checkpointing", False)
+        rollouts: list[Rollout] = []
+        # Prompts of like length share a batch: less left padding.
+        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
+        groups = [order[i : i + params.batch_size] for i in range(0, len(order), params.batch_size)]
+        progress = Progress(label, total=len(groups) * params.max_new_tokens, unit="position")
+        try:
+            if checkpointed:
+                self._model.gradient_checkpointing_disable()
+            for done, group in enumerate(groups):
+                rollouts += self._generate([requests[i] for i in group], params, progress)
+                progress.jump((done + 1) * params.max_new_tokens)
+        finally:
+            progress.close()
+            if checkpointed:
+                self._model.gradient_checkpointing_enable()
+            self._model.train(was_training)
+        by_position = dict(zip(order, rollouts, strict=True))
+        return [by_position[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _generate(
+        self, requests: Sequence[Request], params: SamplingParams, progress: Progress
+    ) -> list[Rollout]:
+        device = self._model.get_input_embeddings().weight.device
+        longest = max(len(r.prompt_ids) for r in requests)
+        ids = torch.full((len(requests), longest), self._pad_id, device=device)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            n = len(request.prompt_ids)
+            ids[row, longest - n :] = torch.tensor(request.prompt_ids, device=device)
+            mask[row, longest - n :] = 1
+        processors = LogitsProcessorList()
+        if params.temperature > 0:
+            processors.append(TemperatureLogitsWarper(float(params.temperature)))
+            if params.top_k:
+                processors.append(TopKLogitsWarper(params.top_k))
+            if params.top_p < 1:
+                processors.append(TopPLogitsWarper(params.top_p))
+            seeds = [_stream_seed(self._seed, r.key) for r in requests]
+            processors.append(_GumbelNoise(seeds, device))
+        processors.append(_Advance(progress))
+        output = self._model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            # A fresh config: the model folder's own values (top-k, penalties) must not leak.
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=params.max_new_tokens,
+                eos_token_id=self._eos_ids,
+                pad_token_id=self._pad_id,
+                use_cache=True,
+            ),
+            logits_processor=processors,
+        )
+        return [
+            self._rollout(request, row[longest:].tolist())
+            for request, row in zip(requests, output, strict=True)
+        ]
+
+    def _rollout(self, request: Request, sampled: list[int]) -> Rollout:
+        # Behind the first end-of-sequence token `generate` only pads.
+        end = next((i for i, token in enumerate(sampled) if token in self._eos_ids), None)
+        return Rollout(
+            key=request.key,
+            prompt_ids=request.prompt_ids,
+            response_ids=sampled if end is None else sampled[: end + 1],
+            finished=end is not None,
+            weights_version=self._version,
+        )
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a response: the generation config's, the config's, the tokenizer's."""
+    found: list[int] = []
+    for value in (
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        for token in value if isinstance(value, (list, tuple)) else [value]:
+            if token is not None and token not in found:
+                found.append(int(token))
+    return found
+
+
+def _stream_seed(seed: int, key: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class _GumbelNoise(LogitsProcessor):
+    """argmax(z − log E), E ~ Exp(1), is a draw from softmax(z); one stream per row."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, stream in zip(noise, self._streams, strict=True):
+            row.exponential_(generator=stream)
+        return scores.float() - noise.log_()
+
+
+class _Advance(LogitsProcessor):
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        self._progress.advance()
+        return scores

@@ -1,0 +1,77 @@
+"""The teacher: the same module with an older copy of the trained parameters swapped in.
+
+Only parameters that are trained can differ between teacher and student, so only they are copied:
+all of them in full fine-tuning, the adapter alone with LoRA. Scoring swaps the copies into the
+module, which keeps the teacher in the student's dtype and on the student's attention path: the
+same prompt on both sides then gives a divergence of exactly zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from opsdc.config import TeacherConfig
+from opsdc.model import Head, read_head
+
+
+class Teacher:
+    """Owns the teacher's weights, its head included, and when they change."""
+
+    def __init__(self, model: Any, config: TeacherConfig) -> None:
+        self._model = model
+        self._config = config
+        self._params = [p for p in model.parameters() if p.requires_grad]
+        self._copies: list[torch.Tensor] = []
+        if config.mode != "live":
+            self._copies = [p.detach().clone() for p in self._params]
+        self.version = 0
+        """Student updates that the teacher's weights have seen (ema: that it has averaged)."""
+
+    @property
+    def is_student(self) -> bool:
+        """True in mode "live", where the teacher has no weights of its own."""
+        return self._config.mode == "live"
+
+    @contextlib.contextmanager
+    def weights(self) -> Iterator[None]:
+        """Within the block the module computes as the teacher. Not to be nested."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, copy in enumerate(self._copies):
+            param = self._params[i]
+            param.data, self._copies[i] = copy, param.data
+
+    def head(self) -> Head:
+        """The teacher's head; the very same tensors as the student's where they are not trained."""
+        head = read_head(self._model)
+        own = {id(p): c for p, c in zip(self._params, self._copies, strict=False)}
+        return dataclasses.replace(
+            head,
+            weight=own.get(id(head.weight), head.weight),
+            bias=None if head.bias is None else own.get(id(head.bias), head.bias),
+        )
+
+    @torch.no_grad()
+    def after_update(self, step: int) -> bool:
+        """Called after the update of `step` (from 1); True when a hard refresh took place."""
+        mode = self._config.mode
+        if mode == "ema":
+            for copy, param in zip(self._copies, self._params, strict=True):
+                copy.lerp_(param, 1.0 - self._config.ema_decay)
+        elif mode == "refresh" and step % self._config.refresh_steps == 0:
+            for copy, param in zip(self._copies, self._params, strict=True):
+                copy.copy_(param)
+        elif mode != "live":
+            return False
+        self.version = step
+        return mode == "refresh"

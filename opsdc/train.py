@@ -1,0 +1,397 @@
+"""The loop of on-policy self-distillation (OPSDC / CRISP, arXiv 2603.05433), top to bottom.
+
+Left out on purpose, because the method has none of it: no reward, no advantage, no importance
+ratio, no clip, no score-function term for how a response was sampled. Prefixes are constants; the
+loss is the divergence at every response token.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, get_scheduler
+
+from opsdc import checkpoint, evaluate, plots, preflight
+from opsdc.batch import Pair
+from opsdc.config import OPSDCConfig, ignored_settings
+from opsdc.dataset import Prompted, prompted_sets
+from opsdc.errors import ConfigError, TrainingError
+from opsdc.metrics import Callbacks, Lines, finite, peak_mib, write_json
+from opsdc.model import describe, load_model, load_tokenizer, prepare_model, save_weights
+from opsdc.progress import Progress
+from opsdc.rollout import Request, Rollout, SamplingParams
+from opsdc.rollout.hf import HFSampler
+from opsdc.teacher import Teacher
+from opsdc.update import UpdateResult, update
+from opsdc.versions import versions
+
+# Steps in a row whose loss or gradient is not finite before a run gives up.
+MAX_SKIPPED = 3
+
+
+class OPSDCTrainer:
+    """Trains a model to answer as it would if it had been told to be concise.
+
+    Args:
+        model: a transformers causal language model, a folder or Hub name, or None for the
+            config's `model.name_or_path`.
+        config: everything else; see `OPSDCConfig`.
+        train_dataset, eval_dataset: rows (a list of mappings or a `datasets.Dataset`) instead of
+            the config's `data.source`; columns as in `opsdc.tasks`.
+        processing_class: the tokenizer, when `model` is given as a module.
+        callbacks: `transformers.TrainerCallback`s; `on_log` receives each step's record.
+
+    Raises ConfigError, DataError or ModelError for what cannot work, before the first step.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None,
+        config: OPSDCConfig,
+        train_dataset: Sequence[dict[str, Any]] | None = None,
+        eval_dataset: Sequence[dict[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if model is None or isinstance(model, str):
+            name = model or config.model.name_or_path
+            self.config = config = replace(config, model=replace(config.model, name_or_path=name))
+            self.tokenizer = processing_class or load_tokenizer(config.model)
+            module = load_model(config.model)
+        elif processing_class is None:
+            raise ConfigError("processing_class must be the tokenizer when model is a module")
+        else:
+            self.tokenizer, module = processing_class, model
+        self.problems, self.held_out = prompted_sets(
+            config, self.tokenizer, train_dataset, eval_dataset
+        )
+        self.model = prepare_model(module, config.model).to(device)
+        self.model.train()
+        self.teacher = Teacher(self.model, config.teacher)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=config.optim.lr,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            weight_decay=config.optim.weight_decay,
+        )
+        self.learning_rate = _schedule(self.optimizer, config)
+        self.sampler = HFSampler(self.model, self.tokenizer, seed=config.seed)
+        self.callbacks = list(callbacks or [])
+
+    def train(self) -> dict[str, Any]:
+        """Run (or go on with) training; returns what summary.json holds."""
+        config, output_dir = self.config, self.output_dir
+        step, skipped_steps = self._resume()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(config.to_yaml(), "utf-8")
+        metrics = Lines(output_dir / "metrics.jsonl", after_step=step)
+        responses = Lines(output_dir / "rollouts.jsonl", after_step=step)
+        self.sampler.push(self.model, step)
+        layout = self._preflight(step)
+        events = Callbacks(config, self.callbacks, self.model, self.tokenizer, self.optimizer)
+        self._evaluate_base(step)
+        events.emit("on_train_begin", step=step)
+        skipped_in_a_row = 0
+        while step < config.train.steps:
+            step += 1
+            began = time.perf_counter()
+            batch = self.problems.batch(step, config.rollout.prompts_per_step)
+            rollouts = self._generate(batch, step)
+            generated = time.perf_counter()
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
+            # Dropout, where a model has any, follows from (seed, step): nothing to save.
+            torch.manual_seed((config.seed << 32) + step)
+            bar = Progress(
+                f"step {step} update",
+                total=sum(len(r.response_ids) for r in rollouts),
+                unit="token",
+            )
+            result = update(
+                self.model,
+                self.teacher,
+                _pairs(batch, rollouts, config.rollout.samples_per_prompt),
+                self.optimizer,
+                layout,
+                config,
+                on_tokens=bar.advance,
+            )
+            bar.close()
+            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+            skipped_steps += result.skipped
+            refreshed = self.teacher.after_update(step)
+            self.sampler.push(self.model, step)
+
+            record = _record(step, rollouts, result, skipped_steps, self)
+            seconds = {"rollout": generated - began, **result.seconds}
+            record |= {f"perf/seconds_{k}": round(v, 3) for k, v in seconds.items()}
+            sampled = sum(len(r.response_ids) for r in rollouts)
+            record["perf/seconds_step"] = round(time.perf_counter() - began, 3)
+            record["perf/tokens_per_second"] = round(sampled / max(seconds["rollout"], 1e-9), 1)
+            record["perf/peak_mib"] = round(peak_mib(), 1)
+            for rollout in rollouts:
+                responses.write(self._response_row(step, rollout))
+            metrics.write(record)
+            if step % config.log.every == 0 or step == config.train.steps:
+                print(_line(record, config.train.steps, refreshed), flush=True)
+            if skipped_in_a_row == MAX_SKIPPED:
+                raise TrainingError(
+                    f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row (last: step "
+                    f"{step}, loss {result.loss}, gradient norm {result.grad_norm}); parameters "
+                    "are those before them. Lower optim.lr, or use model.dtype float32"
+                )
+            events.emit("on_log", step=step, logs=record)
+            stop = events.emit("on_step_end", step=step)
+            due = config.train.save_every and step % config.train.save_every == 0
+            if due or stop or step == config.train.steps:
+                self._save(step, skipped_steps)
+                events.emit("on_save", step=step)
+            every = config.eval.every
+            if self.held_out and every and step % every == 0 and step < config.train.steps:
+                found = self.evaluate(f"step-{step:06d}")
+                events.emit("on_evaluate", step=step, metrics=evaluate.headline(found))
+            if stop:
+                break
+        events.emit("on_train_end", step=step)
+        return self._finish(step)
+
+    def evaluate(self, name: str, *, arm: str = "student") -> list[evaluate.Answer]:
+        """Answer the held-out problems with the model as it is, and keep the answers.
+
+        arm "student" uses the plain prompt, "teacher" the one with the instruction.
+        """
+        answers = evaluate.answer(
+            self.sampler, self.tokenizer, self._eval_problems(), self.config, arm=arm, label=name
+        )
+        evaluate.write_answers(self.output_dir / "eval" / f"{name}.jsonl", answers)
+        print(f"eval {name}: {evaluate.one_line(answers)}", flush=True)
+        return answers
+
+    def save_model(self, folder: str | Path) -> None:
+        """Write an ordinary Hugging Face folder (with LoRA the adapter's), tokenizer included."""
+        save_weights(self.model, folder)
+        self.tokenizer.save_pretrained(str(folder))
+
+    def _generate(self, batch: Sequence[Prompted], step: int) -> list[Rollout]:
+        rollout = self.config.rollout
+        requests = [
+            Request(key=f"train/{step}/{p.problem.id}/{i}", prompt_ids=p.prompts.student_ids)
+            for p in batch
+            for i in range(rollout.samples_per_prompt)
+        ]
+        params = SamplingParams(
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            batch_size=rollout.batch_size,
+        )
+        rollouts = self.sampler.generate(requests, params, label=f"step {step} rollouts")
+        oldest = min(r.weights_version for r in rollouts)
+        if step - 1 - oldest > rollout.max_staleness:
+            raise TrainingError(
+                f"step {step} got a response from weights version {oldest}, "
+                f"{step - 1 - oldest} updates old; rollout.max_staleness is "
+                f"{rollout.max_staleness}"
+            )
+        return rollouts
+
+    def _preflight(self, step: int) -> preflight.Layout:
+        pad = self.tokenizer.pad_token_id
+        sample = [
+            # The prompt's own tokens stand in for a response: no sampling before the checks.
+            Pair(
+                student_prompt_ids=p.prompts.student_ids,
+                teacher_prompt_ids=p.prompts.teacher_ids,
+                response_ids=p.prompts.student_ids[:8],
+            )
+            for p in (self.problems[i] for i in range(min(3, len(self.problems))))
+        ]
+        layout, lines = preflight.run(
+            self.model,
+            self.teacher,
+            sample,
+            self.config,
+            pad_id=0 if pad is None else pad,
+            teacher_is_student=self.teacher.version == step,
+        )
+        for line in [*ignored_settings(self.config), *lines]:
+            print(line, flush=True)
+        return layout
+
+    def _evaluate_base(self, step: int) -> None:
+        """Base and prompt-only answers, before step 1: while the weights still are the base's."""
+        if self._eval_problems() and step == 0:
+            shutil.rmtree(self.output_dir / "eval", ignore_errors=True)
+            self.evaluate("base")
+            self.evaluate("prompt_only", arm="teacher")
+
+    def _eval_problems(self) -> list[Prompted]:
+        count = self.config.eval.problems
+        size = len(self.held_out) if count is None else count
+        return [self.held_out[i] for i in range(min(size, len(self.held_out)))]
+
+    def _response_row(self, step: int, rollout: Rollout) -> dict[str, Any]:
+        return {
+            "step": step,
+            "key": rollout.key,
+            "prompt_ids": list(rollout.prompt_ids),
+            "response_ids": list(rollout.response_ids),
+            "finished": rollout.finished,
+            "weights_version": rollout.weights_version,
+            "text": self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+        }
+
+    def _save(self, step: int, skipped_steps: int) -> None:
+        state = {
+            "teacher_version": self.teacher.version,
+            "weights_version": step,
+            "skipped_steps": skipped_steps,
+            "config": self.config.to_dict(),
+            "versions": versions(),
+        }
+        checkpoint.save(
+            self.output_dir / "checkpoints",
+            step,
+            self.model,
+            self.teacher,
+            self.optimizer,
+            state,
+            keep=self.config.train.keep,
+        )
+
+    def _resume(self) -> tuple[int, int]:
+        """Load what `train.resume` names; gives the last completed step and the skipped ones."""
+        root, wanted = self.output_dir / "checkpoints", self.config.train.resume
+        if wanted == "none":
+            if checkpoint.listing(root):
+                raise ConfigError(
+                    f"output_dir {self.output_dir} holds the checkpoints of a run, which "
+                    "train.resume none would overwrite; name another output_dir or remove it"
+                )
+            return 0, 0
+        folder = checkpoint.newest_good(root) if wanted == "auto" else Path(wanted)
+        if folder is None:
+            return 0, 0
+        problem = checkpoint.verify(folder)
+        if problem:
+            raise ConfigError(f"train.resume {wanted}: not a good checkpoint: {problem}")
+        state = checkpoint.restore(folder, self.model, self.teacher, self.optimizer)
+        print(f"resuming after step {state['step']} from {folder}", flush=True)
+        for line in _changes(state["config"], self.config.to_dict()):
+            print(f"  changed since that checkpoint: {line}", file=sys.stderr)
+        return state["step"], state["skipped_steps"]
+
+    def _finish(self, step: int) -> dict[str, Any]:
+        self.save_model(self.output_dir / "model")
+        if self._eval_problems():
+            self.evaluate("trained")
+        summary = {
+            "steps": step,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "model": describe(self.model),
+            "versions": versions(),
+            **evaluate.summary_of_run(self.output_dir, self.config),
+        }
+        write_json(self.output_dir / "summary.json", summary)
+        plots.plot_run(self.output_dir)
+        return summary
+
+
+def _pairs(
+    batch: Sequence[Prompted], rollouts: Sequence[Rollout], samples_per_prompt: int
+) -> list[Pair]:
+    repeated = [p for p in batch for _ in range(samples_per_prompt)]
+    return [
+        Pair(
+            student_prompt_ids=p.prompts.student_ids,
+            teacher_prompt_ids=p.prompts.teacher_ids,
+            response_ids=r.response_ids,
+        )
+        for p, r in zip(repeated, rollouts, strict=True)
+    ]
+
+
+def _schedule(optimizer: torch.optim.Optimizer, config: OPSDCConfig) -> Callable[[int], float]:
+    """The learning rate as a pure function of the step, so that there is no scheduler to save."""
+    name = config.optim.schedule
+    scheduler = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=config.optim.warmup_steps,
+        num_training_steps=config.train.steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: config.optim.lr * factor(step - 1)
+
+
+def _record(
+    step: int,
+    rollouts: Sequence[Rollout],
+    result: UpdateResult,
+    skipped_steps: int,
+    trainer: OPSDCTrainer,
+) -> dict[str, Any]:
+    lengths = [len(r.response_ids) for r in rollouts if r.response_ids]
+    kl = result.divergence
+    quantiles = (
+        torch.quantile(kl.double(), torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
+        if len(kl)
+        else [math.nan] * 3
+    )
+    return {
+        "step": step,
+        "loss_nats": finite(result.loss),
+        "kl_p50": finite(quantiles[0]),
+        "kl_p90": finite(quantiles[1]),
+        "kl_p99": finite(quantiles[2]),
+        "student_entropy": finite(result.student_entropy),
+        "teacher_entropy": finite(result.teacher_entropy),
+        "agreement": finite(result.agreement),
+        "response_tokens_mean": sum(lengths) / len(lengths) if lengths else None,
+        "response_tokens_max": max(lengths, default=0),
+        "truncated_share": sum(not r.finished for r in rollouts) / len(rollouts),
+        "empty_share": 1 - len(lengths) / len(rollouts),
+        "grad_norm": finite(result.grad_norm),
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "weights_version": step,
+        "teacher_version": trainer.teacher.version,
+        "skipped_steps": skipped_steps,
+    }
+
+
+def _line(record: dict[str, Any], steps: int, refreshed: bool) -> str:
+    def show(key: str, pattern: str) -> str:
+        return "–" if record[key] is None else pattern.format(record[key])
+
+    return (
+        f"step {record['step']:>{len(str(steps))}}/{steps}"
+        f"  loss {show('loss_nats', '{:.4f}')} nats/token"
+        f"  entropy {show('student_entropy', '{:.2f}')}"
+        f"  response {show('response_tokens_mean', '{:.1f}')} tokens"
+        f"  truncated {100 * record['truncated_share']:.0f} %"
+        f"  grad {show('grad_norm', '{:.2f}')}"
+        f"  {record['perf/seconds_step']:.0f} s" + ("  teacher refreshed" if refreshed else "")
+    )
+
+
+def _changes(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Settings that decide the result and are not what the checkpoint was made with."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in {**old, **new}
+            if prefix + key not in ("output_dir", "log", "train.resume", "train.keep")
+            for line in _changes(old.get(key), new.get(key), f"{prefix}{key}.")
+        ]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old!r} → {new!r}"]

@@ -1,0 +1,53 @@
+"""Metadata and extras; tool settings live in pyproject.toml, CPU pins in constraints-cpu.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "lora": ["peft>=0.17"],
+    "eval": ["math-verify>=0.8", "reasoning-gym>=0.1.25"],
+    "plot": ["matplotlib>=3.8"],
+    "embedded": ["gguf>=0.17"],
+    "vllm": ["vllm>=0.22"],
+    "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
+}
+EXTRAS["dev"] = [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "mpmath>=1.3",
+    "mypy>=1.15",
+    "ruff>=0.12",
+    "types-PyYAML",
+    "types-tqdm",
+    *(package for name in ("lora", "eval", "plot", "embedded", "bench") for package in EXTRAS[name]),
+]
+
+setup(
+    name="opsdc",
+    version="0.1.0",
+    description="On-policy self-distillation of reasoning models on fused-linear divergence kernels",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
+    package_data={
+        "opsdc": ["py.typed", "recipes/*.yaml", "instructions/*.txt"],
+        "opsdc_kernels": ["py.typed"],
+    },
+    install_requires=[
+        "torch>=2.9",
+        "triton>=3.5; platform_system == 'Linux'",
+        "transformers>=5.0",
+        "accelerate>=1.0",
+        "datasets>=3.0",
+        "safetensors>=0.5",
+        "PyYAML>=6.0",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+        "rich>=13",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["opsdc = opsdc.cli:main"]},
+)
