@@ -1,0 +1,1 @@
+"""Triton kernels. Importing this package's modules imports triton; `fused` does so on first use."""

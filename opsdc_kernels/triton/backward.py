@@ -1,0 +1,192 @@
+"""Backward kernel: recomputes logit tiles and writes the gradient tile, unweighted, for two GEMMs.
+
+The gradient with respect to the student's logits lies between -1 and 1 and shrinks with the
+divergence, so it is scaled per row by a power of two before it is rounded to 16 bits. What the
+rounding adds to a row's sum is kept in fp32: multiplied by the mean row of the weight it is the
+part of the error that all rows of the weight share, and the launcher subtracts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opsdc_kernels.gemm import add_weight_gradient, hidden_gradient_into
+from opsdc_kernels.triton.heads import Heads
+from opsdc_kernels.triton.tiles import expm1, log_ratio_to_mixture, logit_tile, program_tile
+
+
+@triton.jit
+def logit_gradient(
+    s, t, d, normalizer, centre, mean, beta, DIVERGENCE: tl.constexpr, MASKED: tl.constexpr
+):
+    """Gradient with respect to s, without the factors that are constant in a row.
+
+    reverse KL -q (d - E_q[d]); forward KL q - p = -q expm1(r), r = log(p / q); JSD, without its
+    1 - beta, -q (a - E_q[a]), a = log(mixture / q). Nothing flows through an infinite logit s.
+    """
+    q = tl.exp(s - normalizer[:, None])
+    c = d - centre[:, None]
+    if DIVERGENCE == 1:
+        far = tl.exp(tl.minimum(s - normalizer[:, None] + c, 0.0)) - q
+        c = tl.where(c < 20, q * expm1(tl.minimum(c, 20.0)), far)
+    else:
+        if DIVERGENCE == 2:
+            c = log_ratio_to_mixture(c, beta) - mean[:, None]
+        c = q * c
+    if MASKED:
+        c = tl.where(s == float("-inf"), 0.0, c)
+        if DIVERGENCE == 0:
+            c = tl.where(t == float("-inf"), 0.0, c)
+    return -c
+
+
+@triton.jit
+def gradient_kernel(
+    student,
+    teacher,
+    normalizer_ptr,
+    centre_ptr,
+    mean_ptr,
+    scale_ptr,
+    coefficient_ptr,
+    dz_ptr,
+    residual_ptr,
+    dbias_ptr,
+    beta,
+    row_begin,
+    row_end,
+    V,
+    PARTS,
+    SHARED: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """dz[row - row_begin, column] scaled by scale[row]; residual[tile, row - row_begin] sums its
+    rounding over the tile; dbias[block, column] sums the true gradient, times the row's
+    coefficient, over the block's rows."""
+    C = row_end - row_begin
+    block, tile = program_tile(C, BM, GROUP, PARTS)
+    local = block * BM + tl.arange(0, BM)
+    row0 = row_begin + block * BM
+    rows = row0 + tl.arange(0, BM)
+    inside = rows < row_end
+    cols = tile * BN + tl.arange(0, BN)
+    normalizer = tl.load(normalizer_ptr + rows, mask=inside, other=0.0)
+    centre = tl.load(centre_ptr + rows, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
+    mean = tl.zeros_like(centre)
+    if DIVERGENCE == 2:
+        mean = tl.load(mean_ptr + rows, mask=inside, other=0.0)
+    s, t, d, u = logit_tile(
+        student, teacher, row0, tile * BN, row_end, V, SHARED, BM, BN, BK, EVEN, UPCAST
+    )
+    beta = tl.cast(beta, tl.float32)
+    g = logit_gradient(s, t, d, normalizer, centre, mean, beta, DIVERGENCE, MASKED)
+    if student.post is not None:
+        g *= 1 - u * u
+    g *= scale[:, None]
+    rounded = g.to(dz_ptr.dtype.element_ty)
+    valid = inside[:, None] & (cols < V)[None, :]
+    out = dz_ptr + tl.cast(block * BM, tl.int64) * V + tile * BN
+    offsets = tl.arange(0, BM)[:, None] * tl.cast(V, tl.int64) + tl.arange(0, BN)[None, :]
+    tl.store(out + offsets, rounded, mask=valid)
+    if residual_ptr is not None:
+        excess = tl.where((cols < V)[None, :], rounded.to(tl.float32) - g, 0.0)
+        residual = residual_ptr + tl.cast(tile, tl.int64) * C + local
+        tl.store(residual, tl.sum(excess, 1), mask=inside)
+    if dbias_ptr is not None:
+        coefficient = tl.load(coefficient_ptr + rows, mask=inside, other=0.0)
+        column = tl.sum(tl.where(valid, g * coefficient[:, None], 0.0), 0)
+        tl.store(dbias_ptr + tl.cast(block, tl.int64) * V + cols, column, mask=cols < V)
+
+
+def backward(
+    heads: Heads,
+    saved: Tensor,
+    coefficient_K: Tensor,
+    divergence: int,
+    beta: float,
+    vocab_size: int,
+    needs: Sequence[bool],
+    workspace_bytes: int,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """fp32 gradients of the kept hidden states [K, D], of the weight and of the bias, or None.
+
+    saved: each row's normalizer, centre, mean and power-of-two scale; coefficient: the factor of
+    the row's scaled logit gradient. It is applied to dH in fp32; in dW to the hidden states,
+    divided by the largest of them, so that rows of equal weight get powers of two and round
+    nothing.
+    """
+    hidden, full_weight = heads.student.hidden, heads.student.weight
+    n_rows, weight = hidden.shape[0], full_weight[:vocab_size]
+    need_hidden, need_weight, need_bias = needs
+    single = coefficient_K.new_zeros
+    dh_KD = single(hidden.shape) if need_hidden else None
+    dw_VD = single(full_weight.shape) if need_weight else None
+    dbias_V = single(full_weight.shape[0]) if need_bias else None
+    largest = coefficient_K.abs().amax()
+    share_K1 = (coefficient_K / torch.where(largest > 0, largest, 1.0))[:, None]
+    rounded = hidden.dtype != torch.float32
+    mean_row_D = weight.mean(0, dtype=torch.float32) if rounded and need_hidden else None
+    height = workspace_bytes // (vocab_size * hidden.element_size()) // heads.config.BM
+    height = min(max(height, 1) * heads.config.BM, n_rows)
+    buffer = hidden.new_empty((height, vocab_size))
+    for start in range(0, n_rows, height):
+        rows = slice(start, min(start + height, n_rows))
+        dz_CV = buffer[: rows.stop - rows.start]
+        residual_C, dbias = _gradient_tile(
+            heads, saved, coefficient_K, rows, dz_CV, mean_row_D is not None, need_bias,
+            divergence, beta,
+        )  # fmt: skip
+        if dh_KD is not None:
+            hidden_gradient_into(dh_KD[rows], dz_CV, weight)
+            if residual_C is not None:
+                dh_KD[rows] -= residual_C[:, None] * mean_row_D
+        if dw_VD is not None:
+            weighted = (hidden[rows] * share_K1[rows]).to(hidden.dtype)
+            add_weight_gradient(dw_VD[:vocab_size], dz_CV, weighted)
+        if dbias_V is not None:
+            dbias_V[:vocab_size] += dbias
+    if dh_KD is not None:
+        dh_KD *= coefficient_K[:, None]
+    if dw_VD is not None:
+        dw_VD *= largest
+    return dh_KD, dw_VD, dbias_V
+
+
+def _gradient_tile(
+    heads: Heads,
+    saved: Tensor,
+    coefficient_K: Tensor,
+    rows: slice,
+    dz_CV: Tensor,
+    residual: bool,
+    bias: bool,
+    divergence: int,
+    beta: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills `dz_CV` for `rows`; returns the rounding's row sums [C] and the bias gradient [V]."""
+    n_rows, V = dz_CV.shape
+    blocks, tiles = triton.cdiv(n_rows, heads.config.BM), triton.cdiv(V, heads.config.BN)
+    residuals = saved.new_empty((tiles, n_rows)) if residual else None
+    dbias = saved.new_empty((blocks, V)) if bias else None
+    gradient_kernel[(blocks * tiles,)](
+        heads.student, heads.teacher, *saved, coefficient_K, dz_CV, residuals, dbias, beta,
+        rows.start, rows.stop, V, tiles,
+        DIVERGENCE=divergence, MASKED=heads.masked, **heads.launch_options(),
+    )  # fmt: skip
+    return (
+        None if residuals is None else residuals.sum(0),
+        None if dbias is None else dbias.sum(0),
+    )

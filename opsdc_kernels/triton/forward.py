@@ -1,0 +1,283 @@
+"""Forward kernels: both head GEMMs and the statistics of both distributions, no logit written.
+
+The vocabulary is cut into PARTS; one program walks over the tiles of one part for one block of rows
+and leaves FIELDS numbers per row. `combine_kernel` merges the parts from left to right, so the
+result does not depend on how programs were scheduled. JSD needs both normalizers before its terms:
+`jsd_kernel` is a second pass over the tiles (two more GEMM units).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opsdc_kernels.triton.configs import ENABLE_FP_FUSION, Config
+from opsdc_kernels.triton.heads import Heads
+from opsdc_kernels.triton.tiles import (
+    Mass,
+    Statistics,
+    empty_statistics,
+    log1p,
+    log_mass,
+    log_ratio_to_mixture,
+    logit_tile,
+    merge,
+    program_tile,
+    psi,
+    tile_statistics,
+)
+
+FIELDS = tl.constexpr(14)  # `Statistics`, flat, then both logits of the target token
+COMBINE_ROWS = 64
+RESULTS = 11  # rows of `store_results`
+
+
+@triton.jit
+def statistics_kernel(
+    student,
+    teacher,
+    target_ptr,
+    state_ptr,
+    N,
+    V,
+    tiles_per_part,
+    PARTS,
+    SHARED: tl.constexpr,
+    BASE_TEACHER: tl.constexpr,
+    MASKED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """state[part, field, row] of every part."""
+    block, part = program_tile(N, BM, GROUP, PARTS)
+    row0 = block * BM
+    rows = row0 + tl.arange(0, BM)
+    inside = rows < N
+    stats = empty_statistics(BM)
+    s_target = stats.student.peak
+    t_target = stats.teacher.peak
+    if target_ptr is not None:
+        target = tl.load(target_ptr + rows, mask=inside, other=-1)
+    begin = part * tiles_per_part
+    for tile in range(begin, tl.minimum(begin + tiles_per_part, tl.cdiv(V, BN))):
+        col0 = tile * BN
+        cols = col0 + tl.arange(0, BN)
+        s, t, d, _ = logit_tile(
+            student, teacher, row0, col0, N, V, SHARED, BM, BN, BK, EVEN, UPCAST
+        )
+        if target_ptr is not None:
+            hit = cols[None, :] == target[:, None]
+            s_target = tl.maximum(s_target, tl.max(tl.where(hit, s, float("-inf")), 1))
+            t_target = tl.maximum(t_target, tl.max(tl.where(hit, t, float("-inf")), 1))
+        stats = merge(stats, tile_statistics(s, t, d, cols, V, BASE_TEACHER, MASKED), BASE_TEACHER)
+    out = state_ptr + tl.cast(part, tl.int64) * FIELDS * N + rows
+    store_mass(out, N, stats.student, inside)
+    store_mass(out + 5 * N, N, stats.teacher, inside)
+    tl.store(out + 10 * N, stats.mean, mask=inside)
+    tl.store(out + 11 * N, stats.kl, mask=inside)
+    tl.store(out + 12 * N, s_target, mask=inside)
+    tl.store(out + 13 * N, t_target, mask=inside)
+
+
+@triton.jit
+def store_mass(out, N, mass, inside):
+    tl.store(out, mass.peak, mask=inside)
+    tl.store(out + N, mass.joint, mask=inside)
+    tl.store(out + 2 * N, mass.outside, mask=inside)
+    tl.store(out + 3 * N, mass.moment, mask=inside)
+    tl.store(out + 4 * N, mass.argmax.to(tl.float32), mask=inside)  # exact below 2**24
+
+
+@triton.jit
+def load_mass(state, N, inside):
+    return Mass(
+        tl.load(state, mask=inside, other=0.0),
+        tl.load(state + N, mask=inside, other=0.0),
+        tl.load(state + 2 * N, mask=inside, other=0.0),
+        tl.load(state + 3 * N, mask=inside, other=0.0),
+        tl.load(state + 4 * N, mask=inside, other=0.0).to(tl.int32),
+    )
+
+
+@triton.jit
+def logsumexp_and_entropy(mass):
+    total = mass.joint + mass.outside
+    entropy = tl.log(total) - mass.moment / total
+    return mass.peak + tl.log(total), tl.maximum(entropy, 0.0)
+
+
+@triton.jit
+def store_results(stats, s_target, t_target, out, N, inside, DIVERGENCE: tl.constexpr):
+    """out[field, row]: divergence, logsumexp, entropy and target log-probability of student and
+    teacher (interleaved), agreement; then for the gradient: its normalizer and centre, and the
+    kl over the columns finite on both sides.
+
+    Mass outside those columns enters as log1p(outside / joint): exact, and 0 where there is none. A
+    column that the base has and the other side excludes makes the divergence infinite.
+    """
+    student = stats.student
+    teacher = stats.teacher
+    lse_s, entropy_s = logsumexp_and_entropy(student)
+    lse_t, entropy_t = logsumexp_and_entropy(teacher)
+    outside_s = log1p(student.outside / student.joint)
+    outside_t = log1p(teacher.outside / teacher.joint)
+    normalizer = lse_s
+    if DIVERGENCE == 0:
+        value = tl.where(student.outside > 0, float("inf"), stats.kl + outside_t)
+        normalizer = log_mass(student)
+        centre = stats.mean
+    elif DIVERGENCE == 1:
+        value = tl.where(teacher.outside > 0, float("inf"), stats.kl + outside_s)
+        centre = outside_t - outside_s - (stats.mean + stats.kl)
+    else:
+        value = stats.kl
+        centre = outside_t - outside_s + (stats.mean + stats.kl)
+    agreement = (student.argmax == teacher.argmax).to(tl.float32)
+    tl.store(out, value, mask=inside)
+    tl.store(out + N, lse_s, mask=inside)
+    tl.store(out + 2 * N, lse_t, mask=inside)
+    tl.store(out + 3 * N, entropy_s, mask=inside)
+    tl.store(out + 4 * N, entropy_t, mask=inside)
+    tl.store(out + 5 * N, agreement, mask=inside)
+    tl.store(out + 6 * N, s_target - lse_s, mask=inside)
+    tl.store(out + 7 * N, t_target - lse_t, mask=inside)
+    tl.store(out + 8 * N, normalizer, mask=inside)
+    tl.store(out + 9 * N, centre, mask=inside)
+    tl.store(out + 10 * N, stats.kl, mask=inside)
+
+
+@triton.jit
+def combine_kernel(state_ptr, out_ptr, N, PARTS, DIVERGENCE: tl.constexpr, BM: tl.constexpr):
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = rows < N
+    stats = empty_statistics(BM)
+    s_target = stats.student.peak
+    t_target = stats.teacher.peak
+    for part in range(0, PARTS):
+        state = state_ptr + tl.cast(part, tl.int64) * FIELDS * N + rows
+        new = Statistics(
+            load_mass(state, N, inside),
+            load_mass(state + 5 * N, N, inside),
+            tl.load(state + 10 * N, mask=inside, other=0.0),
+            tl.load(state + 11 * N, mask=inside, other=0.0),
+        )
+        stats = merge(stats, new, DIVERGENCE == 1)
+        s_target = tl.maximum(s_target, tl.load(state + 12 * N, mask=inside, other=0.0))
+        t_target = tl.maximum(t_target, tl.load(state + 13 * N, mask=inside, other=0.0))
+    store_results(stats, s_target, t_target, out_ptr + rows, N, inside, DIVERGENCE)
+
+
+@triton.jit
+def jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta):
+    """Sums over the columns of the JSD's terms, each >= 0, and of q log(mixture / q).
+
+    With a = log(mixture / q), b = log(mixture / p) a column's term is (1 - beta) q psi(a) +
+    beta p psi(b); past 0.5 the exponentials are the mixture itself and cannot overflow.
+    """
+    q = tl.exp(s - lse_s[:, None])
+    p = tl.exp(t - lse_t[:, None])
+    r = d - log_ratio[:, None]
+    mixture = (1 - beta) * q + beta * p
+    a = log_ratio_to_mixture(r, beta)
+    b = log_ratio_to_mixture(-r, 1 - beta)
+    far_q = mixture - tl.where(q > 0, q * (1 + a), 0.0)
+    far_p = mixture - tl.where(p > 0, p * (1 + b), 0.0)
+    from_q = tl.where(a < 0.5, q * psi(tl.minimum(a, 0.5)), far_q)
+    from_p = tl.where(b < 0.5, p * psi(tl.minimum(b, 0.5)), far_p)
+    value = tl.sum((1 - beta) * from_q + beta * from_p, 1)
+    return value, tl.sum(tl.where(q > 0, q * a, 0.0), 1)
+
+
+@triton.jit
+def jsd_kernel(
+    student,
+    teacher,
+    lse_s_ptr,
+    lse_t_ptr,
+    log_ratio_ptr,
+    out_ptr,
+    beta,
+    N,
+    V,
+    tiles_per_part,
+    PARTS,
+    SHARED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """out[0, part, row] and out[1, part, row]: the sums of `jsd_terms`."""
+    block, part = program_tile(N, BM, GROUP, PARTS)
+    row0 = block * BM
+    rows = row0 + tl.arange(0, BM)
+    inside = rows < N
+    beta = tl.cast(beta, tl.float32)
+    lse_s = tl.load(lse_s_ptr + rows, mask=inside, other=0.0)
+    lse_t = tl.load(lse_t_ptr + rows, mask=inside, other=0.0)
+    log_ratio = tl.load(log_ratio_ptr + rows, mask=inside, other=0.0)
+    value = tl.zeros([BM], tl.float32)
+    mean = tl.zeros([BM], tl.float32)
+    begin = part * tiles_per_part
+    for tile in range(begin, tl.minimum(begin + tiles_per_part, tl.cdiv(V, BN))):
+        s, t, d, _ = logit_tile(
+            student, teacher, row0, tile * BN, N, V, SHARED, BM, BN, BK, EVEN, UPCAST
+        )
+        more, more_mean = jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta)
+        value += more
+        mean += more_mean
+    out = out_ptr + tl.cast(part, tl.int64) * N + rows
+    tl.store(out, value, mask=inside)
+    tl.store(out + tl.cast(PARTS, tl.int64) * N, mean, mask=inside)
+
+
+def forward(
+    heads: Heads, target_ids_N: Tensor | None, divergence: int, beta: float, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Results [RESULTS, N] fp32 (see `store_results`) and, for JSD, E_q[log(mixture / q)] [N]."""
+    student, teacher, config = heads.student, heads.teacher, heads.config
+    n_rows, V = student.hidden.shape[0], vocab_size
+    tiles_per_part, parts = vocabulary_parts(n_rows, V, config, heads.processors)
+    grid = (triton.cdiv(n_rows, config.BM) * parts,)
+    single = torch.empty((), dtype=torch.float32, device=student.hidden.device).new_empty
+    state, results = single((parts, FIELDS.value, n_rows)), single((RESULTS, n_rows))
+    statistics_kernel[grid](
+        student, teacher, target_ids_N, state, n_rows, V, tiles_per_part, parts,
+        BASE_TEACHER=divergence == 1, MASKED=heads.masked, **heads.launch_options(),
+    )  # fmt: skip
+    combine_kernel[(triton.cdiv(n_rows, COMBINE_ROWS),)](
+        state, results, n_rows, parts,
+        DIVERGENCE=divergence, BM=COMBINE_ROWS, num_warps=1, enable_fp_fusion=ENABLE_FP_FUSION,
+    )  # fmt: skip
+    if divergence != 2:
+        return results, torch.zeros_like(results[0])
+    sums = single((2, parts, n_rows))
+    jsd_kernel[grid](
+        student, teacher, results[1], results[2], results[9], sums, beta,
+        n_rows, V, tiles_per_part, parts, **heads.launch_options(),
+    )  # fmt: skip
+    value, mean = sums.sum(1)
+    results[0] = value
+    return results, mean
+
+
+def vocabulary_parts(n_rows: int, V: int, config: Config, processors: int) -> tuple[int, int]:
+    """(tiles per part, parts): enough parts to fill the device, in as few and full waves as can."""
+    blocks = triton.cdiv(n_rows, config.BM)
+    tiles = triton.cdiv(V, config.BN)
+    least = triton.cdiv(processors, min(blocks, config.GROUP))
+
+    def steps(parts: int) -> int:
+        return triton.cdiv(blocks * parts, processors) * triton.cdiv(tiles, parts)
+
+    parts = min(min(range(least, 4 * least), key=steps), tiles)
+    tiles_per_part = triton.cdiv(tiles, parts)
+    return tiles_per_part, triton.cdiv(tiles, tiles_per_part)
