@@ -1,0 +1,103 @@
+import pytest
+import torch
+
+from opsdc.config import TeacherConfig
+from opsdc.model import read_head
+from opsdc.teacher import Teacher
+from tests_tiny import tiny_model
+
+
+def snapshot(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def equal(a, b):
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def move(model, amount=0.1):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(amount)
+
+
+def weights_of(teacher, model):
+    with teacher.weights():
+        return snapshot(model)
+
+
+def test_scoring_uses_the_copy_and_puts_the_student_back():
+    model = tiny_model()
+    start, teacher = snapshot(model), Teacher(model, TeacherConfig(mode="frozen"))
+    move(model)
+    moved = snapshot(model)
+    assert equal(weights_of(teacher, model), start)
+    assert equal(snapshot(model), moved)
+
+
+def test_the_student_is_back_after_an_error():
+    model = tiny_model()
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    move(model)
+    moved = snapshot(model)
+    with pytest.raises(RuntimeError), teacher.weights():
+        raise RuntimeError
+    assert equal(snapshot(model), moved)
+
+
+def test_refresh_copies_after_every_mth_update_and_at_no_other_time():
+    model = tiny_model()
+    teacher = Teacher(model, TeacherConfig(mode="refresh", refresh_steps=3))
+    seen = {0: snapshot(model)}
+    for step in range(1, 8):
+        move(model)
+        seen[step] = snapshot(model)
+        assert teacher.after_update(step) == (step in (3, 6))
+        last = step - step % 3
+        assert teacher.version == last
+        assert equal(weights_of(teacher, model), seen[last])
+
+
+def test_frozen_never_changes_and_ema_follows_its_formula():
+    for mode in ("frozen", "ema"):
+        model = tiny_model()
+        expected = snapshot(model)
+        teacher = Teacher(model, TeacherConfig(mode=mode, ema_decay=0.9))
+        for step in range(1, 4):
+            move(model)
+            teacher.after_update(step)
+            if mode == "ema":
+                now = snapshot(model)
+                expected = {n: 0.9 * expected[n] + 0.1 * now[n] for n in now}
+        found = weights_of(teacher, model)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)
+
+
+def test_live_is_the_student_itself():
+    model = tiny_model()
+    teacher = Teacher(model, TeacherConfig(mode="live"))
+    move(model)
+    assert teacher.is_student
+    assert equal(weights_of(teacher, model), snapshot(model))
+    assert teacher.head().weight is read_head(model).weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_teacher_has_its_own_head_where_the_head_is_trained(tied):
+    model = tiny_model(tied=tied)
+    start = read_head(model).weight.detach().clone()
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    move(model)
+    assert torch.equal(teacher.head().weight, start)
+    assert not torch.equal(read_head(model).weight, start)
+
+
+def test_lora_copies_the_adapter_alone():
+    peft = pytest.importorskip("peft")
+    base = tiny_model("qwen3")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear"))
+    teacher = Teacher(model, TeacherConfig(mode="refresh", refresh_steps=1))
+    copied = sum(c.numel() for c in teacher._copies)
+    assert copied == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
+    assert teacher.head().weight is read_head(model).weight

@@ -1,0 +1,190 @@
+"""One step on a tiny model: layouts, normalisation and backends must not change the gradient."""
+
+import math
+
+import pytest
+import torch
+
+from opsdc.batch import Pair
+from opsdc.config import OPSDCConfig, TeacherConfig
+from opsdc.teacher import Teacher
+from opsdc.update import Layout, backward, teacher_hidden_states, update
+from tests_tiny import tiny_model
+
+PROMPT, INSTRUCTION = [1, 20, 21, 22], [50, 51, 52, 53, 54]
+
+
+def pairs(lengths=(9, 3, 14, 1, 6, 12, 2, 7)):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        Pair(
+            student_prompt_ids=PROMPT,
+            teacher_prompt_ids=INSTRUCTION + PROMPT,
+            response_ids=torch.randint(3, 260, (n,), generator=generator).tolist(),
+        )
+        for n in lengths
+    ]
+
+
+def layout(packed=False, max_tokens=10_000):
+    return Layout(packed=packed, max_tokens=max_tokens, pad_id=0, dtype=torch.float32)
+
+
+def gradients(model, config, where, *, teacher_mode="frozen", batch=None):
+    """Loss and gradients of a whole step; the student has moved away from its teacher."""
+    teacher = Teacher(model, TeacherConfig(mode=teacher_mode))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)
+    batch = batch or pairs()
+    kept = teacher_hidden_states(model, teacher, batch, where)
+    loss, stats = backward(model, teacher, batch, kept, where, config)
+    return loss, {n: p.grad.clone() for n, p in model.named_parameters()}, stats
+
+
+def relative(a, b):
+    """Distance of two gradients relative to the first, over all parameters."""
+    difference = sum(float((a[n] - b[n]).square().sum()) for n in a)
+    return math.sqrt(difference / sum(float(a[n].square().sum()) for n in a))
+
+
+def config(**loss):
+    return OPSDCConfig.from_dict({"loss": loss})
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_micro_batches_and_packing_change_nothing(kind, tied, normalization):
+    settings = config(normalization=normalization)
+    base = gradients(tiny_model(kind, tied=tied), settings, layout())
+    assert base[0] > 1e-3
+    # One forward of 8, 2×4-ish, 8×1; padded and packed.
+    for where in (
+        layout(max_tokens=40),
+        layout(max_tokens=1),
+        layout(packed=True),
+        layout(packed=True, max_tokens=40),
+        layout(packed=True, max_tokens=1),
+    ):
+        loss, grads, _ = gradients(tiny_model(kind, tied=tied), settings, where)
+        assert loss == pytest.approx(base[0], rel=1e-5)
+        assert relative(base[1], grads) <= 1e-5
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("teacher_mode", ["frozen", "live"])
+def test_chunked_equals_reference(divergence, teacher_mode):
+    found = [
+        gradients(
+            tiny_model(),
+            config(divergence=divergence, backend=backend),
+            layout(),
+            teacher_mode=teacher_mode,
+        )
+        for backend in ("reference", "chunked")
+    ]
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert relative(found[0][1], found[1][1]) <= 1e-5
+
+
+def naive_loss(model, teacher, batch, normalization):
+    """Straight from the paper: two full log-softmaxes, one sequence at a time, in float64."""
+    total, tokens = 0.0, sum(len(p.response_ids) for p in batch)
+    for p in batch:
+        n = len(p.response_ids)
+        with teacher.weights(), torch.no_grad():
+            ids = torch.tensor([[*p.teacher_prompt_ids, *p.response_ids]])
+            t = model(ids).logits[0, -n - 1 : -1].double().log_softmax(-1)
+        ids = torch.tensor([[*p.student_prompt_ids, *p.response_ids]])
+        s = model(ids).logits[0, -n - 1 : -1].double().log_softmax(-1)
+        kl = (s.exp() * (s - t)).sum(-1)
+        total = total + (kl.mean() / len(batch) if normalization == "sequence" else kl.sum() / tokens)
+    return total
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_the_step_is_the_paper_formula(normalization):
+    """Alignment, masks, prompts, teacher weights and normalisation against a naive loop."""
+    loss, grads, _ = gradients(tiny_model(), config(normalization=normalization), layout())
+    model = tiny_model()
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)
+    expected = naive_loss(model, teacher, pairs(), normalization)
+    expected.backward()
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert relative({n: p.grad for n, p in model.named_parameters()}, grads) <= 1e-5
+
+
+def test_gradient_checkpointing_changes_nothing():
+    base = gradients(tiny_model(), config(), layout())
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    loss, grads, _ = gradients(model, config(), layout())
+    assert loss == base[0]
+    assert relative(base[1], grads) <= 1e-6
+
+
+def test_empty_responses_are_in_no_mean():
+    batch = pairs((5, 4))
+    hole = Pair(student_prompt_ids=PROMPT, teacher_prompt_ids=PROMPT, response_ids=[])
+    results = []
+    for some in (batch, [batch[0], hole, batch[1]]):
+        model = tiny_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        teacher = Teacher(model, TeacherConfig(mode="frozen"))
+        results.append(update(model, teacher, some, optimizer, layout(), config()))
+    assert results[0].loss == results[1].loss > 0
+    assert len(results[1].divergence) == 9
+
+
+def test_a_step_without_any_token_is_skipped():
+    model = tiny_model()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    hole = Pair(student_prompt_ids=PROMPT, teacher_prompt_ids=PROMPT, response_ids=[])
+    result = update(
+        model, Teacher(model, TeacherConfig()), [hole, hole], optimizer, layout(), config()
+    )
+    assert result.skipped
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("where", ["parameter", "gradient"])
+def test_a_step_that_is_not_finite_touches_nothing(where):
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    update(model, teacher, pairs(), optimizer, layout(), config())
+    weight = model.model.layers[0].mlp.up_proj.weight
+    if where == "parameter":
+        with torch.no_grad():
+            weight[0, 0] = math.nan
+    else:
+        weight.register_hook(lambda grad: grad * math.inf)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    moments = {n: optimizer.state[p]["exp_avg"].clone() for n, p in model.named_parameters()}
+    result = update(model, teacher, pairs(), optimizer, layout(), config())
+    assert result.skipped
+    for name, p in model.named_parameters():
+        assert torch.equal(p.nan_to_num(7), before[name].nan_to_num(7))
+        assert torch.equal(optimizer.state[p]["exp_avg"], moments[name])
+
+
+def test_same_prompt_and_weights_give_exactly_zero():
+    model = tiny_model()
+    same = [
+        Pair(student_prompt_ids=PROMPT, teacher_prompt_ids=PROMPT, response_ids=p.response_ids)
+        for p in pairs()
+    ]
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    kept = teacher_hidden_states(model, teacher, same, layout())
+    loss, stats = backward(model, teacher, same, kept, layout(), config())
+    assert loss == 0
+    assert all(float(s.divergence.abs().max()) == 0 for s in stats)
+    assert all(float(p.grad.abs().max()) == 0 for p in model.parameters())
