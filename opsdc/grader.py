@@ -6,6 +6,7 @@ it did not survive, and ends with this program.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,16 +43,16 @@ def math_verify(gold: str, texts: list[str]) -> list[tuple[bool, str | None]]:
 def reasoning_gym(entry: dict[str, Any], answer: str) -> float:
     """The task's own score of `answer`, 0 to 1. `entry` holds task, options (with seed), index.
 
-    Raises ConfigError where reasoning-gym is not installed, or where the task's scorer wants to
-    run the answer as Python.
+    Raises ConfigError where reasoning-gym is not installed, or where the task's scorer cannot
+    do without running answers as Python.
     """
     reply = _ask({"kind": "reasoning_gym", "entry": entry, "answer": answer})
     if reply is None:
         return 0.0
-    if reply["refused"]:
+    if reply.get("unusable"):
         raise ConfigError(
             f"the scorer of reasoning_gym:{entry['task']} evaluates answers as Python, which OPSDC "
-            "does not let a model's output do; use eval.scorer exact, number or answer_line"
+            "lets no model's output do; use eval.scorer exact, number or answer_line"
         )
     return float(reply["score"])
 
@@ -73,7 +74,10 @@ def _ask(request: dict[str, Any]) -> dict[str, Any] | None:
             _stop()
             raise
         if not line.endswith(b"\n"):
-            _stop()
+            status = _stop()
+            # A signal is a limit at work (CPU time, memory); an exit status is a defect.
+            if status >= 0:
+                raise RuntimeError(f"{_PROGRAM} ended with status {status}; run it by hand")
             return None
     reply: dict[str, Any] = json.loads(line)
     if "missing" in reply:
@@ -103,15 +107,20 @@ def _running() -> subprocess.Popen[bytes]:
     return _process
 
 
-def _stop() -> None:
+def _stop() -> int:
+    """Ends the process, if it has not ended itself, and says how it ended."""
     global _process
+    status = 0
     if _process is not None and _owner_pid == os.getpid():
         for pipe in (_process.stdin, _process.stdout):
             if pipe is not None:
-                try:
+                # What was left to write has no reader any more.
+                with contextlib.suppress(OSError):
                     pipe.close()
-                except OSError:
-                    pass  # What was left to write has no reader any more.
+        # Its pipes are closed, so it is ending; a hang in C is not worth more than a second.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _process.wait(timeout=1.0)
         _process.kill()
-        _process.wait()
+        status = _process.wait()
     _process = None
+    return status

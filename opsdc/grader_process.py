@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import resource
@@ -21,15 +22,23 @@ import signal
 import sys
 from typing import Any
 
-_CPU_LIMIT_S = 10.0
+_CPU_LIMIT_S = 3.0  # A usual comparison takes 0.01, one in a thousand 0.3.
 _MEMORY_LIMIT_BYTES = 8 << 30
 
 
 class _NoEval:
-    """Refuses to compile text into Python while a model's answer is being looked at.
+    """Lets no text become Python while a model's answer is being looked at, numerals excepted.
 
-    sympy's parse_expr and several of reasoning-gym's scorers call eval() on the answer.
+    Several of reasoning-gym's scorers call eval() on the answer, and so does sympy's parse_expr,
+    through which math-verify reads "1/2". Python announces every compilation to audit hooks.
     """
+
+    # What sympy makes of numerals and arithmetic: "Integer (1 )/Integer (2 )", "Float ('0.5' )".
+    _ARITHMETIC = re.compile(
+        r"from sympy import \*|(?:(?:Integer|Float)(?= *\()|[\d\s.+\-*/()',]|(?<=\d)[eE])*"
+    )
+    # These compile code they wrote themselves: multiplication of monomials, lazy class definitions.
+    _GENERATORS = frozenset({"sympy.polys.monomials", "collections", "dataclasses"})
 
     def __init__(self) -> None:
         self.armed = False
@@ -37,8 +46,16 @@ class _NoEval:
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
-        # Files (lazy imports) have real names; text handed to eval() is called "<string>".
-        if self.armed and event == "compile" and str(arguments[1]).startswith("<"):
+        if not self.armed or event != "compile":
+            return
+        source, filename = arguments
+        # A lazy import compiles a file, which has a name. A syntax tree (None) was parsed before.
+        if source is None or not str(filename).startswith("<"):
+            return
+        if sys._getframe(1).f_globals.get("__name__") in self._GENERATORS:
+            return
+        text = source.decode("utf-8", "replace") if isinstance(source, bytes) else str(source)
+        if not self._ARITHMETIC.fullmatch(text):
             self.refused = True
             raise PermissionError("an answer is not evaluated as Python")
 
@@ -73,30 +90,34 @@ def _parse_gold(gold: str) -> Any:
 
 
 def _load_math_verify() -> None:
-    import math_verify.parser as parser
-
-    def without_eval(expression: str) -> Any:
-        # math-verify hands arithmetic outside LaTeX ("12/5 + 3") to sympy's parse_expr, which is
-        # an eval(); its LaTeX grammar reads the same characters.
-        latex = re.sub(r"\*\*\s*(-?\d+)", r"^{\1}", expression)
-        latex = latex.replace("×", r" \times ").replace("*", r" \times ").replace("÷", "/")
-        return parser.parse_latex_cached(latex)
-
-    parser.parse_expr_cached = without_eval
-    # First use builds grammars and tables; it must not count against the first answer.
+    logging.disable(logging.CRITICAL)
+    # First use builds grammars and tables; that must not count against the first answer.
     _compare(r"\boxed{\frac{1}{2}}", "The answer is 2/4.")
 
 
 def _reasoning_gym(entry: dict[str, Any], answer: str, no_eval: _NoEval) -> dict[str, Any]:
     """The task's own score of an answer to its problem number `index`, made again from its seed."""
-    dataset = _dataset(entry["task"], json.dumps(entry["options"]))
+    task, options = entry["task"], json.dumps(entry["options"])
+    dataset = _dataset(task, options)
     problem = dataset[entry["index"]]
+    if (task, options) not in _usable_tasks:
+        # A scorer that cannot do without eval() would find every answer wrong: say so at once.
+        _score(dataset, str(problem["answer"]), problem, no_eval)
+        if no_eval.refused:
+            return {"unusable": True}
+        _usable_tasks.add((task, options))
+    return {"score": _score(dataset, answer, problem, no_eval)}
+
+
+_usable_tasks: set[tuple[str, str]] = set()
+
+
+def _score(dataset: Any, answer: str, problem: dict[str, Any], no_eval: _NoEval) -> float:
     with _cpu_limit(), no_eval:
         try:
-            score = float(dataset.score_answer(answer, problem))
+            return float(dataset.score_answer(answer, problem))
         except Exception:  # A scorer that cannot read an answer has found it wrong.
-            score = 0.0
-    return {"score": score, "refused": no_eval.refused}
+            return 0.0
 
 
 @functools.lru_cache(maxsize=4)
@@ -139,7 +160,11 @@ def _main() -> None:
     with contextlib.suppress(ValueError, OSError):  # A lower limit is already in force.
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, _MEMORY_LIMIT_BYTES))
     for line in sys.stdin.buffer:
-        replies.write(json.dumps(_reply(json.loads(line), no_eval, loaded)) + "\n")
+        try:
+            reply = _reply(json.loads(line), no_eval, loaded)
+        except MemoryError:
+            os.kill(os.getpid(), signal.SIGKILL)  # As if the kernel had: nothing here is sound now.
+        replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
 
