@@ -16,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from opsdc_kernels.gemm import add_weight_gradient, hidden_gradient_into
+from opsdc_kernels.triton.configs import Config
 from opsdc_kernels.triton.heads import Heads
-from opsdc_kernels.triton.tiles import expm1, log_ratio_to_mixture, logit_tile, program_tile
+from opsdc_kernels.triton.numerics import expm1, log_ratios_to_mixture
+from opsdc_kernels.triton.tiles import columns, load_factor, logits, product_tile, program_tile
 
 
 @triton.jit
@@ -36,7 +38,8 @@ def logit_gradient(
         c = tl.where(c < 20, q * expm1(tl.minimum(c, 20.0)), far)
     else:
         if DIVERGENCE == 2:
-            c = log_ratio_to_mixture(c, beta) - mean[:, None]
+            c, _ = log_ratios_to_mixture(c, beta)
+            c -= mean[:, None]
         c = q * c
     if MASKED:
         c = tl.where(s == float("-inf"), 0.0, c)
@@ -68,6 +71,7 @@ def gradient_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SLICES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -81,34 +85,37 @@ def gradient_kernel(
     row0 = row_begin + block * BM
     rows = row0 + tl.arange(0, BM)
     inside = rows < row_end
-    cols = tile * BN + tl.arange(0, BN)
     normalizer = tl.load(normalizer_ptr + rows, mask=inside, other=0.0)
     centre = tl.load(centre_ptr + rows, mask=inside, other=0.0)
     scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
+    coefficient = tl.load(coefficient_ptr + rows, mask=inside, other=0.0)
     mean = tl.zeros_like(centre)
     if DIVERGENCE == 2:
         mean = tl.load(mean_ptr + rows, mask=inside, other=0.0)
-    s, t, d, u = logit_tile(
+    beta = tl.cast(beta, tl.float32)
+    factor = load_factor(teacher, row0, row_end, BM)
+    acc, acc_t = product_tile(
         student, teacher, row0, tile * BN, row_end, V, SHARED, BM, BN, BK, EVEN, UPCAST
     )
-    beta = tl.cast(beta, tl.float32)
-    g = logit_gradient(s, t, d, normalizer, centre, mean, beta, DIVERGENCE, MASKED)
-    if student.post is not None:
-        g *= 1 - u * u
-    g *= scale[:, None]
-    rounded = g.to(dz_ptr.dtype.element_ty)
-    valid = inside[:, None] & (cols < V)[None, :]
-    out = dz_ptr + tl.cast(block * BM, tl.int64) * V + tile * BN
-    offsets = tl.arange(0, BM)[:, None] * tl.cast(V, tl.int64) + tl.arange(0, BN)[None, :]
-    tl.store(out + offsets, rounded, mask=valid)
+    acc, acc_t = columns(acc, SLICES), columns(acc_t, SLICES)
+    residual = tl.zeros_like(centre)
+    for i in tl.static_range(SLICES):
+        cols = tile * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
+        s, t, d, u = logits(student, teacher, acc[i], acc_t[i], factor, cols, V, SHARED)
+        g = logit_gradient(s, t, d, normalizer, centre, mean, beta, DIVERGENCE, MASKED)
+        if student.post is not None:
+            g *= 1 - u * u
+        g *= scale[:, None]
+        valid = inside[:, None] & (cols < V)[None, :]
+        rounded = g.to(dz_ptr.dtype.element_ty)
+        row_offsets = tl.cast(local, tl.int64) * V
+        tl.store(dz_ptr + row_offsets[:, None] + cols[None, :], rounded, mask=valid)
+        residual += tl.sum(tl.where(valid, rounded.to(tl.float32) - g, 0.0), 1)
+        if dbias_ptr is not None:
+            column = tl.sum(tl.where(valid, g * coefficient[:, None], 0.0), 0)
+            tl.store(dbias_ptr + tl.cast(block, tl.int64) * V + cols, column, mask=cols < V)
     if residual_ptr is not None:
-        excess = tl.where((cols < V)[None, :], rounded.to(tl.float32) - g, 0.0)
-        residual = residual_ptr + tl.cast(tile, tl.int64) * C + local
-        tl.store(residual, tl.sum(excess, 1), mask=inside)
-    if dbias_ptr is not None:
-        coefficient = tl.load(coefficient_ptr + rows, mask=inside, other=0.0)
-        column = tl.sum(tl.where(valid, g * coefficient[:, None], 0.0), 0)
-        tl.store(dbias_ptr + tl.cast(block, tl.int64) * V + cols, column, mask=cols < V)
+        tl.store(residual_ptr + tl.cast(tile, tl.int64) * C + local, residual, mask=inside)
 
 
 def backward(
@@ -131,6 +138,7 @@ def backward(
     hidden, full_weight = heads.student.hidden, heads.student.weight
     n_rows, weight = hidden.shape[0], full_weight[:vocab_size]
     need_hidden, need_weight, need_bias = needs
+    config = heads.config("gradient", bias_gradient=need_bias)
     single = coefficient_K.new_zeros
     dh_KD = single(hidden.shape) if need_hidden else None
     dw_VD = single(full_weight.shape) if need_weight else None
@@ -139,24 +147,24 @@ def backward(
     share_K1 = (coefficient_K / torch.where(largest > 0, largest, 1.0))[:, None]
     rounded = hidden.dtype != torch.float32
     mean_row_D = weight.mean(0, dtype=torch.float32) if rounded and need_hidden else None
-    height = workspace_bytes // (vocab_size * hidden.element_size()) // heads.config.BM
-    height = min(max(height, 1) * heads.config.BM, n_rows)
+    height = workspace_bytes // (vocab_size * hidden.element_size()) // config.BM
+    height = min(max(height, 1) * config.BM, n_rows)
     buffer = hidden.new_empty((height, vocab_size))
     for start in range(0, n_rows, height):
         rows = slice(start, min(start + height, n_rows))
         dz_CV = buffer[: rows.stop - rows.start]
         residual_C, dbias = _gradient_tile(
-            heads, saved, coefficient_K, rows, dz_CV, mean_row_D is not None, need_bias,
+            heads, config, saved, coefficient_K, rows, dz_CV, mean_row_D is not None, need_bias,
             divergence, beta,
         )  # fmt: skip
         if dh_KD is not None:
             hidden_gradient_into(dh_KD[rows], dz_CV, weight)
-            if residual_C is not None:
+            if residual_C is not None and mean_row_D is not None:
                 dh_KD[rows] -= residual_C[:, None] * mean_row_D
         if dw_VD is not None:
             weighted = (hidden[rows] * share_K1[rows]).to(hidden.dtype)
             add_weight_gradient(dw_VD[:vocab_size], dz_CV, weighted)
-        if dbias_V is not None:
+        if dbias_V is not None and dbias is not None:
             dbias_V[:vocab_size] += dbias
     if dh_KD is not None:
         dh_KD *= coefficient_K[:, None]
@@ -167,6 +175,7 @@ def backward(
 
 def _gradient_tile(
     heads: Heads,
+    config: Config,
     saved: Tensor,
     coefficient_K: Tensor,
     rows: slice,
@@ -178,13 +187,13 @@ def _gradient_tile(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Fills `dz_CV` for `rows`; returns the rounding's row sums [C] and the bias gradient [V]."""
     n_rows, V = dz_CV.shape
-    blocks, tiles = triton.cdiv(n_rows, heads.config.BM), triton.cdiv(V, heads.config.BN)
+    blocks, tiles = triton.cdiv(n_rows, config.BM), triton.cdiv(V, config.BN)
     residuals = saved.new_empty((tiles, n_rows)) if residual else None
     dbias = saved.new_empty((blocks, V)) if bias else None
     gradient_kernel[(blocks * tiles,)](
         heads.student, heads.teacher, *saved, coefficient_K, dz_CV, residuals, dbias, beta,
         rows.start, rows.stop, V, tiles,
-        DIVERGENCE=divergence, MASKED=heads.masked, **heads.launch_options(),
+        DIVERGENCE=divergence, MASKED=heads.masked, **heads.launch_options(config),
     )  # fmt: skip
     return (
         None if residuals is None else residuals.sum(0),

@@ -21,6 +21,8 @@ class Config(NamedTuple):
     """Vocabulary columns of a tile."""
     BK: int
     """Hidden units per step."""
+    SLICES: int
+    """Column slices in which a tile turns into statistics or gradients, to spare registers."""
     GROUP: int
     """Row blocks that share a weight tile in L2, see `tiles.program_tile`."""
     num_warps: int
@@ -38,29 +40,32 @@ SHARED_MEMORY_LIMIT = {
 }
 """Bytes per block, from the vendors' programming guides."""
 
-INTERPRETER = Config(16, 32, 32, 2, 1, 1)
+INTERPRETER = Config(16, 32, 32, 2, 2, 1, 1)
 
 # Contraction of a multiply and an add would turn t - s into fma(h, pre, -s): not 0 where teacher
 # and student are equal.
 ENABLE_FP_FUSION = False
 
-HALF = {
-    "sm_80": Config(64, 128, 64, 16, 8, 3),
-    "sm_90": Config(128, 128, 64, 16, 8, 3),
-    "sm_100": Config(128, 128, 64, 16, 8, 3),
-    "sm_120": Config(64, 128, 32, 16, 8, 3),
-    "gfx942": Config(64, 128, 32, 16, 8, 2),
+FORWARD = {
+    "sm_80": Config(64, 128, 64, 2, 16, 8, 3),
+    "sm_90": Config(64, 128, 64, 2, 16, 8, 4),
+    "sm_100": Config(64, 128, 64, 2, 16, 8, 4),
+    "sm_120": Config(64, 128, 32, 2, 16, 8, 3),
+    "gfx942": Config(64, 128, 32, 1, 16, 8, 2),
 }
-"""16-bit inputs, tensor cores."""
+"""16-bit inputs, statistics and JSD kernels, and every kernel under soft-cap or with a bias."""
 
-SINGLE = {
-    "sm_80": Config(64, 64, 32, 16, 8, 2),
-    "sm_90": Config(64, 64, 32, 16, 8, 2),
-    "sm_100": Config(64, 64, 32, 16, 8, 2),
-    "sm_120": Config(64, 64, 32, 16, 8, 2),
-    "gfx942": Config(64, 64, 32, 16, 8, 2),
+GRADIENT = {
+    "sm_80": Config(64, 128, 64, 2, 16, 8, 3),
+    "sm_90": Config(128, 128, 64, 1, 16, 8, 3),
+    "sm_100": Config(128, 128, 64, 1, 16, 8, 3),
+    "sm_120": Config(64, 128, 32, 2, 16, 8, 3),
+    "gfx942": Config(64, 128, 32, 1, 16, 8, 2),
 }
-"""fp32 inputs, exact fp32 products."""
+"""16-bit inputs, plain gradient kernel: nothing but two accumulators lives long."""
+
+SINGLE = {target: Config(64, 64, 32, 1, 16, 8, 2) for target in TARGETS}
+"""fp32 inputs: exact fp32 products on the ordinary units (AMD: matrix units)."""
 
 
 def target_of(device: torch.device) -> str:
@@ -74,5 +79,9 @@ def target_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-def config_for(target: str, dtype: torch.dtype) -> Config:
-    return (SINGLE if dtype == torch.float32 else HALF)[target]
+def config_for(kernel: str, target: str, dtype: str, shared: bool, plain: bool) -> Config:
+    """`kernel`: statistics | jsd | gradient; `dtype`: fp32 or a 16-bit one; `plain`: no soft-cap,
+    no bias."""
+    if dtype == "fp32":
+        return SINGLE[target]
+    return (GRADIENT if kernel == "gradient" and plain and not shared else FORWARD)[target]

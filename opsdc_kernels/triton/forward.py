@@ -15,19 +15,16 @@ from torch import Tensor
 
 from opsdc_kernels.triton.configs import ENABLE_FP_FUSION, Config
 from opsdc_kernels.triton.heads import Heads
-from opsdc_kernels.triton.tiles import (
+from opsdc_kernels.triton.numerics import log1p, log_ratios_to_mixture, psi
+from opsdc_kernels.triton.statistics import (
     Mass,
     Statistics,
     empty_statistics,
-    log1p,
     log_mass,
-    log_ratio_to_mixture,
-    logit_tile,
     merge,
-    program_tile,
-    psi,
     tile_statistics,
 )
+from opsdc_kernels.triton.tiles import columns, load_factor, logits, product_tile, program_tile
 
 FIELDS = tl.constexpr(14)  # `Statistics`, flat, then both logits of the target token
 COMBINE_ROWS = 64
@@ -50,6 +47,7 @@ def statistics_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SLICES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -65,17 +63,21 @@ def statistics_kernel(
     if target_ptr is not None:
         target = tl.load(target_ptr + rows, mask=inside, other=-1)
     begin = part * tiles_per_part
+    factor = load_factor(teacher, row0, N, BM)
     for tile in range(begin, tl.minimum(begin + tiles_per_part, tl.cdiv(V, BN))):
-        col0 = tile * BN
-        cols = col0 + tl.arange(0, BN)
-        s, t, d, _ = logit_tile(
-            student, teacher, row0, col0, N, V, SHARED, BM, BN, BK, EVEN, UPCAST
+        acc, acc_t = product_tile(
+            student, teacher, row0, tile * BN, N, V, SHARED, BM, BN, BK, EVEN, UPCAST
         )
-        if target_ptr is not None:
-            hit = cols[None, :] == target[:, None]
-            s_target = tl.maximum(s_target, tl.max(tl.where(hit, s, float("-inf")), 1))
-            t_target = tl.maximum(t_target, tl.max(tl.where(hit, t, float("-inf")), 1))
-        stats = merge(stats, tile_statistics(s, t, d, cols, V, BASE_TEACHER, MASKED), BASE_TEACHER)
+        acc, acc_t = columns(acc, SLICES), columns(acc_t, SLICES)
+        for i in tl.static_range(SLICES):
+            cols = tile * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
+            s, t, d, _ = logits(student, teacher, acc[i], acc_t[i], factor, cols, V, SHARED)
+            if target_ptr is not None:
+                hit = cols[None, :] == target[:, None]
+                s_target = tl.maximum(s_target, tl.max(tl.where(hit, s, float("-inf")), 1))
+                t_target = tl.maximum(t_target, tl.max(tl.where(hit, t, float("-inf")), 1))
+            new = tile_statistics(s, t, d, cols, V, BASE_TEACHER, MASKED)
+            stats = merge(stats, new, BASE_TEACHER, MASKED)
     out = state_ptr + tl.cast(part, tl.int64) * FIELDS * N + rows
     store_mass(out, N, stats.student, inside)
     store_mass(out + 5 * N, N, stats.teacher, inside)
@@ -167,7 +169,7 @@ def combine_kernel(state_ptr, out_ptr, N, PARTS, DIVERGENCE: tl.constexpr, BM: t
             tl.load(state + 10 * N, mask=inside, other=0.0),
             tl.load(state + 11 * N, mask=inside, other=0.0),
         )
-        stats = merge(stats, new, DIVERGENCE == 1)
+        stats = merge(stats, new, DIVERGENCE == 1, True)
         s_target = tl.maximum(s_target, tl.load(state + 12 * N, mask=inside, other=0.0))
         t_target = tl.maximum(t_target, tl.load(state + 13 * N, mask=inside, other=0.0))
     store_results(stats, s_target, t_target, out_ptr + rows, N, inside, DIVERGENCE)
@@ -178,18 +180,16 @@ def jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta):
     """Sums over the columns of the JSD's terms, each >= 0, and of q log(mixture / q).
 
     With a = log(mixture / q), b = log(mixture / p) a column's term is (1 - beta) q psi(a) +
-    beta p psi(b); past 0.5 the exponentials are the mixture itself and cannot overflow.
+    beta p psi(b); past 2 the exponentials are the mixture itself and cannot overflow.
     """
     q = tl.exp(s - lse_s[:, None])
     p = tl.exp(t - lse_t[:, None])
-    r = d - log_ratio[:, None]
+    a, b = log_ratios_to_mixture(d - log_ratio[:, None], beta)
     mixture = (1 - beta) * q + beta * p
-    a = log_ratio_to_mixture(r, beta)
-    b = log_ratio_to_mixture(-r, 1 - beta)
     far_q = mixture - tl.where(q > 0, q * (1 + a), 0.0)
     far_p = mixture - tl.where(p > 0, p * (1 + b), 0.0)
-    from_q = tl.where(a < 0.5, q * psi(tl.minimum(a, 0.5)), far_q)
-    from_p = tl.where(b < 0.5, p * psi(tl.minimum(b, 0.5)), far_p)
+    from_q = tl.where(a < 2, q * psi(tl.minimum(a, 2.0)), far_q)
+    from_p = tl.where(b < 2, p * psi(tl.minimum(b, 2.0)), far_p)
     value = tl.sum((1 - beta) * from_q + beta * from_p, 1)
     return value, tl.sum(tl.where(q > 0, q * a, 0.0), 1)
 
@@ -211,6 +211,7 @@ def jsd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SLICES: tl.constexpr,
     GROUP: tl.constexpr,
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -227,13 +228,18 @@ def jsd_kernel(
     value = tl.zeros([BM], tl.float32)
     mean = tl.zeros([BM], tl.float32)
     begin = part * tiles_per_part
+    factor = load_factor(teacher, row0, N, BM)
     for tile in range(begin, tl.minimum(begin + tiles_per_part, tl.cdiv(V, BN))):
-        s, t, d, _ = logit_tile(
+        acc, acc_t = product_tile(
             student, teacher, row0, tile * BN, N, V, SHARED, BM, BN, BK, EVEN, UPCAST
         )
-        more, more_mean = jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta)
-        value += more
-        mean += more_mean
+        acc, acc_t = columns(acc, SLICES), columns(acc_t, SLICES)
+        for i in tl.static_range(SLICES):
+            cols = tile * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
+            s, t, d, _ = logits(student, teacher, acc[i], acc_t[i], factor, cols, V, SHARED)
+            more, more_mean = jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta)
+            value += more
+            mean += more_mean
     out = out_ptr + tl.cast(part, tl.int64) * N + rows
     tl.store(out, value, mask=inside)
     tl.store(out + tl.cast(PARTS, tl.int64) * N, mean, mask=inside)
@@ -243,7 +249,7 @@ def forward(
     heads: Heads, target_ids_N: Tensor | None, divergence: int, beta: float, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """Results [RESULTS, N] fp32 (see `store_results`) and, for JSD, E_q[log(mixture / q)] [N]."""
-    student, teacher, config = heads.student, heads.teacher, heads.config
+    student, teacher, config = heads.student, heads.teacher, heads.config("statistics")
     n_rows, V = student.hidden.shape[0], vocab_size
     tiles_per_part, parts = vocabulary_parts(n_rows, V, config, heads.processors)
     grid = (triton.cdiv(n_rows, config.BM) * parts,)
@@ -251,7 +257,7 @@ def forward(
     state, results = single((parts, FIELDS.value, n_rows)), single((RESULTS, n_rows))
     statistics_kernel[grid](
         student, teacher, target_ids_N, state, n_rows, V, tiles_per_part, parts,
-        BASE_TEACHER=divergence == 1, MASKED=heads.masked, **heads.launch_options(),
+        BASE_TEACHER=divergence == 1, MASKED=heads.masked, **heads.launch_options(config),
     )  # fmt: skip
     combine_kernel[(triton.cdiv(n_rows, COMBINE_ROWS),)](
         state, results, n_rows, parts,
@@ -262,7 +268,7 @@ def forward(
     sums = single((2, parts, n_rows))
     jsd_kernel[grid](
         student, teacher, results[1], results[2], results[9], sums, beta,
-        n_rows, V, tiles_per_part, parts, **heads.launch_options(),
+        n_rows, V, tiles_per_part, parts, **heads.launch_options(config),
     )  # fmt: skip
     value, mean = sums.sum(1)
     results[0] = value

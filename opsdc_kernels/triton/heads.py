@@ -29,7 +29,6 @@ class Heads:
     shared: bool
     masked: bool
     """A logit may be -inf on one side only: through a bias, where no soft-cap bounds it."""
-    config: Config
 
     @classmethod
     def of(
@@ -56,16 +55,11 @@ class Heads:
             weight = student_weight if teacher_weight is None else teacher_weight
             teacher = side(teacher_hidden, weight, teacher_bias, *transform[2:])
         open_ended = [x.bias is not None and x.post is None for x in (student, teacher)]
-        if INTERPRETED:
-            config = INTERPRETER
-        else:
-            config = config_for(target_of(student_hidden.device), student_weight.dtype)
         return cls(
             student=student,
             teacher=teacher,
             shared=shared,
             masked=any(open_ended) and not shared,
-            config=config,
         )
 
     @property
@@ -75,11 +69,21 @@ class Heads:
             return 3  # parts to combine, in tests
         return torch.cuda.get_device_properties(self.student.hidden.device).multi_processor_count
 
-    def launch_options(self) -> dict[str, object]:
+    def config(self, kernel: str, bias_gradient: bool = False) -> Config:
+        """Tile sizes of `kernel`: statistics | jsd | gradient."""
+        if INTERPRETED:
+            return INTERPRETER
+        hidden = self.student.hidden
+        sides = (self.student, self.teacher)
+        plain = not bias_gradient and all(x.post is None and x.bias is None for x in sides)
+        dtype = "fp32" if hidden.dtype == torch.float32 else "16-bit"
+        return config_for(kernel, target_of(hidden.device), dtype, self.shared, plain)
+
+    def launch_options(self, config: Config) -> dict[str, object]:
         """Constants and options of every kernel that computes logit tiles."""
-        even = self.student.D % self.config.BK == 0 and self.teacher.D % self.config.BK == 0
+        even = self.student.D % config.BK == 0 and self.teacher.D % config.BK == 0
         return {
-            **self.config._asdict(),
+            **config._asdict(),
             "SHARED": self.shared,
             "EVEN": even,
             "UPCAST": INTERPRETED,
