@@ -21,7 +21,7 @@ from opsdc.config import OPSDCConfig
 from opsdc.dataset import Prompted, prompted_sets
 from opsdc.errors import DataError
 from opsdc.metrics import read_lines, write_json
-from opsdc.model import load_model, load_tokenizer, load_trained
+from opsdc.model import decode, load_model, load_tokenizer, load_trained
 from opsdc.progress import Progress
 from opsdc.rollout import Request, Sampler, SamplingParams
 from opsdc.rollout.hf import HFSampler
@@ -80,7 +80,7 @@ def answer(
     progress = Progress(f"eval {label} scoring", total=len(pairs), unit="answer")
     answers = []
     for (item, i), rollout in zip(pairs, rollouts, strict=True):
-        text = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+        text = decode(tokenizer, rollout.response_ids)
         gold = item.problem.answer
         found = score(text, item.problem, settings.scorer) if gold is not None else None
         answers.append(

@@ -107,7 +107,7 @@ def _render(
     colour: bool,
 ) -> str:
     prompts, kl = item.prompts, found["kl"]
-    tokens = [tokenizer.decode([i]) for i in rollout.response_ids]
+    tokens = [str(tokenizer.decode([i])) for i in rollout.response_ids]
     parts = [
         f"problem {item.problem.id}   answer {item.problem.answer!r}",
         _prompt("student prompt", prompts.student_text, prompts.student_ids),

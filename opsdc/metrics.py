@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    DefaultFlowCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
@@ -87,7 +93,7 @@ class Callbacks:
         found = get_reporting_integration_callbacks(list(config.log.report_to))
         trackers = [c() if isinstance(c, type) else c for c in found]
         self._handler = CallbackHandler(
-            trackers + list(callbacks), model, tokenizer, optimizer, None
+            [DefaultFlowCallback(), *trackers, *callbacks], model, tokenizer, optimizer, None
         )
         self._args = TrainingArguments(
             output_dir=config.output_dir,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from opsdc import embedded
 from opsdc.batch import TokenBatch
 from opsdc.config import LoRAConfig, ModelConfig
 from opsdc.errors import ModelError
+
+# A bar per folder that is read or written would drown our own lines.
+transformers_logging.disable_progress_bar()
 
 # Config attributes by which known architectures scale their logits, and the exponent to apply.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
@@ -57,6 +62,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise ModelError(
             f"model.name_or_path: no tokenizer in '{config.name_or_path}': {error}"
         ) from error
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of a response without control tokens, for scorers and people; never re-tokenized."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreTrainedModel:
@@ -167,8 +177,11 @@ def check_head(model: Any) -> float:
     head = read_head(model)
     device = head.weight.device
     ids = torch.arange(7, device=device)[None] % head.weight.shape[0]
+    was_training = base.training
+    base.eval()
     own = base(input_ids=ids, use_cache=False).logits[0].float()
     hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    base.train(was_training)
     ours = head.logits(hidden).float()
     difference = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30))
     if own.shape != ours.shape or not difference <= _HEAD_TOLERANCE[head.weight.dtype]:

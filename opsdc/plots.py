@@ -71,7 +71,8 @@ def plot_run(run: Path, target: Path | None = None) -> Path:
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
     target = target or run / "plot.png"
     figure.savefig(target, dpi=110)
     plt.close(figure)

@@ -129,6 +129,9 @@ def build_prompts(
     """
     if placement not in ("user", "system"):
         raise ConfigError(f"prompt.placement must be user or system, not {placement!r}")
+    for messages in (problem.messages, problem.teacher_messages):
+        if messages is not None and (not messages or messages[-1]["role"] != "user"):
+            raise DataError(f"problem {problem.id}: the last message must be a user turn")
     if problem.teacher_messages is not None:
         teacher_messages: Messages = problem.teacher_messages
     else:
@@ -167,8 +170,6 @@ def _render(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], where: str
 ) -> tuple[list[str], str]:
     """The prompt, cut inside every control token that its messages spell out; and its suffix."""
-    if not messages or messages[-1]["role"] != "user":
-        raise DataError(f"{where}: the last message must be a user turn")
     for message in messages:
         if fault := text_fault(message["content"]):
             raise DataError(f"{where} holds {fault}; remove it from the data")
@@ -228,8 +229,8 @@ def _encode(pieces: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -
     exactly what `apply_chat_template` encodes.
     """
     ids: list[int] = []
-    for piece in pieces:
-        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    for encoded in tokenizer(pieces, add_special_tokens=False)["input_ids"]:
+        ids += encoded
     if len(pieces) > 1:
         # Some tokenizers (sentencepiece) put a space before every piece.
         whole = tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]

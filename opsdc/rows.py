@@ -129,8 +129,7 @@ def number_or_text(value: Any, where: str) -> str:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise DataError(f"{where} is {value}; give a number, a text or nothing")
-        whole = int(float(value)) if isinstance(value, float) else value
-        return str(whole) if whole == value else str(value)
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if not isinstance(value, str):
         _wrong(value, "text or a number", where)
     return text(value, where)

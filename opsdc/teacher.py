@@ -37,6 +37,11 @@ class Teacher:
         """True in mode "live", where the teacher has no weights of its own."""
         return self._config.mode == "live"
 
+    def equals_student(self, step: int) -> bool:
+        """True when both have the same weights after `step` updates, right after a refresh say."""
+        averaged = self._config.mode == "ema" and step > 0
+        return self.is_student or (self.version == step and not averaged)
+
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
         """Within the block the module computes as the teacher. Not to be nested."""

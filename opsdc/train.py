@@ -25,7 +25,7 @@ from opsdc.config import OPSDCConfig, ignored_settings
 from opsdc.dataset import Prompted, prompted_sets
 from opsdc.errors import ConfigError, TrainingError
 from opsdc.metrics import Callbacks, Lines, finite, peak_mib, write_json
-from opsdc.model import describe, load_model, load_tokenizer, prepare_model, save_weights
+from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model, save_weights
 from opsdc.progress import Progress
 from opsdc.rollout import Request, Rollout, SamplingParams
 from opsdc.rollout.hf import HFSampler
@@ -77,7 +77,10 @@ class OPSDCTrainer:
         self.problems, self.held_out = prompted_sets(
             config, self.tokenizer, train_dataset, eval_dataset
         )
-        self.model = prepare_model(module, config.model).to(device)
+        # An adapter starts from random numbers.
+        torch.manual_seed(config.seed)
+        self.model: Any = prepare_model(module, config.model)
+        self.model.to(device)
         self.model.train()
         self.teacher = Teacher(self.model, config.teacher)
         self.optimizer = torch.optim.AdamW(
@@ -223,7 +226,7 @@ class OPSDCTrainer:
             sample,
             self.config,
             pad_id=0 if pad is None else pad,
-            teacher_is_student=self.teacher.version == step,
+            teacher_is_student=self.teacher.equals_student(step),
         )
         for line in [*ignored_settings(self.config), *lines]:
             print(line, flush=True)
@@ -249,7 +252,7 @@ class OPSDCTrainer:
             "response_ids": list(rollout.response_ids),
             "finished": rollout.finished,
             "weights_version": rollout.weights_version,
-            "text": self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+            "text": decode(self.tokenizer, rollout.response_ids),
         }
 
     def _save(self, step: int, skipped_steps: int) -> None:

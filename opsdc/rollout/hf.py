@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from opsdc.model import unwrap
 from opsdc.progress import Progress
 from opsdc.rollout import Request, Rollout, SamplingParams
 
@@ -28,9 +30,7 @@ class HFSampler:
     (the Gumbel-max trick), so a response does not depend on which others share its batch.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
         self._model = model
         self._seed = seed
         self._eos_ids = eos_token_ids(model, tokenizer)
@@ -46,6 +46,10 @@ class HFSampler:
     ) -> list[Rollout]:
         was_training = self._model.training
         self._model.eval()
+        # `generate` fills what a call leaves unset from the model folder's own generation config
+        # (penalties, suppressed tokens): an empty one keeps them out.
+        base = unwrap(self._model)
+        own_config, base.generation_config = base.generation_config, GenerationConfig()
         checkpointed = getattr(self._model, "is_gradient_checkpointing", False)
         rollouts: list[Rollout] = []
         # Prompts of like length share a batch: less left padding.
@@ -60,6 +64,7 @@ class HFSampler:
                 progress.jump((done + 1) * params.max_new_tokens)
         finally:
             progress.close()
+            base.generation_config = own_config
             if checkpointed:
                 self._model.gradient_checkpointing_enable()
             self._model.train(was_training)
@@ -70,7 +75,7 @@ class HFSampler:
     def _generate(
         self, requests: Sequence[Request], params: SamplingParams, progress: Progress
     ) -> list[Rollout]:
-        device = self._model.get_input_embeddings().weight.device
+        device = unwrap(self._model).device
         longest = max(len(r.prompt_ids) for r in requests)
         ids = torch.full((len(requests), longest), self._pad_id, device=device)
         mask = torch.zeros_like(ids)
@@ -91,7 +96,6 @@ class HFSampler:
         output = self._model.generate(
             input_ids=ids,
             attention_mask=mask,
-            # A fresh config: the model folder's own values (top-k, penalties) must not leak.
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=params.max_new_tokens,

@@ -8,12 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from opsdc.config import OPSDCConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tests_tiny import byte_tokenizer, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: a second thread only waits, and on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,9 @@ def write(tmp_path, text):
 
 
 def test_yaml_floats_written_as_people_write_them(tmp_path):
-    path = write(tmp_path, "optim: {lr: 1e-6, weight_decay: 1.0e-2}\nrollout: {max_new_tokens: 1e3}")
+    path = write(
+        tmp_path, "optim: {lr: 1e-6, weight_decay: 1.0e-2}\nrollout: {max_new_tokens: 1e3}"
+    )
     config = OPSDCConfig.load(path)
     assert config.optim.lr == 1e-6
     assert config.rollout.max_new_tokens == 1000

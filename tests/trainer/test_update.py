@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from tests_tiny import tiny_model
 
 from opsdc.batch import Pair
 from opsdc.config import OPSDCConfig, TeacherConfig
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, backward, teacher_hidden_states, update
-from tests_tiny import tiny_model
 
 PROMPT, INSTRUCTION = [1, 20, 21, 22], [50, 51, 52, 53, 54]
 
@@ -100,7 +100,9 @@ def naive_loss(model, teacher, batch, normalization):
         ids = torch.tensor([[*p.student_prompt_ids, *p.response_ids]])
         s = model(ids).logits[0, -n - 1 : -1].double().log_softmax(-1)
         kl = (s.exp() * (s - t)).sum(-1)
-        total = total + (kl.mean() / len(batch) if normalization == "sequence" else kl.sum() / tokens)
+        total = total + (
+            kl.mean() / len(batch) if normalization == "sequence" else kl.sum() / tokens
+        )
     return total
 
 
@@ -116,7 +118,7 @@ def test_the_step_is_the_paper_formula(normalization):
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)
     expected = naive_loss(model, teacher, pairs(), normalization)
     expected.backward()
-    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert relative({n: p.grad for n, p in model.named_parameters()}, grads) <= 1e-5
 
 

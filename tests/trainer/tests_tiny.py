@@ -38,7 +38,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(kind: str = "llama", *, tied: bool = True, seed: int = 0, **settings):
     torch.manual_seed(seed)
-    sizes = dict(
+    sizes = dict(  # noqa: C408
         vocab_size=264,
         hidden_size=32,
         intermediate_size=64,

@@ -1,0 +1,116 @@
+"""Heads: what the loss describes is used exactly, what it does not describe is refused."""
+
+import pytest
+import torch
+from tests_tiny import tiny_model
+from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from opsdc.batch import Pair
+from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
+from opsdc.errors import ModelError
+from opsdc.model import check_head, load_model, prepare_model, read_head
+from opsdc.teacher import Teacher
+from opsdc.update import Layout, backward, teacher_hidden_states
+
+SIZES = dict(  # noqa: C408
+    vocab_size=264,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def biased():
+    model = tiny_model(tied=False)
+    model.lm_head = nn.Linear(32, 264, bias=True)
+    with torch.no_grad():
+        model.lm_head.bias.normal_(generator=torch.Generator().manual_seed(0))
+    return model
+
+
+HEADS = {
+    "plain": tiny_model,
+    "bias": biased,
+    "softcap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0)
+    ),
+    "logit_scale": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
+    "logits_scaling": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_known_head_is_described_exactly(name):
+    torch.manual_seed(0)
+    model = HEADS[name]().eval()
+    assert check_head(model) <= 1e-6
+    # And the loss over that description is the divergence of the model's own logits.
+    pair = Pair(student_prompt_ids=[5, 6], teacher_prompt_ids=[7, 5, 6], response_ids=[9, 10, 11])
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    layout = Layout(packed=False, max_tokens=99, pad_id=0, dtype=torch.float32)
+    kept = teacher_hidden_states(model, teacher, [pair], layout)
+    loss, _ = backward(model, teacher, [pair], kept, layout, OPSDCConfig())
+    with torch.no_grad():
+        s = model(torch.tensor([[5, 6, 9, 10, 11]])).logits[0, 1:4].double().log_softmax(-1)
+        t = model(torch.tensor([[7, 5, 6, 9, 10, 11]])).logits[0, 2:5].double().log_softmax(-1)
+    expected = float((s.exp() * (s - t)).sum(-1).mean())
+    assert expected > 1e-4
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_head_with_an_unknown_feature_is_refused():
+    model = tiny_model()
+    plain = model.forward
+
+    def doubled(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.logits = output.logits * 1.01
+        return output
+
+    model.forward = doubled
+    with pytest.raises(ModelError, match="cannot be trained exactly"):
+        check_head(model)
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    model = tiny_model(tied=False)
+    model.lm_head = nn.Sequential(nn.Linear(32, 264))
+    with pytest.raises(ModelError, match="Sequential"):
+        read_head(model)
+
+
+def test_an_adapter_on_the_head_is_refused():
+    config = ModelConfig(lora=LoRAConfig(target_modules=["q_proj", "lm_head"]))
+    with pytest.raises(ModelError, match="lm_head"):
+        prepare_model(tiny_model(tied=False), config)
+
+
+def test_lora_leaves_the_base_alone():
+    model = prepare_model(tiny_model("qwen3"), ModelConfig(lora=LoRAConfig(r=2)))
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in n for n in trainable)
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(ModelError, match="no/such/folder"):
+        load_model(ModelConfig(name_or_path="./no/such/folder"))
+
+
+def test_trained_parameters_are_float32_whatever_the_forward_computes_in(tiny_folder):
+    model = load_model(ModelConfig(name_or_path=str(tiny_folder), dtype="bfloat16"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -1,0 +1,266 @@
+"""Whole runs on the tiny model: the record, resuming, what a run leaves, what it refuses."""
+
+import json
+
+import pytest
+import torch
+from tests_tiny import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from opsdc.config import OPSDCConfig
+from opsdc.errors import ConfigError, DataError, TrainingError
+from opsdc.metrics import read_lines
+from opsdc.train import OPSDCTrainer
+
+KEYS = {
+    "step",
+    "loss_nats",
+    "kl_p50",
+    "kl_p90",
+    "kl_p99",
+    "student_entropy",
+    "teacher_entropy",
+    "agreement",
+    "response_tokens_mean",
+    "response_tokens_max",
+    "truncated_share",
+    "empty_share",
+    "grad_norm",
+    "lr",
+    "weights_version",
+    "teacher_version",
+    "skipped_steps",
+}
+
+
+def run(config, **kwargs):
+    trainer = OPSDCTrainer(None, config, **kwargs)
+    return trainer, trainer.train()
+
+
+def record(folder):
+    rows = read_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def parameters(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_run_leaves_its_record(make_config, tmp_path):
+    trainer, summary = run(make_config())
+    out = tmp_path / "run"
+    rows = read_lines(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    for row in rows:
+        assert {k for k in row if not k.startswith("perf/")} == KEYS
+        assert row["perf/seconds_step"] > 0
+        assert row["loss_nats"] > 0
+    # Refresh after the updates of steps 2 and 4.
+    assert [row["teacher_version"] for row in rows] == [0, 2, 2, 4, 4]
+    assert OPSDCConfig.load(out / "config.yaml") == trainer.config
+    assert (out / "plot.png").stat().st_size > 10_000
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    for arm in ("base", "prompt_only", "trained"):
+        assert {"tokens_mean", "truncated", "accuracy"} <= set(summary[arm])
+    assert len(read_lines(out / "rollouts.jsonl")) == 5 * 4
+    loaded = parameters(out / "model")
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, loaded[name])
+    assert AutoTokenizer.from_pretrained(out / "model").chat_template
+
+
+@pytest.mark.parametrize("mode", ["refresh", "ema", "frozen", "live"])
+def test_every_teacher_trains(make_config, mode, tmp_path):
+    run(make_config(**{"teacher.mode": mode, "eval.problems": 0, "train.steps": 3}))
+    rows = record(tmp_path / "run")
+    assert all(row["loss_nats"] > 0 for row in rows)
+    expected = {"refresh": [0, 2, 2], "ema": [1, 2, 3], "frozen": [0] * 3, "live": [1, 2, 3]}
+    assert [row["teacher_version"] for row in rows] == expected[mode]
+
+
+@pytest.mark.parametrize("mode", ["refresh", "ema"])
+def test_resuming_at_any_step_changes_no_bit(make_config, tmp_path, mode):
+    common = {"eval.problems": 0, "teacher.mode": mode, "train.keep": 9}
+    run(make_config(**common, output_dir=str(tmp_path / "whole")))
+    expected = record(tmp_path / "whole")
+    for stop in (1, 2, 3, 4):
+        out = tmp_path / f"stopped-{stop}"
+        config = make_config(**common, output_dir=str(out))
+        run(config, callbacks=[StopAt(stop)])
+        assert len(record(out)) == stop
+        run(config)
+        assert record(out) == expected
+        left, right = parameters(out / "model"), parameters(tmp_path / "whole" / "model")
+        assert all(torch.equal(left[n], right[n]) for n in right)
+
+
+def test_the_record_is_cut_to_the_checkpoint(make_config, tmp_path):
+    config = make_config(**{"eval.problems": 0, "train.save_every": 2})
+    run(config, callbacks=[StopAt(2)])
+    out = tmp_path / "run"
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "loss_nats": 99}) + "\n")
+        file.write('{"step": 4, "loss_')
+    run(config)
+    assert [row["step"] for row in record(out)] == [1, 2, 3, 4, 5]
+    assert record(out)[2]["loss_nats"] != 99
+
+
+def test_a_finished_run_started_again_only_reports(make_config, tmp_path):
+    config = make_config()
+    _, first = run(config)
+    before = record(tmp_path / "run")
+    _, second = run(config)
+    assert record(tmp_path / "run") == before
+    assert second["trained"] == first["trained"]
+
+
+def test_resume_none_does_not_overwrite_a_run(make_config):
+    run(make_config(**{"eval.problems": 0, "train.steps": 1}))
+    with pytest.raises(ConfigError, match="would overwrite"):
+        run(make_config(**{"train.resume": "none"}))
+
+
+def test_layouts_and_micro_batches_train_alike(make_config, tmp_path):
+    losses = []
+    for i, changes in enumerate(
+        [
+            {"train.packing": "off"},
+            {"train.packing": "on"},
+            {"train.max_tokens_per_micro_batch": 1},
+            {"loss.backend": "reference"},
+        ]
+    ):
+        out = tmp_path / str(i)
+        run(make_config(**{"eval.problems": 0, "train.steps": 2, **changes}, output_dir=str(out)))
+        losses.append([row["loss_nats"] for row in record(out)])
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("lr", "learns"), [(6e-3, True), (0.0, False)])
+def test_the_divergence_falls_and_only_by_training(make_config, tmp_path, lr, learns):
+    changes = {"eval.problems": 0, "teacher.mode": "frozen", "train.steps": 40, "optim.lr": lr}
+    run(make_config(**changes, **{"train.save_every": 0}))
+    losses = [row["loss_nats"] for row in record(tmp_path / "run")]
+    assert (sum(losses[-5:]) < 0.75 * sum(losses[:5])) == learns
+
+
+def test_rows_and_a_module_from_python(make_config, tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(12)]
+    trainer = OPSDCTrainer(
+        tiny_model("qwen3"),
+        make_config(**{"train.steps": 1, "data.source": "unused"}),
+        train_dataset=rows[:8],
+        eval_dataset=rows[8:],
+        processing_class=byte_tokenizer(),
+    )
+    assert trainer.train()["base"]["answers"] == 4
+    with pytest.raises(ConfigError, match="processing_class"):
+        OPSDCTrainer(tiny_model(), make_config())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("recipe", ["qwen3-8b", "qwen3-14b", "qwen3-8b-lora"])
+def test_qwen3_recipes_train_a_random_twin(recipe, tied, problem_file, tmp_path):
+    """The recipe as it is, but for sizes: same architecture, two layers, short responses."""
+    folder = tmp_path / "twin"
+    tiny_model("qwen3", tied=tied).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    config = OPSDCConfig.load(
+        recipe,
+        {
+            "output_dir": str(tmp_path / "run"),
+            "model.name_or_path": str(folder),
+            "data.source": str(problem_file),
+            "data.options": "{}",
+            "data.eval_size": "3",
+            "rollout.prompts_per_step": "2",
+            "rollout.max_new_tokens": "8",
+            "teacher.refresh_steps": "1",
+            "train.steps": "2",
+            "eval.max_new_tokens": "4",
+            "eval.samples": "1",
+            "eval.every": "0",
+        },
+    )
+    run(config)
+    rows = record(tmp_path / "run")
+    assert [row["teacher_version"] for row in rows] == [1, 2]
+    assert all(row["loss_nats"] > 0 and row["skipped_steps"] == 0 for row in rows)
+    if recipe.endswith("lora"):
+        assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
+        assert (tmp_path / "run" / "checkpoints" / "step-000002" / "adapter").is_dir()
+
+
+def test_lora_resumes_bit_for_bit(make_config, tmp_path):
+    common = {"eval.problems": 0, "model.lora": {"r": 2, "alpha": 4}, "optim.lr": 1e-2}
+    run(make_config(**common, output_dir=str(tmp_path / "whole")))
+    config = make_config(**common)
+    run(config, callbacks=[StopAt(3)])
+    run(config)
+    assert record(tmp_path / "run") == record(tmp_path / "whole")
+
+
+def test_prompts_above_the_limit_are_dropped_and_counted(make_config, tmp_path, capsys):
+    path = tmp_path / "mixed.jsonl"
+    rows = [{"problem": "x" * (400 if i % 4 == 0 else 4) + str(i)} for i in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = OPSDCTrainer(
+        None, make_config(**{"data.source": str(path), "prompt.max_tokens": 200})
+    )
+    assert "longer than prompt.max_tokens 200" in capsys.readouterr().err
+    assert len(trainer.problems) + len(trainer.held_out) == 18
+    with pytest.raises(DataError, match="raise it to at least"):
+        OPSDCTrainer(None, make_config(**{"data.source": str(path), "prompt.max_tokens": 10}))
+
+
+def test_too_few_problems_for_a_step(make_config):
+    with pytest.raises(DataError, match=r"rollout\.prompts_per_step"):
+        OPSDCTrainer(None, make_config(**{"rollout.prompts_per_step": 40}))
+
+
+def test_three_sick_steps_in_a_row_stop_the_run(make_config, tmp_path):
+    trainer = OPSDCTrainer(None, make_config(**{"eval.problems": 0}))
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    rows = record(tmp_path / "run")
+    assert [row["skipped_steps"] for row in rows] == [1, 2, 3]
+    assert rows[0]["grad_norm"] is None
+
+
+def test_a_response_that_is_only_the_end_token_is_trained(make_config, tmp_path):
+    """A model that ends at once: one scored position per response, nothing empty."""
+    model = tiny_model(tied=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[2] = 5.0
+        model.model.norm.weight.fill_(1.0)
+        model.model.embed_tokens.weight.abs_()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(264))
+    with torch.no_grad():
+        model.lm_head.bias[2] = 60.0
+    trainer = OPSDCTrainer(
+        model,
+        make_config(**{"eval.problems": 0, "train.steps": 1}),
+        processing_class=byte_tokenizer(),
+    )
+    trainer.train()
+    (row,) = record(tmp_path / "run")
+    assert row["response_tokens_mean"] == 1
+    assert (row["truncated_share"], row["empty_share"]) == (0, 0)
+    assert row["loss_nats"] is not None
