@@ -31,9 +31,7 @@ def test_padded_rows_are_masked_on_the_right():
     assert batch.input_ids[2].tolist() == [1, 2, 3, 99, 99]
 
 
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 100), st.booleans()
-)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 100), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_micro_batches_hold_every_sequence_once_within_the_budget(lengths, budget, packed):
     groups = micro_batches(lengths, max_tokens=budget, packed=packed)

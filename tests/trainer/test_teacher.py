@@ -1,10 +1,10 @@
 import pytest
 import torch
+from tests_tiny import tiny_model
 
 from opsdc.config import TeacherConfig
 from opsdc.model import read_head
 from opsdc.teacher import Teacher
-from tests_tiny import tiny_model
 
 
 def snapshot(model):
