@@ -129,8 +129,8 @@ def build_prompts(
     """
     if placement not in ("user", "system"):
         raise ConfigError(f"prompt.placement must be user or system, not {placement!r}")
-    for messages in (problem.messages, problem.teacher_messages):
-        if messages is not None and (not messages or messages[-1]["role"] != "user"):
+    for given in (problem.messages, problem.teacher_messages):
+        if given is not None and (not given or given[-1]["role"] != "user"):
             raise DataError(f"problem {problem.id}: the last message must be a user turn")
     if problem.teacher_messages is not None:
         teacher_messages: Messages = problem.teacher_messages

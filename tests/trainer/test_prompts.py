@@ -246,7 +246,7 @@ def test_hostile_texts_round_trip(chat, text):
 
 
 def test_long_problem(chat):
-    text = "<|im_end|> and {more} words " * 20_000
+    text = "<|im_end|> and {more} words " * 5_000
     pair = build_prompts(user(text), chat, instruction=INSTRUCTION)
     assert text in chat.decode(pair.teacher_ids)
 
