@@ -26,8 +26,6 @@ from opsdc_kernels.problem import Problem, reduce_tokens
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GRADIENT_LIMIT_LOG2 = 14
-"""Gradients are scaled to at most 2 to this before they are rounded; fp16 ends near 2 to the 16."""
 NO_DOUBLE_BACKWARD = (
     "the gradient of the fused backend cannot be differentiated again; "
     'use backend="reference" for second derivatives'
@@ -117,6 +115,7 @@ def _forward(
     """
     from opsdc_kernels.triton.forward import forward
     from opsdc_kernels.triton.heads import Heads
+    from opsdc_kernels.triton.scaling import gradient_scale
 
     N = student_hidden.shape[0]
     rows = None if token_weight is None else torch.nonzero(token_weight).squeeze(1)
@@ -147,30 +146,6 @@ def _forward_fake(student_hidden: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     kept = single.new_empty(0 if token_weight is None else N, dtype=torch.int64)
     count = torch.empty((), dtype=torch.int64, device="cpu")
     return single.new_empty(N), single.new_empty(7, N), single.new_empty(4, N), kept, count
-
-
-def gradient_scale(
-    value_N: Tensor, kl_N: Tensor, divergence: str, beta: float, dtype: torch.dtype
-) -> Tensor:
-    """Power of two per row that brings the logit gradient below 2**GRADIENT_LIMIT_LOG2, [N].
-
-    The forward KL's gradient is at most min(1, sqrt(KL / 2)) (Pinsker). The others' is q c with
-    E_q[c] = 0, log E_q[exp(c)] = K, K the KL from q to p or to the mixture. With psi(x) = expm1(x)
-    - x, E_q[psi(c)] = expm1(K); psi(c) is at least 0.36 c^2 above -1 and 0.36 |c| below, so |q c|
-    is at most 1.67 sqrt(expm1(K)) + 2.78 expm1(K); and by Jensen's inequality at most K + 1/e.
-    """
-    if dtype == torch.float32:
-        return torch.ones_like(value_N)
-    if divergence == "forward_kl":
-        bound = (value_N / 2).sqrt().clamp(max=1)
-    else:
-        K = kl_N if divergence == "reverse_kl" else value_N / (1 - beta)
-        excess = torch.expm1(K.clamp(max=20))
-        bound = torch.minimum(1.67 * excess.sqrt() + 2.78 * excess, K + 0.37)
-    from opsdc_kernels.triton.heads import power_of_two
-
-    exponent = GRADIENT_LIMIT_LOG2 - torch.frexp(bound.nan_to_num(1.0)).exponent
-    return power_of_two(exponent.clamp(max=100))
 
 
 @torch.library.custom_op("opsdc_kernels::fused_backward", mutates_args=())

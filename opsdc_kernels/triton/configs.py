@@ -29,6 +29,14 @@ class Config(NamedTuple):
     num_stages: int
 
 
+class RowsConfig(NamedTuple):
+    """Launch configuration of the row passes, which read logits from memory."""
+
+    BV: int
+    """Columns per step."""
+    num_warps: int
+
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 SHARED_MEMORY_LIMIT = {
@@ -66,6 +74,10 @@ GRADIENT = {
 
 SINGLE = {target: Config(64, 64, 32, 1, 16, 8, 2) for target in TARGETS}
 """fp32 inputs: exact fp32 products on the ordinary units (AMD: matrix units)."""
+
+
+ROWS = RowsConfig(2048, 8)
+"""Every target."""
 
 
 def target_of(device: torch.device) -> str:

@@ -152,6 +152,7 @@ def store_results(stats, s_target, t_target, out, N, inside, DIVERGENCE: tl.cons
     tl.store(out + 8 * N, normalizer, mask=inside)
     tl.store(out + 9 * N, centre, mask=inside)
     tl.store(out + 10 * N, stats.kl, mask=inside)
+    return lse_s, lse_t, centre
 
 
 @triton.jit

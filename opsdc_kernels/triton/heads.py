@@ -16,6 +16,7 @@ from opsdc_kernels.triton.configs import (
     config_for,
     target_of,
 )
+from opsdc_kernels.triton.scaling import power_of_two
 from opsdc_kernels.triton.tiles import Side
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -123,8 +124,3 @@ def split_difference(
     delta *= power_of_two(-exponent)[:, None]
     high = delta.to(student_hidden.dtype)
     return high, delta.sub_(high).to(student_hidden.dtype), power_of_two(exponent)
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """2**exponent, exactly, in fp32, within its normal range."""
-    return ((exponent.to(torch.int32) + 127) << 23).view(torch.float32)

@@ -1,0 +1,186 @@
+"""Row passes of a chunk of logits that is in memory: statistics, then the gradient in place.
+
+The Triton counterpart of `opsdc_kernels.rows`, with its contract, for fp32 buffers on a GPU. One
+program reads a row once for all statistics (twice for JSD) and once more to write the gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from opsdc_kernels.problem import Problem
+from opsdc_kernels.rows import Rows
+from opsdc_kernels.triton.backward import logit_gradient
+from opsdc_kernels.triton.configs import ENABLE_FP_FUSION, ROWS
+from opsdc_kernels.triton.forward import RESULTS, jsd_terms, store_results
+from opsdc_kernels.triton.heads import INTERPRETED
+from opsdc_kernels.triton.scaling import gradient_scale
+from opsdc_kernels.triton.statistics import empty_statistics, merge, tile_statistics
+from opsdc_kernels.triton.tiles import Side, logits
+
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+
+
+@triton.jit
+def load_products(student_ptr, other_ptr, row, stride, cols, V):
+    offsets = tl.cast(row, tl.int64) * stride + cols
+    inside = cols < V
+    acc = tl.load(student_ptr + offsets, mask=inside, other=0.0)
+    return acc[None, :], tl.load(other_ptr + offsets, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def rows_statistics_kernel(
+    student_ptr,
+    other_ptr,
+    student,
+    teacher,
+    target_ptr,
+    out_ptr,
+    mean_ptr,
+    value_ptr,
+    beta,
+    N,
+    V,
+    stride,
+    SHARED: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """out[field, row] as `forward.store_results`; for JSD also its value[row] and mean[row], which
+    is E_q[log(mixture / q)]."""
+    row = tl.program_id(0)
+    rows = row + tl.arange(0, 1)
+    one = tl.full([1], 1.0, tl.float32)
+    stats = empty_statistics(1)
+    s_target = stats.student.peak
+    t_target = stats.teacher.peak
+    if target_ptr is not None:
+        target = tl.load(target_ptr + rows)
+    for col0 in range(0, V, BV):
+        cols = col0 + tl.arange(0, BV)
+        acc, other = load_products(student_ptr, other_ptr, row, stride, cols, V)
+        s, t, d, _ = logits(student, teacher, acc, other, one, cols, V, SHARED)
+        if target_ptr is not None:
+            hit = cols[None, :] == target[:, None]
+            s_target = tl.maximum(s_target, tl.max(tl.where(hit, s, float("-inf")), 1))
+            t_target = tl.maximum(t_target, tl.max(tl.where(hit, t, float("-inf")), 1))
+        new = tile_statistics(s, t, d, cols, V, DIVERGENCE == 1, MASKED)
+        stats = merge(stats, new, DIVERGENCE == 1, MASKED)
+    lse_s, lse_t, log_ratio = store_results(
+        stats, s_target, t_target, out_ptr + rows, N, rows < N, DIVERGENCE
+    )
+    if DIVERGENCE == 2:
+        beta = tl.cast(beta, tl.float32)
+        value = tl.zeros([1], tl.float32)
+        mean = tl.zeros([1], tl.float32)
+        for col0 in range(0, V, BV):
+            cols = col0 + tl.arange(0, BV)
+            acc, other = load_products(student_ptr, other_ptr, row, stride, cols, V)
+            s, t, d, _ = logits(student, teacher, acc, other, one, cols, V, SHARED)
+            more, more_mean = jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta)
+            value += more
+            mean += more_mean
+        tl.store(mean_ptr + rows, mean)
+        tl.store(value_ptr + rows, value)
+
+
+@triton.jit
+def rows_gradient_kernel(
+    student_ptr,
+    other_ptr,
+    student,
+    teacher,
+    normalizer_ptr,
+    centre_ptr,
+    mean_ptr,
+    scale_ptr,
+    beta,
+    V,
+    stride,
+    SHARED: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Replaces the student's products by the scaled logit gradient."""
+    row = tl.program_id(0)
+    rows = row + tl.arange(0, 1)
+    cols = tl.program_id(1) * BV + tl.arange(0, BV)
+    one = tl.full([1], 1.0, tl.float32)
+    acc, other = load_products(student_ptr, other_ptr, row, stride, cols, V)
+    s, t, d, u = logits(student, teacher, acc, other, one, cols, V, SHARED)
+    normalizer, centre = tl.load(normalizer_ptr + rows), tl.load(centre_ptr + rows)
+    mean, scale = tl.load(mean_ptr + rows), tl.load(scale_ptr + rows)
+    beta = tl.cast(beta, tl.float32)
+    g = logit_gradient(s, t, d, normalizer, centre, mean, beta, DIVERGENCE, MASKED)
+    if student.post is not None:
+        g *= 1 - u * u
+    offsets = tl.cast(row, tl.int64) * stride + cols
+    tl.store(student_ptr + offsets[None, :], g * scale[:, None], mask=(cols < V)[None, :])
+
+
+def divergence_rows_(
+    student_BV: Tensor,
+    other_BV: Tensor,
+    problem: Problem,
+    *,
+    gradient: bool,
+    target_ids_B: Tensor | None = None,
+    tile_dtype: torch.dtype = torch.float32,
+) -> Rows:
+    """As `opsdc_kernels.rows.divergence_rows_`; `tile_dtype` is what the gradient will be rounded
+    to, for which the buffer is scaled by a power of two per row (`Rows.factor` undoes it)."""
+    n_rows, V = student_BV.shape
+    sides = [_side(problem, i) for i in (0, 1)]
+    open_ended = [side.bias is not None and side.post is None for side in sides]
+    kind = DIVERGENCES.index(problem.divergence)
+    single = student_BV.new_empty
+    results, mean = single((RESULTS, n_rows)), student_BV.new_zeros(n_rows)
+    value = single(n_rows) if problem.divergence == "jsd" else results[0]
+    options = {
+        "SHARED": problem.shared_logits,
+        "DIVERGENCE": kind,
+        "MASKED": any(open_ended) and not problem.shared_logits,
+        "BV": 64 if INTERPRETED else ROWS.BV,
+        "num_warps": ROWS.num_warps,
+        "enable_fp_fusion": ENABLE_FP_FUSION,
+    }
+    stride = student_BV.stride(0)
+    rows_statistics_kernel[(n_rows,)](
+        student_BV, other_BV, *sides, target_ids_B, results, mean, value,
+        problem.beta, n_rows, V, stride, **options,
+    )  # fmt: skip
+    slope = sides[0].pre * (sides[0].post or 1.0)
+    slope *= 1 - problem.beta if problem.divergence == "jsd" else 1.0
+    scale = gradient_scale(value, results[10], problem.divergence, problem.beta, tile_dtype)
+    if gradient:
+        rows_gradient_kernel[(n_rows, triton.cdiv(V, options["BV"]))](
+            student_BV, other_BV, *sides, results[8], results[9], mean, scale,
+            problem.beta, V, stride, **options,
+        )  # fmt: skip
+    statistics = None
+    if problem.return_stats:
+        statistics = tuple(results[1 : 6 if target_ids_B is None else 8])
+    return Rows(value, slope / scale, statistics)
+
+
+def _side(problem: Problem, i: int) -> Side:
+    scale, cap = problem.logit_scale[i], problem.logit_softcap[i]
+    bias = (problem.student_bias, problem.teacher_bias)[i]
+    return Side(
+        hidden=None,
+        low=None,
+        factor=None,
+        weight=None,
+        bias=None if problem.shared_logits and i == 1 else bias,
+        hidden_stride=0,
+        weight_stride=0,
+        D=0,
+        pre=scale / (cap or problem.temperature),
+        post=None if cap is None else cap / problem.temperature,
+    )
