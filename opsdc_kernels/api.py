@@ -207,9 +207,8 @@ def linear_reverse_kl(
 
 
 def _run(problem: Problem, backend: str) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    gradient = torch.is_grad_enabled() and (
-        problem.student_hidden.requires_grad or problem.student_weight.requires_grad
-    )
+    trainable = (problem.student_hidden, problem.student_weight, problem.student_bias)
+    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trainable)
     name, _ = plan.choose_backend(backend, problem.student_hidden.device, gradient)
     if name == "reference":
         from opsdc_kernels.reference import reference_divergence

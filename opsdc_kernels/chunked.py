@@ -17,6 +17,7 @@ from torch import Tensor
 from opsdc_kernels import gemm, plan
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import Rows, divergence_rows_
+from opsdc_kernels.tile import hidden_gradient, operand_scale, rounded_tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +76,20 @@ def run_chunks(
         return result
     operand = gemm.operand_dtype(weight, dtype)
     tile_dtype = tile_dtype or operand
-    mean_row = weight.mean(0, dtype=dtype) if tile_dtype != dtype and needs.hidden else None
-    dims = (dim, problem.teacher_hidden.shape[1])
+    rounds = tile_dtype != dtype
+    mean_row = weight.mean(0, dtype=dtype) if rounds and needs.hidden else None
+    lift = None
+    if tile_dtype == torch.float16 and needs.weight:
+        rows = slice(None) if kept_K is None else kept_K
+        weights = None if row_weight_N is None else row_weight_N[rows]
+        lift = operand_scale(student[rows], weights, problem.logit_factor)
     height = plan.chunk_rows(
-        kept, size, dims, student.dtype, student.device, problem.workspace_bytes
+        kept,
+        size,
+        (dim, problem.teacher_hidden.shape[1]),
+        student.dtype,
+        student.device,
+        problem.workspace_bytes,
     )
     buffer = student.new_empty(2 * height, size, dtype=dtype)
 
@@ -87,58 +98,29 @@ def run_chunks(
         tokens = slice(start, stop) if kept_K is None else kept_K[start:stop]
         s_CV, other_CV = buffer[: stop - start], buffer[stop - start : 2 * (stop - start)]
         _logits_into(buffer[: 2 * (stop - start)], problem, weight, tokens, operand)
-        factor_C = _row_passes(problem, s_CV, other_CV, tokens, bool(needs), result)
+        scale_C1 = _row_passes(problem, s_CV, other_CV, tokens, bool(needs), result)
         if not needs:
             continue
-        scale_C1 = factor_C[:, None]
         if row_weight_N is not None:
             scale_C1 = scale_C1 * row_weight_N[tokens, None]
         if result.bias_gradient is not None:
             result.bias_gradient[:size].addmv_(s_CV.T, scale_C1.squeeze(1))
-        hidden_CD = student[tokens].to(dtype) * scale_C1 if needs.weight else None
-        tile_CV, residual_C1 = _rounded(s_CV, other_CV, tile_dtype)
+        if result.hidden_gradient is None and result.weight_gradient is None:
+            continue
+        tile = rounded_tile(s_CV, other_CV, tile_dtype)
+        if tile.row_scale is not None:
+            scale_C1 = scale_C1 * tile.row_scale
         if result.hidden_gradient is not None:
-            gradient = hidden_gradient(tile_CV, residual_C1, weight, mean_row, dtype)
-            result.hidden_gradient[tokens] = gradient.mul_(scale_C1)
+            gradient_CD = hidden_gradient(tile, weight, mean_row)
+            result.hidden_gradient[tokens] = gradient_CD.mul_(scale_C1)
         if result.weight_gradient is not None:
-            assert hidden_CD is not None
+            hidden_CD = student[tokens].to(dtype).mul(scale_C1 if lift is None else scale_C1 * lift)
             gemm.add_weight_gradient(
-                result.weight_gradient[:size], tile_CV, hidden_CD.to(tile_dtype)
+                result.weight_gradient[:size], tile.values, hidden_CD.to(tile_dtype)
             )
+    if lift is not None and result.weight_gradient is not None:
+        result.weight_gradient.div_(lift)
     return result
-
-
-def hidden_gradient(
-    tile_CV: Tensor,
-    residual_C1: Tensor | None,
-    weight_VD: Tensor,
-    mean_row_D: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """dH [C, D] of a gradient tile, corrected for the tile's rounding.
-
-    Rounding leaves Σ_v (round(dZ) − dZ) ≠ 0, which multiplies whatever all rows of W have in
-    common; removing that sum times the mean row of W removes the error. The sum and the mean run
-    over the same columns, so it holds under a soft-cap and on a shard of the vocabulary too,
-    where Σ_v dZ itself is not 0.
-    """
-    out_CD = tile_CV.new_empty(tile_CV.shape[0], weight_VD.shape[1], dtype=dtype)
-    gemm.hidden_gradient_into(out_CD, tile_CV, weight_VD)
-    if residual_C1 is not None:
-        assert mean_row_D is not None
-        out_CD.addmm_(residual_C1, mean_row_D[None, :], alpha=-1)
-    return out_CD
-
-
-def _rounded(
-    dz_CV: Tensor, scratch_CV: Tensor, tile_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """The tile as the GEMMs take it, and Σ_v (round(dZ) − dZ) [C, 1] where it was rounded."""
-    if tile_dtype == dz_CV.dtype:
-        return dz_CV, None
-    flat = scratch_CV.view(-1).view(tile_dtype)[: dz_CV.numel()]
-    tile = flat.view_as(dz_CV).copy_(dz_CV)
-    return tile, dz_CV.neg_().add_(tile).sum(1, keepdim=True)
 
 
 def _logits_into(
@@ -173,7 +155,7 @@ def _row_passes(
     gradient: bool,
     result: Result,
 ) -> Tensor:
-    """Fills in the values of these tokens; leaves dZ, up to the factor [C], in s_CV."""
+    """Fills in the values of these tokens; leaves dZ in s_CV, up to the factor returned [C, 1]."""
     step = plan.block_rows(s_CV.shape[1], s_CV.device)
     targets = None if problem.target_ids is None else problem.target_ids[tokens]
     blocks: list[Rows] = []
@@ -191,7 +173,7 @@ def _row_passes(
     result.per_token[tokens] = torch.cat([rows.divergence for rows in blocks])
     for i, statistic in enumerate(result.statistics):
         statistic[tokens] = torch.cat([rows.statistics[i] for rows in blocks if rows.statistics])
-    return torch.cat([rows.factor for rows in blocks])
+    return torch.cat([rows.factor for rows in blocks])[:, None]
 
 
 def _empty_statistics(problem: Problem) -> tuple[Tensor, ...]:

@@ -62,15 +62,47 @@ class Problem:
         )
 
     @property
+    def logit_factor(self) -> float:
+        """dz/dx of eq. (1) in `reference` but for the soft-cap, x = h·Wᵀ + b of the student."""
+        return self.logit_scale[0] / self.temperature
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of logits, statistics and loss: fp32, or float64 for float64 inputs."""
         return statistics_dtype(self.student_hidden.dtype)
 
     def kept_rows(self) -> Tensor | None:
-        """Indices [K] of the tokens with weight, or None for all. Synchronizes with the device."""
-        if self.token_weight is None:
-            return None
-        return torch.nonzero(self.token_weight).squeeze(1)
+        """Indices [K] of the tokens with weight, or None for all. With weights this synchronizes
+        with the device, once; the checks of values stay there.
+
+        Raises:
+            ValueError: a weight is negative or not finite, or a kept target is outside the scored
+                vocabulary. (On a GPU: a device-side assertion.)
+        """
+        kept = None
+        if self.token_weight is not None:
+            weight = self.token_weight
+            _check_values(
+                ((weight >= 0) & (weight < torch.inf)).all(),
+                "token_weight must be finite and >= 0; mask tokens with 0",
+            )
+            kept = torch.nonzero(weight).squeeze(1)
+        if self.target_ids is not None:
+            ids = self.target_ids if kept is None else self.target_ids[kept]
+            _check_values(
+                ((ids >= 0) & (ids < self.vocab_size)).all(),
+                f"target_ids must lie in [0, {self.vocab_size}) for every token with weight; give "
+                "tokens to ignore the token_weight 0",
+            )
+        return kept
+
+
+def _check_values(condition: Tensor, message: str) -> None:
+    if condition.device.type == "cpu":
+        if not condition:
+            raise ValueError(message)
+    else:
+        torch._assert_async(condition, message)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -19,6 +19,7 @@ from opsdc_kernels.reference import (
     statistics_of_logits,
     weighted_excess,
 )
+from opsdc_kernels.rows_cpu import reverse_kl_rows_
 
 
 class Rows(NamedTuple):
@@ -46,21 +47,30 @@ def divergence_rows_(
     s, t, d, slope = _transform_(student_BV, other_BV, problem)
     statistics = None
     if problem.return_stats:
+        t = s + d if t is None else t
         statistics = statistics_of_logits(s, t, target_ids_B)
-    value, dz = _divergence_and_gradient(s, t, d, problem.divergence, problem.beta, gradient)
-    if gradient:
-        assert dz is not None
-        if slope is not None:
-            dz = dz.mul_(slope)
-        student_BV.copy_(dz)
-    factor = torch.full_like(value, problem.logit_scale[0] / problem.temperature)
+    value = None
+    sign = 1.0
+    if problem.divergence == "reverse_kl" and s.device.type == "cpu":
+        value = reverse_kl_rows_(s, d, gradient)
+        sign = -1.0
+    if value is None:
+        sign = 1.0
+        t = s + d if t is None else t
+        dz = s if gradient else None
+        value = _divergence_and_gradient(s, t, d, problem.divergence, problem.beta, dz)
+    if gradient and slope is not None:
+        s.mul_(slope)
+    if gradient and s is not student_BV:
+        student_BV.copy_(s)
+    factor = torch.full_like(value, sign * problem.logit_factor)
     return Rows(value, factor, statistics)
 
 
 def _transform_(
     x: Tensor, other: Tensor, problem: Problem
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(s, t, t − s, ds/dx up to scale/temperature) of eq. (1)."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(s, t, t − s, ds/dx up to scale/temperature) of eq. (1); t is None where s + d gives it."""
     size, temperature = problem.vocab_size, problem.temperature
     (scale, other_scale), (cap, other_cap) = problem.logit_scale, problem.logit_softcap
 
@@ -70,7 +80,7 @@ def _transform_(
         return x if scale == 1.0 else x.mul_(scale)
 
     def capped(x: Tensor, cap: float | None) -> Tensor:
-        x = x.clone() if cap is None else torch.tanh(x / cap).mul_(cap)
+        x = x if cap is None else torch.tanh(x / cap).mul_(cap)
         return x if temperature == 1.0 else x.div_(temperature)
 
     affine_(x, problem.student_bias, scale)
@@ -82,7 +92,7 @@ def _transform_(
     delta = affine_(other, None, scale)
     if cap is None:
         d = delta if temperature == 1.0 else delta.div_(temperature)
-        return s, s + d, d, slope
+        return s, None, d, slope
     x_t = x + delta
     both = torch.tanh(x / cap) * torch.tanh(x_t / cap)
     d = torch.tanh(delta / cap).mul_(cap / temperature).mul_(1 - both)
@@ -90,8 +100,9 @@ def _transform_(
 
 
 def _divergence_and_gradient(
-    s: Tensor, t: Tensor, d: Tensor, divergence: str, beta: float, gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+    s: Tensor, t: Tensor, d: Tensor, divergence: str, beta: float, dz: Tensor | None
+) -> Tensor:
+    """Value [B]; the gradient with respect to s goes to `dz` [B, V], which may be s itself."""
     no_student, no_teacher = torch.isneginf(s), torch.isneginf(t)
     outside = no_student | no_teacher
     only_student, only_teacher = no_teacher & ~no_student, no_student & ~no_teacher
@@ -107,7 +118,9 @@ def _divergence_and_gradient(
 
     if divergence == "reverse_kl":
         value = (inner - log_share_p).squeeze(1) + torch.where(only_student.any(1), infinite, 0.0)
-        return value, (q * c).neg_() if gradient else None
+        if dz is not None:
+            torch.mul(q, c, out=dz).neg_()
+        return value
 
     full_q = torch.softmax(s, 1)
     outside_q = torch.where(only_student, full_q, 0.0).sum(1, keepdim=True)
@@ -118,19 +131,21 @@ def _divergence_and_gradient(
     if divergence == "forward_kl":
         value = weighted_excess(log_p, -r).sum(1) + outside_q.squeeze(1)
         value = value + torch.where(only_teacher.any(1), infinite, 0.0)
-        if not gradient:
-            return value, None
-        dz = torch.where(r > 1, full_q - log_p.exp(), -full_q * torch.expm1(r.clamp(max=1)))
-        return value, torch.where(only_student, full_q, dz)
+        if dz is not None:
+            near = -full_q * torch.expm1(r.clamp(max=1))
+            torch.where(r > 1, full_q - log_p.exp(), near, out=dz)
+            torch.where(only_student, full_q, dz, out=dz)
+        return value
 
     a = log_mixture(r, beta)
     from_student = weighted_excess(log_q, a).sum(1, keepdim=True)
     value = (1 - beta) * from_student + beta * weighted_excess(log_p, a - r).sum(1, keepdim=True)
     value = value - (1 - beta) * math.log1p(-beta) * outside_q
     value = (value - beta * math.log(beta) * outside_p).squeeze(1)
-    if not gradient:
-        return value, None
+    if dz is None:
+        return value
     a = torch.where(only_student, math.log1p(-beta), a)
     centre = from_student + torch.where(only_student, full_q * excess(a), 0.0).sum(1, keepdim=True)
     # −E_q[a] = E_q[f(a)] + β·P_out: the mixture has β·P_out of its mass where the student has none.
-    return value, full_q.mul_(a.add_(centre + beta * outside_p)).mul_(beta - 1)
+    torch.mul(full_q, a.add_(centre + beta * outside_p), out=dz).mul_(beta - 1)
+    return value
