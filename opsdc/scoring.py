@@ -194,7 +194,8 @@ def _other_base(found: str | None, response: str, gold: str) -> bool:
 
 
 def _extracted(found: str | None, problem: Problem) -> Score:
-    return Score(found is not None and same_answer(found, _gold(problem)), found)
+    gold = _gold(problem)
+    return Score(found is not None and same_answer(found, gold), found)
 
 
 def _exact(response: str, problem: Problem) -> Score:
