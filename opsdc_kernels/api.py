@@ -129,7 +129,7 @@ def linear_divergence(
         )
     if divergence != "jsd" and beta != 0.5:
         raise ValueError(f'beta={beta!r} has no effect on {divergence}; use divergence="jsd"')
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r} must be finite and above 0")
     if target_ids is not None and not return_stats:
         raise ValueError("target_ids only adds to the statistics; pass return_stats=True too")
@@ -148,10 +148,10 @@ def linear_divergence(
     scale = _pair("logit_scale", logit_scale)
     softcap = _pair("logit_softcap", logit_softcap)
     for value in scale:
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value != 0):
+        if not -math.inf < value < math.inf or value == 0:
             raise ValueError(f"logit_scale={logit_scale!r} must be finite and not 0")
     for cap in softcap:
-        if cap is not None and not (math.isfinite(cap) and cap > 0):
+        if cap is not None and not 0 < cap < math.inf:
             raise ValueError(f"logit_softcap={logit_softcap!r} must be above 0, or None for no cap")
     own_teacher_bias = shared and teacher_bias is not None and teacher_bias is not student_bias
     if shared and not own_teacher_bias:

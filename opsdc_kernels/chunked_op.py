@@ -124,8 +124,8 @@ def _forward(
         if reduction == "mean":
             n_tokens = student_hidden.shape[0]
             if token_weight is None:
-                row_weight = student_hidden.new_full((n_tokens,), 1 / max(n_tokens, 1))
-                row_weight = row_weight.to(problem.dtype)
+                share = 1 / max(n_tokens, 1)
+                row_weight = student_hidden.new_full((n_tokens,), share, dtype=problem.dtype)
             else:
                 row_weight = token_weight * mean_factor(token_weight)
         result = run_chunks(problem, wanted, row_weight, kept)

@@ -1,0 +1,310 @@
+"""Check a backend on your own shapes: realistic inputs, float64 truth, an error budget.
+
+    case = make_case(tokens=512, dim=576, vocab_size=49152, entropy=0.5, kl=1e-2)
+    assert_accurate(case, backend="chunked")
+
+Self-distillation keeps teacher and student close, so inputs are made to a wanted student entropy
+and a wanted KL, not drawn at random: random logits are nearly uniform, and their errors say
+nothing. Truth is the centred float64 form (see `opsdc_kernels.reference`) on the same rounded
+inputs; errors are relative to the truth's own size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsdc_kernels.api import linear_divergence
+
+NEAR_UNIFORM_SLACK = 0.02
+"""Entropies within this many nats of ln V would need logits too flat to be of interest."""
+
+
+class Unrepresentable(ValueError):
+    """No inputs of this dtype and vocabulary have the wanted entropy and KL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Inputs of one call; `teacher_weight` None means a shared head."""
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Case:
+        other = self.teacher_weight
+        return Case(
+            self.student_hidden.to(dtype),
+            self.student_weight.to(dtype),
+            self.teacher_hidden.to(dtype),
+            None if other is None else other.to(dtype),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a call returned and left as gradients."""
+
+    loss: Tensor
+    per_token: Tensor
+    hidden_gradient: Tensor
+    weight_gradient: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Errors:
+    """Relative to the truth's own size; exact zeros count as 0."""
+
+    loss: float
+    hidden_gradient: float
+    """Frobenius."""
+    weight_gradient: float
+    """Frobenius."""
+    worst_row: float
+    """The largest relative error of one token's divergence or hidden gradient."""
+    finite: bool
+    negative: bool
+    """Some token's divergence is below 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The largest `Errors` allowed."""
+
+    loss: float
+    gradient: float
+    worst_row: float
+
+
+BUDGETS = {
+    torch.float64: Budget(1e-12, 1e-12, 1e-9),
+    torch.float32: Budget(1e-5, 3e-5, 1e-3),
+    torch.bfloat16: Budget(1e-4, 3e-3, 1e-2),
+    torch.float16: Budget(1e-4, 3e-3, 1e-2),
+}
+
+
+def make_case(
+    *,
+    tokens: int,
+    dim: int,
+    vocab_size: int,
+    entropy: float,
+    kl: float,
+    dtype: torch.dtype = torch.float32,
+    shared_head: bool = True,
+    common_mode: float = 0.0,
+    seed: int = 0,
+) -> Case:
+    """Inputs whose every row has about the wanted student entropy and KL(student‖teacher), in nats.
+
+    Args:
+        tokens, dim, vocab_size: N, D and V.
+        entropy: of the student, from 0.01 (a peaked row) to just below ln V.
+        kl: from 1e-12 to 5. With different heads it is reached on average over the rows.
+        dtype: of all tensors; entropy and KL are those after rounding to it.
+        shared_head: else the teacher's head is a perturbed copy.
+        common_mode: size of a component that all rows of W share, in units of a row's own size: it
+            changes no distribution, and strains arithmetic that does not know that.
+        seed: of the draw.
+
+    Raises:
+        Unrepresentable: rounding to `dtype` moves entropy or KL off by more than a factor of 3.
+    """
+    if not 0 < entropy < math.log(vocab_size) - NEAR_UNIFORM_SLACK:
+        raise Unrepresentable(f"entropy={entropy} needs more than {vocab_size} columns")
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    weight = (normal(vocab_size, dim) / math.sqrt(dim)).to(dtype).double()
+    direction = normal(tokens, dim)
+    scale = _bisect(lambda x: -_entropy(x[:, None] * direction @ weight.T), -entropy, tokens)
+    hidden = scale[:, None] * direction
+    weight = (weight + common_mode * normal(1, dim) / math.sqrt(dim)).to(dtype).double()
+    hidden = hidden.to(dtype).double()
+    logits = hidden @ weight.T
+    if shared_head:
+        step = normal(tokens, dim)
+        step_logits = step @ weight.T
+        size = _bisect(lambda x: _kl(logits, x[:, None] * step_logits), kl, tokens)
+        case = Case(hidden, weight, hidden + size[:, None] * step)
+    else:
+        step = normal(vocab_size, dim)
+        step_logits = hidden @ step.T
+        size = _bisect(lambda x: _kl(logits, x * step_logits).mean()[None], kl, 1)
+        case = Case(hidden, weight, hidden, weight + size * step)
+    case = case.to(dtype)
+    _check_representable(case, entropy, kl)
+    return case
+
+
+def _check_representable(case: Case, entropy: float, kl: float) -> None:
+    wide = case.to(torch.float64)
+    s = wide.student_hidden @ wide.student_weight.T
+    if wide.teacher_weight is None:
+        d = (wide.teacher_hidden - wide.student_hidden) @ wide.student_weight.T
+    else:
+        d = wide.teacher_hidden @ wide.teacher_weight.T - s
+    for name, wanted, got in (("entropy", entropy, _entropy(s)), ("kl", kl, _kl(s, d))):
+        if not 1 / 3 < float(got.mean()) / wanted < 3:
+            raise Unrepresentable(
+                f"{name}={wanted} comes out as {float(got.mean()):.1e} in
+                {case.student_hidden.dtype}"
+            )
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_q = torch.log_softmax(logits, 1)
+    return -(log_q.exp() * log_q).sum(1)
+
+
+def _kl(logits: Tensor, difference: Tensor) -> Tensor:
+    q = torch.softmax(logits, 1)
+    c = difference - (q * difference).sum(1, keepdim=True)
+    return torch.where(
+        c.abs().amax(1) < 500, torch.log1p((q * (torch.expm1(c) - c)).sum(1)), math.inf
+    )
+
+
+def _bisect(rising: Any, wanted: float, count: int) -> Tensor:
+    """x [count] > 0 with rising(x) = wanted, by bisection of log x."""
+    low = torch.full((count,), -25.0, dtype=torch.float64)
+    high = torch.full((count,), 9.0, dtype=torch.float64)
+    for _ in range(50):
+        middle = (low + high) / 2
+        above = rising(middle.exp()) > wanted
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return low.exp()
+
+
+def run(case: Case, **options: Any) -> Outcome:
+    """Forward and backward of `linear_divergence` on the case."""
+    hidden = case.student_hidden.detach().clone().requires_grad_()
+    weight = case.student_weight.detach().clone().requires_grad_()
+    loss, stats = linear_divergence(
+        hidden, weight, case.teacher_hidden, case.teacher_weight, return_stats=True, **options
+    )
+    loss.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Outcome(loss.detach(), stats.divergence, hidden.grad, weight.grad)
+
+
+def truth(case: Case, **options: Any) -> Outcome:
+    """The same in float64 by the reference, from the same rounded inputs.
+
+    Tensor options (biases, token weights) are widened too.
+    """
+    wide = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in options.items()
+    }
+    wide.pop("workspace_bytes", None)
+    return run(case.to(torch.float64), **{**wide, "backend": "reference"})
+
+
+def naive(case: Case, logits_dtype: torch.dtype) -> Outcome:
+    """What most trainers do: materialized logits in `logits_dtype`, then `log_softmax` in fp32 and
+    Σ q·(log q − log p), mean over the tokens, by autograd."""
+    hidden = case.student_hidden.detach().clone().requires_grad_()
+    weight = case.student_weight.detach().clone().requires_grad_()
+    other = case.student_weight if case.teacher_weight is None else case.teacher_weight
+
+    def log_probabilities(h: Tensor, w: Tensor) -> Tensor:
+        return torch.log_softmax((h.float() @ w.float().T).to(logits_dtype).float(), 1)
+
+    log_p = log_probabilities(case.teacher_hidden, other)
+    log_q = log_probabilities(hidden, weight)
+    per_token = (log_q.exp() * (log_q - log_p)).sum(1)
+    loss = per_token.mean()
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Outcome(loss.detach(), per_token.detach(), hidden.grad, weight.grad)
+
+
+def errors(got: Outcome, true: Outcome) -> Errors:
+    """Errors of `got`, relative to the size of `true`."""
+    rows = torch.stack([
+        _row_errors(got.per_token[..., None], true.per_token[..., None]),
+        _row_errors(got.hidden_gradient, true.hidden_gradient),
+    ])  # fmt: skip
+    tensors = (got.loss, got.per_token, got.hidden_gradient, got.weight_gradient)
+    return Errors(
+        loss=_relative(got.loss, true.loss),
+        hidden_gradient=_relative(got.hidden_gradient, true.hidden_gradient),
+        weight_gradient=_relative(got.weight_gradient, true.weight_gradient),
+        worst_row=float(rows.max()) if rows.numel() else 0.0,
+        finite=all(bool(torch.isfinite(x).all()) for x in tensors),
+        negative=bool((got.per_token < 0).any()),
+    )
+
+
+def _relative(got: Tensor, true: Tensor) -> float:
+    error, size = (got.double() - true).norm(), true.norm()
+    return float(error / size) if size > 0 else float(error)
+
+
+def _row_errors(got: Tensor, true: Tensor) -> Tensor:
+    flat = got.reshape(-1, got.shape[-1]).double(), true.reshape(-1, true.shape[-1])
+    error, size = (flat[0] - flat[1]).norm(dim=1), flat[1].norm(dim=1)
+    return torch.where(size > 0, error / size.clamp(min=1e-300), error)
+
+
+def budget(case: Case, true: Outcome) -> Budget:
+    """The budget of the case's dtype, plus what fp32 logits cannot avoid.
+
+    A logit z of fp32 is off by about 3e-7·|z|, and so is, relatively, the student's probability of
+    it. Where the heads differ, fp32 logits are subtracted, and the same rounding meets a difference
+    of about √(2·KL): it adds 3e-7·max|z| / √(2·KL), per row and on the whole.
+    """
+    limit = BUDGETS[case.student_hidden.dtype]
+    if case.student_hidden.dtype == torch.float64:
+        return limit
+    wide = case.to(torch.float64)
+    rounding = 3e-7 * (wide.student_hidden @ wide.student_weight.T).abs().amax(1)
+    whole, per_row = rounding.max(), rounding
+    if case.teacher_weight is not None:
+        kl = true.per_token.reshape(-1).abs().clamp(min=1e-60)
+        whole, per_row = (x + x / (2 * k).sqrt() for x, k in ((whole, kl.mean()), (rounding, kl)))
+    return Budget(
+        limit.loss + float(whole),
+        limit.gradient + float(whole),
+        limit.worst_row + float(per_row.max()),
+    )
+
+
+def assert_accurate(case: Case, **options: Any) -> Errors:
+    """Runs `linear_divergence` on the case and holds it to its budget.
+
+    Args:
+        case: inputs, from `make_case` or your own.
+        options: of `linear_divergence`, `backend` included.
+
+    Returns:
+        The errors measured.
+
+    Raises:
+        AssertionError: an error is above its budget, something is not finite, or a divergence is
+            negative; the message holds all errors and limits.
+    """
+    true = truth(case, **options)
+    found, limit = errors(run(case, **options), true), budget(case, true)
+    good = (
+        found.finite
+        and not found.negative
+        and found.loss <= limit.loss
+        and max(found.hidden_gradient, found.weight_gradient) <= limit.gradient
+        and found.worst_row <= limit.worst_row
+    )
+    if not good:
+        raise AssertionError(f"{found} exceed {limit} with {options}")
+    return found
