@@ -104,7 +104,7 @@ def load_trained(config: ModelConfig, folder: str | Path) -> Any:
     return peft.PeftModel.from_pretrained(load_model(config), str(folder))
 
 
-def prepare_model(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
     """Attach the adapter and switch gradient checkpointing on, as the config says."""
     if config.lora is not None:
         model = _with_adapter(model, config.lora)

@@ -1,7 +1,8 @@
 """Where problems come from, and in which order they are used.
 
 Sources: a .jsonl, .json or .parquet file; a Hub dataset (or a local dataset folder); a procedural
-task, `reasoning_gym:TASK`. Columns, the first that exists unless one is named:
+task, `reasoning_gym:TASK`; the demo's `embedded:word_sums`. Columns, the first that exists unless
+one is named:
 
     prompt   `messages` or `prompt` (a chat: role and content; trailing assistant turns are
              dropped), `prompt`, `problem` or `question` (text)
@@ -31,11 +32,13 @@ from opsdc import rows as columns
 from opsdc.errors import ConfigError, DataError
 from opsdc.prompts import dapo_prompt
 from opsdc.scoring import last_boxed
+from opsdc.word_sums import word_sums
 
 _PROMPT_COLUMNS = ("messages", "prompt", "problem", "question")
 _ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
 _DIFFICULTY_COLUMNS = ("difficulty", "level")
 _GYM = "reasoning_gym:"
+_EMBEDDED = "embedded:word_sums"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,11 @@ def load_problems(
         task = source.removeprefix(_GYM)
         return ProblemSet(_gym_problems(task, options, layout, seed), seed=seed)
     path = Path(source)
-    if path.suffix in columns.FILE_TYPES:
+    numbered: Iterable[tuple[int, Any]]
+    if source == _EMBEDDED:
+        unit, name = "row", "word_sums"
+        numbered = enumerate(_word_sums(split, options, seed), 1)
+    elif path.suffix in columns.FILE_TYPES:
         if options or split is not None:
             given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
             raise ConfigError(f"{given} means nothing to the file {source}; unset it")
@@ -290,6 +297,19 @@ def _gym_problems(
     if not found:
         raise DataError(f"{_GYM}{task} makes no problems; set data.options.size above 0")
     return found
+
+
+def _word_sums(split: str | None, options: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    size = options.pop("size", 500)
+    if split is not None or options:
+        given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
+        raise ConfigError(f"{given} means nothing to {_EMBEDDED}, which knows `size`; unset it")
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ConfigError(f"data.options.size must be a whole number, got {size!r}")
+    try:
+        return word_sums(size, seed)
+    except ValueError as error:
+        raise ConfigError(f"data.options.size: {error}") from error
 
 
 def _shuffled(index: int, n: int, key: str) -> int:

@@ -79,7 +79,7 @@ class OPSDCTrainer:
         )
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)
-        self.model: Any = prepare_model(module, config.model)
+        self.model = prepare_model(module, config.model)
         self.model.to(device)
         self.model.train()
         self.teacher = Teacher(self.model, config.teacher)

@@ -1,0 +1,135 @@
+"""What the loss phase of a training step adds to memory: fused against materialised logits.
+
+    python -m benchmarks.loss_memory            (about 2 minutes on two CPU cores)
+
+The demo model, eight prompts of the demo's problems and responses of 96 tokens (the demo's cap), then
+four times as long. Each contender runs in a process of its own: hidden states are computed first,
+then the peak of resident memory during loss and backward (to hidden states and head weight) is read
+from the kernel's high-water mark, which is reset right before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+PROMPTS, RESPONSE, LONGER = 8, 96, 4
+WAYS = ("fused", "materialised")
+
+
+def resident_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak since the last reset) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
+
+
+def reset_peak() -> None:
+    # proc(5): writing 5 resets the high-water mark of the resident set.
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def materialised(
+    student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, teacher_weight: torch.Tensor
+) -> torch.Tensor:
+    """The textbook: both logits, both log-softmaxes, reverse KL; autograd keeps what it needs."""
+    log_q = (student @ weight.T).log_softmax(-1)
+    with torch.no_grad():
+        log_p = (teacher @ teacher_weight.T).log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+def measure(way: str, response_tokens: int) -> dict[str, float]:
+    """One contender, in this process."""
+    from opsdc.batch import Pair, token_batch
+    from opsdc.config import OPSDCConfig
+    from opsdc.dataset import prompted_sets
+    from opsdc.loss import distillation_loss
+    from opsdc.model import Head, hidden_states, load_model, load_tokenizer, read_head
+
+    config = OPSDCConfig.load("smollm2-cpu")
+    tokenizer = load_tokenizer(config.model)
+    problems, _ = prompted_sets(config, tokenizer)
+    model = load_model(config.model)
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        Pair(
+            student_prompt_ids=item.prompts.student_ids,
+            teacher_prompt_ids=item.prompts.teacher_ids,
+            # Memory depends on shapes alone; the ids only have to be some.
+            response_ids=torch.randint(
+                99, 49_000, (response_tokens,), generator=generator
+            ).tolist(),
+        )
+        for item in problems.batch(1, PROMPTS)
+    ]
+    hidden = []
+    for side in ("student", "teacher"):
+        prompts = [getattr(p, f"{side}_prompt_ids") for p in pairs]
+        batch = token_batch(
+            [(prompt, p.response_ids) for prompt, p in zip(prompts, pairs, strict=True)],
+            packed=False,
+            pad_id=0,
+            device=torch.device("cpu"),
+        )
+        with torch.no_grad():
+            hidden.append(hidden_states(model, batch))
+    student, teacher = hidden[0].requires_grad_(), hidden[1]
+    weight = read_head(model).weight
+    # The teacher's head is its own: full fine-tuning against a stale teacher.
+    teacher_weight = weight.detach().clone()
+    n = len(student)
+    token_weight = torch.full((n,), 1.0 / n)
+    before = resident_mib("VmRSS")
+    reset_peak()
+    if way == "fused":
+        loss, _ = distillation_loss(
+            student,
+            Head(weight=weight),
+            teacher,
+            Head(weight=teacher_weight),
+            token_weight,
+            config.loss,
+        )
+    else:
+        loss = materialised(student, weight, teacher, teacher_weight)
+    loss.backward()
+    added = resident_mib("VmHWM") - before
+    returned = (weight.numel() + student.numel()) * 4 / 2**20
+    return {"loss": float(loss), "rows": n, "added_mib": added, "gradients_mib": returned}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--response", type=int, default=RESPONSE, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(measure(arguments.way, arguments.response)))
+        return
+    print("response  rows   fused MiB  materialised MiB  ratio   (of which gradients returned)")
+    for response in (RESPONSE, RESPONSE * LONGER):
+        found = {}
+        for way in WAYS:
+            command = [sys.executable, "-m", __spec__.name, "--way", way]
+            command += ["--response", str(response)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[way] = json.loads(done.stdout.splitlines()[-1])
+        fused, naive = (found[way] for way in WAYS)
+        print(
+            f"{response:8d}  {fused['rows']:4.0f}  {fused['added_mib']:10.0f}  "
+            f"{naive['added_mib']:16.0f}  {fused['added_mib'] / naive['added_mib']:5.3f}   "
+            f"{fused['gradients_mib']:.0f} MiB; losses {fused['loss']:.6f} and {naive['loss']:.6f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
