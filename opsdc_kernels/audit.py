@@ -124,7 +124,12 @@ def audit(case: Case, target: str, config: Config | None = None) -> Report:
     from opsdc_kernels.triton.configs import SHARED_MEMORY_LIMIT, config_for
 
     config = config or config_for(
-        case.kernel, target, case.dtype, case.shared, not (case.capped or case.biased)
+        case.kernel,
+        target,
+        case.dtype,
+        shared=case.shared,
+        capped=case.capped,
+        biased=case.biased,
     )
     compiled = _compile(case, target, config)
     read = _read_amd if target.startswith("gfx") else _read_nvidia
@@ -259,7 +264,7 @@ def _read_amd(asm: dict[str, Any], instruction: str) -> tuple[int, int, int, int
             raise RuntimeError(f"the assembly has no {name}")
         return int(found[1])
 
-    spill = 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+    spill = 4 * field("vgpr_spill_count")  # scalar registers spill into lanes, not memory
     count = len(re.findall(rf"\b{instruction}", text))
     return field("vgpr_count"), spill, field("private_segment_fixed_size"), count
 

@@ -48,33 +48,41 @@ SHARED_MEMORY_LIMIT = {
 }
 """Bytes per block, from the vendors' programming guides."""
 
-INTERPRETER = Config(16, 32, 32, 2, 2, 1, 1)
+INTERPRETER = Config(16, 64, 32, 1, 2, 1, 1)
 
 # Contraction of a multiply and an add would turn t - s into fma(h, pre, -s): not 0 where teacher
 # and student are equal.
 ENABLE_FP_FUSION = False
 
-FORWARD = {
-    "sm_80": Config(64, 128, 64, 2, 16, 8, 3),
-    "sm_90": Config(64, 128, 64, 2, 16, 8, 4),
-    "sm_100": Config(64, 128, 64, 2, 16, 8, 4),
-    "sm_120": Config(64, 128, 32, 2, 16, 8, 3),
+SEPARATE = {
+    "sm_80": Config(128, 64, 64, 1, 16, 8, 3),
+    "sm_90": Config(128, 64, 64, 1, 16, 8, 4),
+    "sm_100": Config(128, 64, 64, 2, 16, 8, 3),
+    "sm_120": Config(128, 64, 32, 1, 16, 8, 3),
     "gfx942": Config(64, 128, 32, 1, 16, 8, 2),
 }
-"""16-bit inputs, statistics and JSD kernels, and every kernel under soft-cap or with a bias."""
+"""16-bit inputs, two heads."""
 
-GRADIENT = {
-    "sm_80": Config(64, 128, 64, 2, 16, 8, 3),
+SHARED_OR_CAPPED = SEPARATE | {"sm_100": Config(64, 64, 64, 1, 16, 8, 4)}
+"""16-bit inputs, a third operand or soft-cap's temporaries in registers."""
+
+BIASED = {
+    "sm_80": Config(64, 64, 64, 1, 16, 8, 3),
+    "sm_90": Config(64, 64, 64, 1, 16, 8, 4),
+    "sm_100": Config(64, 64, 64, 1, 16, 8, 4),
+    "sm_120": Config(64, 64, 32, 1, 16, 8, 3),
+    "gfx942": Config(64, 128, 32, 1, 16, 8, 2),
+}
+"""16-bit inputs, the extra statistics of logits that may be -inf on one side."""
+
+GRADIENT = SEPARATE | {
     "sm_90": Config(128, 128, 64, 1, 16, 8, 3),
     "sm_100": Config(128, 128, 64, 1, 16, 8, 3),
-    "sm_120": Config(64, 128, 32, 2, 16, 8, 3),
-    "gfx942": Config(64, 128, 32, 1, 16, 8, 2),
 }
-"""16-bit inputs, plain gradient kernel: nothing but two accumulators lives long."""
+"""16-bit inputs, gradient kernel of two plain heads: only its accumulators live long."""
 
-SINGLE = {target: Config(64, 64, 32, 1, 16, 8, 2) for target in TARGETS}
+SINGLE = {target: Config(64, 64, 16, 1, 16, 8, 2) for target in TARGETS}
 """fp32 inputs: exact fp32 products on the ordinary units (AMD: matrix units)."""
-
 
 ROWS = RowsConfig(2048, 8)
 """Every target."""
@@ -91,9 +99,15 @@ def target_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-def config_for(kernel: str, target: str, dtype: str, shared: bool, plain: bool) -> Config:
-    """`kernel`: statistics | jsd | gradient; `dtype`: fp32 or a 16-bit one; `plain`: no soft-cap,
-    no bias."""
+def config_for(
+    kernel: str, target: str, dtype: str, *, shared: bool, capped: bool, biased: bool
+) -> Config:
+    """`kernel`: statistics | jsd | gradient; `dtype`: fp32 or a 16-bit one. The gradient kernel is
+    biased too when it sums a bias gradient."""
     if dtype == "fp32":
         return SINGLE[target]
-    return (GRADIENT if kernel == "gradient" and plain and not shared else FORWARD)[target]
+    if biased:
+        return BIASED[target]
+    if shared or capped:
+        return SHARED_OR_CAPPED[target]
+    return (GRADIENT if kernel == "gradient" else SEPARATE)[target]

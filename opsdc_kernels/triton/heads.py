@@ -76,9 +76,14 @@ class Heads:
             return INTERPRETER
         hidden = self.student.hidden
         sides = (self.student, self.teacher)
-        plain = not bias_gradient and all(x.post is None and x.bias is None for x in sides)
-        dtype = "fp32" if hidden.dtype == torch.float32 else "16-bit"
-        return config_for(kernel, target_of(hidden.device), dtype, self.shared, plain)
+        return config_for(
+            kernel,
+            target_of(hidden.device),
+            "fp32" if hidden.dtype == torch.float32 else "16-bit",
+            shared=self.shared,
+            capped=any(x.post is not None for x in sides),
+            biased=bias_gradient or any(x.bias is not None for x in sides),
+        )
 
     def launch_options(self, config: Config) -> dict[str, object]:
         """Constants and options of every kernel that computes logit tiles."""

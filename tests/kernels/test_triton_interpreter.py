@@ -13,16 +13,34 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-MODULES = ("test_fused.py", "test_fused_fuzz.py", "test_fused_rounding.py", "test_triton_rows.py")
+# About equal times; two processes for two cores.
+PROCESSES = (
+    ("test_fused.py",),
+    ("test_fused_autograd.py", "test_fused_rounding.py", "test_triton_rows.py"),
+)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_passes_in_the_interpreter(module):
+@pytest.fixture(scope="module")
+def outputs():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / module)]
-    result = subprocess.run(
-        command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
-    assert re.search(r"\d+ passed", result.stdout)
-    assert "skipped" not in result.stdout
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    running = [
+        subprocess.Popen(
+            [*command, *(str(HERE / name) for name in names)],
+            env=environment,
+            cwd=HERE.parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for names in PROCESSES
+    ]
+    return [(process.communicate()[0], process.returncode) for process in running]
+
+
+@pytest.mark.parametrize("i", range(len(PROCESSES)), ids=[" ".join(names) for names in PROCESSES])
+def test_passes_in_the_interpreter(i, outputs):
+    output, status = outputs[i]
+    assert status == 0, output[-8000:]
+    assert re.search(r"\d+ passed", output)
+    assert "skipped" not in output
