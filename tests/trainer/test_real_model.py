@@ -1,0 +1,91 @@
+"""The demo's own model: what holds on a tiny random one must hold on it."""
+
+import math
+
+import pytest
+import torch
+
+from opsdc import preflight
+from opsdc.batch import Pair
+from opsdc.config import OPSDCConfig, TeacherConfig
+from opsdc.dataset import prompted_sets
+from opsdc.model import load_model, load_tokenizer
+from opsdc.rollout import Request, SamplingParams
+from opsdc.rollout.hf import HFSampler
+from opsdc.teacher import Teacher
+from opsdc.update import Layout, backward, teacher_hidden_states
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture(scope="module")
+def setting(smollm2):
+    """The demo's model moved a little away from its teacher, and real sampled responses."""
+    config = OPSDCConfig.load("smollm2-cpu")
+    tokenizer = load_tokenizer(config.model)
+    problems, _ = prompted_sets(config, tokenizer)
+    model = load_model(config.model)
+    batch = problems.batch(1, 4)
+    sampler = HFSampler(model, tokenizer, seed=0)
+    rollouts = sampler.generate(
+        [Request(key=p.problem.id, prompt_ids=p.prompts.student_ids) for p in batch],
+        SamplingParams(max_new_tokens=20),
+        label="test",
+    )
+    pairs = [
+        Pair(
+            student_prompt_ids=p.prompts.student_ids,
+            teacher_prompt_ids=p.prompts.teacher_ids,
+            response_ids=r.response_ids[: 20 - 4 * i],
+        )
+        for i, (p, r) in enumerate(zip(batch, rollouts))
+    ]
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    zero = preflight.same_prompt_divergence(model, teacher, pairs, layout(), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * p.std(), alpha=1e-3)
+    return model, teacher, pairs, config, zero
+
+
+def layout(packed=False, max_tokens=10_000):
+    return Layout(packed=packed, max_tokens=max_tokens, pad_id=2, dtype=torch.float32)
+
+
+def gradients(setting, where, **loss):
+    model, teacher, pairs, config, _ = setting
+    config = OPSDCConfig.from_dict({**config.to_dict(), "loss": loss})
+    model.zero_grad(set_to_none=True)
+    kept = teacher_hidden_states(model, teacher, pairs, where)
+    value, stats = backward(model, teacher, pairs, kept, where, config)
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+    return value, flat, torch.cat([s.divergence for s in stats])
+
+
+def test_same_prompt_gives_exactly_zero(setting):
+    assert setting[-1] == 0
+
+
+def test_packed_equals_single_or_packing_is_off(setting):
+    model, _, pairs, config, _ = setting
+    sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
+    assert preflight.packing_difference(model, sequences, torch.float32) <= 1e-4
+    assert not preflight.choose_packing(model, config, sequences)[0]
+
+
+def test_layouts_and_backends_give_one_gradient(setting):
+    value, base, divergence = gradients(setting, layout())
+    assert value > 1e-3
+    # Different heads: logits of up to 44, rounded to float32 and subtracted, condition what two
+    # backends agree on, and each of the two carries that error.
+    conditioning = 2 * 3e-7 * 44 / math.sqrt(2 * float(divergence.median()))
+    for where, loss, tolerance in (
+        (layout(max_tokens=200), {}, 1e-5),
+        (layout(max_tokens=1), {}, 1e-5),
+        (layout(packed=True), {}, 1e-5),
+        (layout(), {"backend": "reference"}, 1e-5 + conditioning),
+    ):
+        other_value, other, _ = gradients(setting, where, **loss)
+        assert other_value == pytest.approx(value, rel=tolerance)
+        assert float((other - base).norm() / base.norm()) <= tolerance
