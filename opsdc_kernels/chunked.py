@@ -10,13 +10,15 @@ of a chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from opsdc_kernels import gemm, plan
+from opsdc_kernels import gemm, plan, rows
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.rows import Rows, divergence_rows_
+from opsdc_kernels.rows import Rows
 from opsdc_kernels.tile import hidden_gradient, operand_scale, rounded_tile
 
 
@@ -80,9 +82,9 @@ def run_chunks(
     mean_row = weight.mean(0, dtype=dtype) if rounds and needs.hidden else None
     lift = None
     if tile_dtype == torch.float16 and needs.weight:
-        rows = slice(None) if kept_K is None else kept_K
-        weights = None if row_weight_N is None else row_weight_N[rows]
-        lift = operand_scale(student[rows], weights, problem.logit_factor)
+        every = slice(None) if kept_K is None else kept_K
+        weights = None if row_weight_N is None else row_weight_N[every]
+        lift = operand_scale(student[every], weights, problem.logit_factor)
     height = plan.chunk_rows(
         kept,
         size,
@@ -156,7 +158,7 @@ def _row_passes(
     result: Result,
 ) -> Tensor:
     """Fills in the values of these tokens; leaves dZ in s_CV, up to the factor returned [C, 1]."""
-    step = plan.block_rows(s_CV.shape[1], s_CV.device)
+    divergence_rows_, step = _row_function(s_CV)
     targets = None if problem.target_ids is None else problem.target_ids[tokens]
     blocks: list[Rows] = []
     for start in range(0, s_CV.shape[0], step):
@@ -170,10 +172,19 @@ def _row_passes(
                 target_ids_B=None if targets is None else targets[block],
             )
         )
-    result.per_token[tokens] = torch.cat([rows.divergence for rows in blocks])
+    result.per_token[tokens] = torch.cat([found.divergence for found in blocks])
     for i, statistic in enumerate(result.statistics):
-        statistic[tokens] = torch.cat([rows.statistics[i] for rows in blocks if rows.statistics])
-    return torch.cat([rows.factor for rows in blocks])[:, None]
+        statistic[tokens] = torch.cat([found.statistics[i] for found in blocks if found.statistics])
+    return torch.cat([found.factor for found in blocks])[:, None]
+
+
+def _row_function(s_CV: Tensor) -> tuple[Any, int]:
+    """The row pass for this device and dtype, and the rows it takes at once."""
+    if s_CV.is_cuda and s_CV.dtype == torch.float32 and find_spec("triton"):
+        from opsdc_kernels.triton.rows import divergence_rows_ as in_triton
+
+        return in_triton, s_CV.shape[0]
+    return rows.divergence_rows_, plan.block_rows(s_CV.shape[1], s_CV.device)
 
 
 def _empty_statistics(problem: Problem) -> tuple[Tensor, ...]:

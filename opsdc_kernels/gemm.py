@@ -27,7 +27,7 @@ def logits_into(out_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
 
 def hidden_gradient_into(out_CD: Tensor, tile_CV: Tensor, weight_VD: Tensor) -> None:
     """out = tile · weight."""
-    if not upcasts(weight_VD, out_CD.dtype):
+    if tile_CV.dtype == weight_VD.dtype and not upcasts(weight_VD, out_CD.dtype):
         _mm_into(out_CD, tile_CV, weight_VD)
         return
     out_CD.zero_()
