@@ -1,8 +1,9 @@
 """`chunked` as `torch.library` custom operators: what autograd and `torch.compile` see of it.
 
 Gradients come out of the forward operator and wait, in fp32, for the upstream gradient. They are
-never scaled in place, so backward may run twice. Only `reduction="none"` with a trainable head or
-bias, whose per-token upstream gradient is unknown until backward, runs the chunks a second time.
+scaled in place only when the graph is freed with it, so backward may run twice. Only
+`reduction="none"` with a trainable head or bias, whose per-token upstream gradient is unknown until
+backward, runs the chunks a second time.
 """
 
 from __future__ import annotations
@@ -184,16 +185,30 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     if ctx.recomputes:
         found = _recompute(upstream, *ctx.saved_tensors, *ctx.options, ctx.needs)
     else:
-        found = ctx.saved_tensors
         per_row = upstream[:, None] if upstream.dim() else upstream
+        last_use = _graph_is_freed(upstream)
         found = [
-            _times_upstream(x, per_row, dtype) if need else None
-            for x, dtype, need in zip(found, ctx.dtypes, ctx.needs, strict=True)
+            None
+            if not need
+            else x.mul_(per_row)
+            if last_use and x.dtype == dtype
+            else _times_upstream(x, per_row, dtype)
+            for x, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
         ]
     for position, gradient, need in zip((0, 1, 4), found, ctx.needs, strict=True):
         if need:
             gradients[position] = gradient
     return tuple(gradients)
+
+
+def _graph_is_freed(upstream: Tensor) -> bool:
+    """True when this backward is the graph's last: what it saved may then be used up.
+
+    Spares a second buffer of the head's size in every training step. With `retain_graph`, under
+    tracing (tensor subclasses), or if PyTorch ever drops the query, gradients are copied instead.
+    """
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return type(upstream) is Tensor and not kept()
 
 
 @torch.library.custom_op("opsdc_kernels::chunked_backward", mutates_args=())
