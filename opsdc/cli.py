@@ -35,6 +35,10 @@ _INSPECT_EPILOG = """\
 """
 
 
+# Every setting is a flag; listing fifty of them in a usage line helps nobody.
+_ANY = "[--SECTION.KEY VALUE ...]"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for an error of the user's)."""
     parser = _parser()
@@ -60,9 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def command(name: str, text: str, epilog: str, run: Any) -> argparse.ArgumentParser:
+    def command(name: str, text: str, epilog: str, run: Any, usage: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
+            usage=f"opsdc {name} {usage}",
             help=text,
             description=text[0].upper() + text[1:] + ".",
             epilog=epilog,
@@ -71,12 +76,22 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    train = command("train", "train a model, or go on with a run", _TRAIN_EPILOG, _train)
+    train = command(
+        "train",
+        "train a model, or go on with a run",
+        _TRAIN_EPILOG,
+        _train,
+        f"[--config FILE] {_ANY}",
+    )
     _config_flag(train)
     _setting_flags(train)
 
     evaluate = command(
-        "eval", "compare base, prompt-only and trained on held-out problems", _EVAL_EPILOG, _eval
+        "eval",
+        "compare base, prompt-only and trained on held-out problems",
+        _EVAL_EPILOG,
+        _eval,
+        f"RUN [--trained FOLDER] {_ANY}",
     )
     evaluate.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (config.yaml)")
     evaluate.add_argument(
@@ -89,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "show both prompts, the scored tokens and the divergence per token of one problem",
         _INSPECT_EPILOG,
         _inspect,
+        f"[--config FILE] [--problem N | --text TEXT] [--model FOLDER] {_ANY}",
     )
     _config_flag(inspect)
     inspect.add_argument("--problem", type=int, default=0, metavar="N", help="held-out problem N")
@@ -102,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _setting_flags(inspect, only=("seed", "model.", "data.", "prompt.", "rollout.", "loss."))
 
-    plot = command("plot", "draw a run: divergence, length, entropy, accuracy", "", _plot)
+    plot = command(
+        "plot", "draw a run: divergence, length, entropy, accuracy", "", _plot, "RUN [--output PNG]"
+    )
     plot.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (metrics.jsonl)")
     plot.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/plot.png")
     return parser
