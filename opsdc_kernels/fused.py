@@ -108,7 +108,7 @@ def _forward(
     transform: Sequence[float],
     workspace_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """value [N], statistics [7, N], rows saved for backward [4, N], kept rows [N] and their count.
+    """value [N], statistics [7, N], rows saved for backward [5, N], kept rows [N] and their count.
 
     Rows of weight 0 are dropped before any GEMM and are 0 in the results. Finding them is the one
     synchronization; the count stays on the CPU, so that backward needs none.
@@ -120,7 +120,7 @@ def _forward(
     N = student_hidden.shape[0]
     rows = None if token_weight is None else torch.nonzero(token_weight).squeeze(1)
     count = N if rows is None else rows.shape[0]
-    out = student_hidden.new_zeros((12, N), dtype=torch.float32)
+    out = student_hidden.new_zeros((13, N), dtype=torch.float32)
     if count > 0:
         heads = Heads.of(
             student_hidden, student_weight, teacher_hidden, teacher_weight,
@@ -130,8 +130,8 @@ def _forward(
             target_ids = target_ids[rows]
         kind = DIVERGENCES.index(divergence)
         results, mean = forward(heads, target_ids, kind, beta, vocab_size)
-        scale = gradient_scale(results[0], results[10], divergence, beta, student_weight.dtype)
-        found = torch.cat([results[:10], torch.stack([mean, scale])])
+        scale = gradient_scale(results[0], results[11], divergence, beta, student_weight.dtype)
+        found = torch.cat([results[:11], torch.stack([mean, scale])])
         out = found if rows is None else out.index_copy_(1, rows, found)
     kept = out.new_zeros(0 if rows is None else N, dtype=torch.int64)
     if rows is not None:
@@ -145,7 +145,7 @@ def _forward_fake(student_hidden: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     single = student_hidden.new_empty((), dtype=torch.float32)
     kept = single.new_empty(0 if token_weight is None else N, dtype=torch.int64)
     count = torch.empty((), dtype=torch.int64, device="cpu")
-    return single.new_empty(N), single.new_empty(7, N), single.new_empty(4, N), kept, count
+    return single.new_empty(N), single.new_empty(7, N), single.new_empty(5, N), kept, count
 
 
 @torch.library.custom_op("opsdc_kernels::fused_backward", mutates_args=())
@@ -188,7 +188,7 @@ def _backward(
         budget = default_workspace_bytes(saved.device)
         budget = budget if workspace_bytes is None else workspace_bytes
         found = backward(
-            heads, saved, upstream.float() * slope / saved[3], DIVERGENCES.index(divergence),
+            heads, saved, upstream.float() * slope / saved[4], DIVERGENCES.index(divergence),
             beta, vocab_size, needs, budget,
         )  # fmt: skip
         if rows is not None and found[0] is not None:

@@ -24,7 +24,7 @@ from opsdc_kernels.triton.tiles import columns, load_factor, logits, product_til
 
 @triton.jit
 def logit_gradient(
-    s, t, d, normalizer, centre, mean, beta, DIVERGENCE: tl.constexpr, MASKED: tl.constexpr
+    s, t, d, normalizer, anchor, offset, mean, beta, DIVERGENCE: tl.constexpr, MASKED: tl.constexpr
 ):
     """Gradient with respect to s, without the factors that are constant in a row.
 
@@ -32,14 +32,15 @@ def logit_gradient(
     1 - beta, -q (a - E_q[a]), a = log(mixture / q). Nothing flows through an infinite logit s.
     """
     q = tl.exp(s - normalizer[:, None])
-    c = d - centre[:, None]
+    c = (d - anchor[:, None]) - offset[:, None]
     if DIVERGENCE == 1:
         far = tl.exp(tl.minimum(s - normalizer[:, None] + c, 0.0)) - q
         c = tl.where(c < 20, q * expm1(tl.minimum(c, 20.0)), far)
     else:
         if DIVERGENCE == 2:
             c, _ = log_ratios_to_mixture(c, beta)
-            c -= mean[:, None]
+            a_anchor, _ = log_ratios_to_mixture(-offset, beta)
+            c = (c - a_anchor[:, None]) - mean[:, None]
         c = q * c
     if MASKED:
         c = tl.where(s == float("-inf"), 0.0, c)
@@ -53,7 +54,8 @@ def gradient_kernel(
     student,
     teacher,
     normalizer_ptr,
-    centre_ptr,
+    anchor_ptr,
+    offset_ptr,
     mean_ptr,
     scale_ptr,
     coefficient_ptr,
@@ -86,10 +88,11 @@ def gradient_kernel(
     rows = row0 + tl.arange(0, BM)
     inside = rows < row_end
     normalizer = tl.load(normalizer_ptr + rows, mask=inside, other=0.0)
-    centre = tl.load(centre_ptr + rows, mask=inside, other=0.0)
+    anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0)
+    offset = tl.load(offset_ptr + rows, mask=inside, other=0.0)
     scale = tl.load(scale_ptr + rows, mask=inside, other=0.0)
     coefficient = tl.load(coefficient_ptr + rows, mask=inside, other=0.0)
-    mean = tl.zeros_like(centre)
+    mean = tl.zeros_like(anchor)
     if DIVERGENCE == 2:
         mean = tl.load(mean_ptr + rows, mask=inside, other=0.0)
     beta = tl.cast(beta, tl.float32)
@@ -98,11 +101,11 @@ def gradient_kernel(
         student, teacher, row0, tile * BN, row_end, V, SHARED, BM, BN, BK, EVEN, UPCAST
     )
     acc, acc_t = columns(acc, SLICES), columns(acc_t, SLICES)
-    residual = tl.zeros_like(centre)
+    residual = tl.zeros_like(anchor)
     for i in tl.static_range(SLICES):
         cols = tile * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
         s, t, d, u = logits(student, teacher, acc[i], acc_t[i], factor, cols, V, SHARED)
-        g = logit_gradient(s, t, d, normalizer, centre, mean, beta, DIVERGENCE, MASKED)
+        g = logit_gradient(s, t, d, normalizer, anchor, offset, mean, beta, DIVERGENCE, MASKED)
         if student.post is not None:
             g *= 1 - u * u
         g *= scale[:, None]
@@ -130,10 +133,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """fp32 gradients of the kept hidden states [K, D], of the weight and of the bias, or None.
 
-    saved: each row's normalizer, centre, mean and power-of-two scale; coefficient: the factor of
-    the row's scaled logit gradient. It is applied to dH in fp32; in dW to the hidden states,
-    divided by the largest of them, so that rows of equal weight get powers of two and round
-    nothing.
+    saved: each row's normalizer, anchor, offset, mean and power-of-two scale; coefficient: the
+    factor of the row's scaled logit gradient. It is applied to dH in fp32; in dW to the hidden
+    states, divided by the largest of them, so that rows of equal weight get powers of two and
+    round nothing.
     """
     hidden, full_weight = heads.student.hidden, heads.student.weight
     n_rows, weight = hidden.shape[0], full_weight[:vocab_size]

@@ -26,9 +26,9 @@ from opsdc_kernels.triton.statistics import (
 )
 from opsdc_kernels.triton.tiles import columns, load_factor, logits, product_tile, program_tile
 
-FIELDS = tl.constexpr(14)  # `Statistics`, flat, then both logits of the target token
+FIELDS = tl.constexpr(15)  # `Statistics`, flat, then both logits of the target token
 COMBINE_ROWS = 64
-RESULTS = 11  # rows of `store_results`
+RESULTS = 12  # rows of `store_results`
 
 
 @triton.jit
@@ -81,10 +81,11 @@ def statistics_kernel(
     out = state_ptr + tl.cast(part, tl.int64) * FIELDS * N + rows
     store_mass(out, N, stats.student, inside)
     store_mass(out + 5 * N, N, stats.teacher, inside)
-    tl.store(out + 10 * N, stats.mean, mask=inside)
-    tl.store(out + 11 * N, stats.kl, mask=inside)
-    tl.store(out + 12 * N, s_target, mask=inside)
-    tl.store(out + 13 * N, t_target, mask=inside)
+    tl.store(out + 10 * N, stats.anchor, mask=inside)
+    tl.store(out + 11 * N, stats.mean, mask=inside)
+    tl.store(out + 12 * N, stats.kl, mask=inside)
+    tl.store(out + 13 * N, s_target, mask=inside)
+    tl.store(out + 14 * N, t_target, mask=inside)
 
 
 @triton.jit
@@ -117,8 +118,9 @@ def logsumexp_and_entropy(mass):
 @triton.jit
 def store_results(stats, s_target, t_target, out, N, inside, DIVERGENCE: tl.constexpr):
     """out[field, row]: divergence, logsumexp, entropy and target log-probability of student and
-    teacher (interleaved), agreement; then for the gradient: its normalizer and centre, and the
-    kl over the columns finite on both sides.
+    teacher (interleaved), agreement; then for the gradient: its normalizer, anchor and offset,
+    (d - anchor) - offset being d - E_q[d] or log(p / q), and the kl over the columns finite on
+    both sides.
 
     Mass outside those columns enters as log1p(outside / joint): exact, and 0 where there is none. A
     column that the base has and the other side excludes makes the divergence infinite.
@@ -130,16 +132,18 @@ def store_results(stats, s_target, t_target, out, N, inside, DIVERGENCE: tl.cons
     outside_s = log1p(student.outside / student.joint)
     outside_t = log1p(teacher.outside / teacher.joint)
     normalizer = lse_s
+    anchor = stats.anchor
     if DIVERGENCE == 0:
         value = tl.where(student.outside > 0, float("inf"), stats.kl + outside_t)
         normalizer = log_mass(student)
-        centre = stats.mean
+        offset = stats.mean
     elif DIVERGENCE == 1:
         value = tl.where(teacher.outside > 0, float("inf"), stats.kl + outside_s)
-        centre = outside_t - outside_s - (stats.mean + stats.kl)
+        anchor = -anchor
+        offset = outside_t - outside_s - (stats.mean + stats.kl)
     else:
         value = stats.kl
-        centre = outside_t - outside_s + (stats.mean + stats.kl)
+        offset = outside_t - outside_s + (stats.mean + stats.kl)
     agreement = (student.argmax == teacher.argmax).to(tl.float32)
     tl.store(out, value, mask=inside)
     tl.store(out + N, lse_s, mask=inside)
@@ -150,9 +154,10 @@ def store_results(stats, s_target, t_target, out, N, inside, DIVERGENCE: tl.cons
     tl.store(out + 6 * N, s_target - lse_s, mask=inside)
     tl.store(out + 7 * N, t_target - lse_t, mask=inside)
     tl.store(out + 8 * N, normalizer, mask=inside)
-    tl.store(out + 9 * N, centre, mask=inside)
-    tl.store(out + 10 * N, stats.kl, mask=inside)
-    return lse_s, lse_t, centre
+    tl.store(out + 9 * N, anchor, mask=inside)
+    tl.store(out + 10 * N, offset, mask=inside)
+    tl.store(out + 11 * N, stats.kl, mask=inside)
+    return lse_s, lse_t, anchor, offset
 
 
 @triton.jit
@@ -169,30 +174,32 @@ def combine_kernel(state_ptr, out_ptr, N, PARTS, DIVERGENCE: tl.constexpr, BM: t
             load_mass(state + 5 * N, N, inside),
             tl.load(state + 10 * N, mask=inside, other=0.0),
             tl.load(state + 11 * N, mask=inside, other=0.0),
+            tl.load(state + 12 * N, mask=inside, other=0.0),
         )
         stats = merge(stats, new, DIVERGENCE == 1, True)
-        s_target = tl.maximum(s_target, tl.load(state + 12 * N, mask=inside, other=0.0))
-        t_target = tl.maximum(t_target, tl.load(state + 13 * N, mask=inside, other=0.0))
+        s_target = tl.maximum(s_target, tl.load(state + 13 * N, mask=inside, other=0.0))
+        t_target = tl.maximum(t_target, tl.load(state + 14 * N, mask=inside, other=0.0))
     store_results(stats, s_target, t_target, out_ptr + rows, N, inside, DIVERGENCE)
 
 
 @triton.jit
-def jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta):
-    """Sums over the columns of the JSD's terms, each >= 0, and of q log(mixture / q).
+def jsd_terms(s, t, d, lse_s, lse_t, anchor, offset, beta):
+    """Sums over the columns of the JSD's terms, each >= 0, and of q (a - a at the anchor).
 
     With a = log(mixture / q), b = log(mixture / p) a column's term is (1 - beta) q psi(a) +
     beta p psi(b); past 2 the exponentials are the mixture itself and cannot overflow.
     """
     q = tl.exp(s - lse_s[:, None])
     p = tl.exp(t - lse_t[:, None])
-    a, b = log_ratios_to_mixture(d - log_ratio[:, None], beta)
+    a, b = log_ratios_to_mixture((d - anchor[:, None]) - offset[:, None], beta)
+    a_anchor, _ = log_ratios_to_mixture(-offset, beta)
     mixture = (1 - beta) * q + beta * p
     far_q = mixture - tl.where(q > 0, q * (1 + a), 0.0)
     far_p = mixture - tl.where(p > 0, p * (1 + b), 0.0)
     from_q = tl.where(a < 2, q * psi(tl.minimum(a, 2.0)), far_q)
     from_p = tl.where(b < 2, p * psi(tl.minimum(b, 2.0)), far_p)
     value = tl.sum((1 - beta) * from_q + beta * from_p, 1)
-    return value, tl.sum(tl.where(q > 0, q * a, 0.0), 1)
+    return value, tl.sum(tl.where(q > 0, q * (a - a_anchor[:, None]), 0.0), 1)
 
 
 @triton.jit
@@ -201,7 +208,8 @@ def jsd_kernel(
     teacher,
     lse_s_ptr,
     lse_t_ptr,
-    log_ratio_ptr,
+    anchor_ptr,
+    offset_ptr,
     out_ptr,
     beta,
     N,
@@ -225,7 +233,8 @@ def jsd_kernel(
     beta = tl.cast(beta, tl.float32)
     lse_s = tl.load(lse_s_ptr + rows, mask=inside, other=0.0)
     lse_t = tl.load(lse_t_ptr + rows, mask=inside, other=0.0)
-    log_ratio = tl.load(log_ratio_ptr + rows, mask=inside, other=0.0)
+    anchor = tl.load(anchor_ptr + rows, mask=inside, other=0.0)
+    offset = tl.load(offset_ptr + rows, mask=inside, other=0.0)
     value = tl.zeros([BM], tl.float32)
     mean = tl.zeros([BM], tl.float32)
     begin = part * tiles_per_part
@@ -238,7 +247,7 @@ def jsd_kernel(
         for i in tl.static_range(SLICES):
             cols = tile * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
             s, t, d, _ = logits(student, teacher, acc[i], acc_t[i], factor, cols, V, SHARED)
-            more, more_mean = jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta)
+            more, more_mean = jsd_terms(s, t, d, lse_s, lse_t, anchor, offset, beta)
             value += more
             mean += more_mean
     out = out_ptr + tl.cast(part, tl.int64) * N + rows
@@ -249,7 +258,7 @@ def jsd_kernel(
 def forward(
     heads: Heads, target_ids_N: Tensor | None, divergence: int, beta: float, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Results [RESULTS, N] fp32 (see `store_results`) and, for JSD, E_q[log(mixture / q)] [N]."""
+    """Results [RESULTS, N] fp32 (see `store_results`) and, for JSD, the mean of `jsd_terms` [N]."""
     student, teacher, config = heads.student, heads.teacher, heads.config("statistics")
     n_rows, V = student.hidden.shape[0], vocab_size
     tiles_per_part, parts = vocabulary_parts(n_rows, V, config, heads.processors)
@@ -268,7 +277,7 @@ def forward(
         return results, torch.zeros_like(results[0])
     sums = single((2, parts, n_rows))
     jsd_kernel[grid](
-        student, teacher, results[1], results[2], results[9], sums, beta,
+        student, teacher, results[1], results[2], results[9], results[10], sums, beta,
         n_rows, V, tiles_per_part, parts, **heads.launch_options(config),
     )  # fmt: skip
     value, mean = sums.sum(1)

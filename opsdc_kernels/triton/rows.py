@@ -51,8 +51,8 @@ def rows_statistics_kernel(
     MASKED: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """out[field, row] as `forward.store_results`; for JSD also its value[row] and mean[row], which
-    is E_q[log(mixture / q)]."""
+    """out[field, row] as `forward.store_results`; for JSD also value[row] and mean[row], the sums
+    of `forward.jsd_terms`."""
     row = tl.program_id(0)
     rows = row + tl.arange(0, 1)
     one = tl.full([1], 1.0, tl.float32)
@@ -71,7 +71,7 @@ def rows_statistics_kernel(
             t_target = tl.maximum(t_target, tl.max(tl.where(hit, t, float("-inf")), 1))
         new = tile_statistics(s, t, d, cols, V, DIVERGENCE == 1, MASKED)
         stats = merge(stats, new, DIVERGENCE == 1, MASKED)
-    lse_s, lse_t, log_ratio = store_results(
+    lse_s, lse_t, anchor, offset = store_results(
         stats, s_target, t_target, out_ptr + rows, N, rows < N, DIVERGENCE
     )
     if DIVERGENCE == 2:
@@ -82,7 +82,7 @@ def rows_statistics_kernel(
             cols = col0 + tl.arange(0, BV)
             acc, other = load_products(student_ptr, other_ptr, row, stride, cols, V)
             s, t, d, _ = logits(student, teacher, acc, other, one, cols, V, SHARED)
-            more, more_mean = jsd_terms(s, t, d, lse_s, lse_t, log_ratio, beta)
+            more, more_mean = jsd_terms(s, t, d, lse_s, lse_t, anchor, offset, beta)
             value += more
             mean += more_mean
         tl.store(mean_ptr + rows, mean)
@@ -96,7 +96,8 @@ def rows_gradient_kernel(
     student,
     teacher,
     normalizer_ptr,
-    centre_ptr,
+    anchor_ptr,
+    offset_ptr,
     mean_ptr,
     scale_ptr,
     beta,
@@ -114,10 +115,11 @@ def rows_gradient_kernel(
     one = tl.full([1], 1.0, tl.float32)
     acc, other = load_products(student_ptr, other_ptr, row, stride, cols, V)
     s, t, d, u = logits(student, teacher, acc, other, one, cols, V, SHARED)
-    normalizer, centre = tl.load(normalizer_ptr + rows), tl.load(centre_ptr + rows)
+    normalizer = tl.load(normalizer_ptr + rows)
+    anchor, offset = tl.load(anchor_ptr + rows), tl.load(offset_ptr + rows)
     mean, scale = tl.load(mean_ptr + rows), tl.load(scale_ptr + rows)
     beta = tl.cast(beta, tl.float32)
-    g = logit_gradient(s, t, d, normalizer, centre, mean, beta, DIVERGENCE, MASKED)
+    g = logit_gradient(s, t, d, normalizer, anchor, offset, mean, beta, DIVERGENCE, MASKED)
     if student.post is not None:
         g *= 1 - u * u
     offsets = tl.cast(row, tl.int64) * stride + cols
@@ -157,10 +159,10 @@ def divergence_rows_(
     )  # fmt: skip
     slope = sides[0].pre * (sides[0].post or 1.0)
     slope *= 1 - problem.beta if problem.divergence == "jsd" else 1.0
-    scale = gradient_scale(value, results[10], problem.divergence, problem.beta, tile_dtype)
+    scale = gradient_scale(value, results[11], problem.divergence, problem.beta, tile_dtype)
     if gradient:
         rows_gradient_kernel[(n_rows, triton.cdiv(V, options["BV"]))](
-            student_BV, other_BV, *sides, results[8], results[9], mean, scale,
+            student_BV, other_BV, *sides, *results[8:11], mean, scale,
             problem.beta, V, stride, **options,
         )  # fmt: skip
     statistics = None

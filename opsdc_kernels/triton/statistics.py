@@ -6,11 +6,13 @@ A "part" of a row is any set of its columns. Its statistics merge exactly, whate
     Mass        of each side: peak = max z; joint and outside = sums of exp(z - peak) over the
                 columns finite on both sides and over the others; moment = sum of exp(z - peak)
                 (z - peak) over all; argmax
-    mean, kl    of the base side (student for reverse KL and JSD, teacher for forward KL) over
-                the joint columns: x = other - base, mean = E[x], kl = log E[exp(x - mean)]
+    kl          of the base side (student for reverse KL and JSD, teacher for forward KL) over
+                the joint columns: x = other - base, kl = log E[exp(x - E[x])]
+    anchor      x at the base's argmax; mean = E[x - anchor]. Where one column holds nearly all of
+                the mass, x - E[x] is tiny there, and exact only by way of the anchor
 
-`kl` of the whole row is the divergence. For parts i of base weight w_i with offset e_i = mean_i -
-mean, and psi(x) = expm1(x) - x >= 0,
+`kl` of the whole row is the divergence. For parts i of base weight w_i with offset e_i = E_i[x] -
+E[x], and psi(x) = expm1(x) - x >= 0,
 
     expm1(kl) = sum_i w_i (psi(e_i) + exp(e_i) expm1(kl_i))
 
@@ -43,6 +45,7 @@ class Statistics(NamedTuple):
 
     student: Mass
     teacher: Mass
+    anchor: Any
     mean: Any
     kl: Any
 
@@ -103,13 +106,18 @@ def tile_statistics(s, t, d, cols, V, BASE_TEACHER: tl.constexpr, MASKED: tl.con
         e = tl.where(joint, e, 0.0)
         e_other = tl.where(joint, e_other, 0.0)
     inverse = 1 / tl.where(base.joint > 0, base.joint, 1.0)
+    anchor = tl.sum(tl.where(cols[None, :] == base.argmax[:, None], x, 0.0), 1)
+    x -= anchor[:, None]
     mean = tl.sum(e * x, 1) * inverse
     c = x - mean[:, None]
     # Past 20 the product of a tiny e and a huge exp(c) is formed from the other side's mass.
-    far = e_other * tl.exp(tl.minimum(finite(other.peak) - finite(base.peak) - mean, 80.0))[:, None]
+    far = (
+        e_other
+        * tl.exp(tl.minimum(finite(other.peak) - finite(base.peak) - anchor - mean, 80.0))[:, None]
+    )
     terms = tl.where(c < 20, e * psi(tl.minimum(c, 20.0)), far - e * (1 + c))
-    kl = kl_from(tl.sum(terms, 1) * inverse, base, other, mean)
-    return Statistics(mass_s, mass_t, mean, kl)
+    kl = kl_from(tl.sum(terms, 1) * inverse, base, other, anchor + mean)
+    return Statistics(mass_s, mass_t, anchor, mean, kl)
 
 
 @triton.jit
@@ -159,19 +167,24 @@ def merge(a, b, BASE_TEACHER: tl.constexpr, MASKED: tl.constexpr):
     if BASE_TEACHER:
         w_a, log_w_a = share(a.teacher, mass_t)
         w_b, log_w_b = share(b.teacher, mass_t)
-        base, other = mass_t, mass_s
+        base, other, a_peak, b_peak = mass_t, mass_s, a.teacher.peak, b.teacher.peak
     else:
         w_a, log_w_a = share(a.student, mass_s)
         w_b, log_w_b = share(b.student, mass_s)
-        base, other = mass_s, mass_t
-    mean = tl.where(w_a == 0, b.mean, a.mean + w_b * (b.mean - a.mean))
-    excess = merge_term(w_a, log_w_a, a.mean - mean, a.kl)
-    excess += merge_term(w_b, log_w_b, b.mean - mean, b.kl)
-    return Statistics(mass_s, mass_t, mean, kl_from(excess, base, other, mean))
+        base, other, a_peak, b_peak = mass_s, mass_t, a.student.peak, b.student.peak
+    left = a_peak >= b_peak
+    anchor = tl.where(left, a.anchor, b.anchor)
+    mean_a = tl.where(left, a.mean, a.anchor - anchor + a.mean)
+    mean_b = tl.where(left, b.anchor - anchor + b.mean, b.mean)
+    mean = w_a * mean_a + w_b * mean_b
+    excess = merge_term(w_a, log_w_a, mean_a - mean, a.kl)
+    excess += merge_term(w_b, log_w_b, mean_b - mean, b.kl)
+    kl = kl_from(excess, base, other, anchor + mean)
+    return Statistics(mass_s, mass_t, anchor, mean, kl)
 
 
 @triton.jit
 def empty_statistics(ROWS: tl.constexpr):
     zero = tl.zeros([ROWS], tl.float32)
     mass = Mass(zero - float("inf"), zero, zero, zero, tl.zeros([ROWS], tl.int32))
-    return Statistics(mass, mass, zero, zero)
+    return Statistics(mass, mass, zero, zero, zero)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from opsdc_kernels import linear_divergence
@@ -199,9 +199,10 @@ def test_huge_logits(size, divergence):
     got = run("fused", tensors, divergence=divergence)
     truth = run("reference", tensors, divergence=divergence)
     assert relative(got[0], truth[0]) <= 1e-5
-    for mine, other, size in zip(got[1:3], truth[1:3], (tensors[1].norm(), h.norm())):
+    limit = 1e-3 + EPS * (h @ tensors[1].T).abs().max()  # of probabilities from fp32 logits
+    for mine, other, scale in zip(got[1:3], truth[1:3], (tensors[1].norm(), h.norm())):
         error = (mine.double() - other).norm()
-        assert error <= 1e-3 * other.norm() + 1e-6 * size
+        assert error <= limit * other.norm() + 1e-6 * scale
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -311,6 +312,7 @@ def problems(draw):
     max_examples=100,
     deadline=None,
     derandomize=True,
+    phases=(Phase.explicit, Phase.generate),  # shrinking takes minutes in the interpreter
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(problems())

@@ -102,7 +102,7 @@ def test_frozen_head_allocates_no_weight_gradient(tensors, frozen):
     heads = Heads.of(h, w, ht, wt, None, None, None, False, [1.0, 0.0, 1.0, 0.0])
     with Allocations() as seen:
         out = backward(
-            heads, torch.ones(4, N), torch.ones(N), 0, 0.5, V, (True, not frozen, False), 1 << 20
+            heads, torch.ones(5, N), torch.ones(N), 0, 0.5, V, (True, not frozen, False), 1 << 20
         )
     assert (out[1] is None) == frozen
     assert (V * D in seen.sizes) != frozen
