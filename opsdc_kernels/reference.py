@@ -9,7 +9,8 @@ softmax(t)::
     KL(q‖p) = log E_q[e^d] − E_q[d] = log1p(E_q[f(c)])                 =: L                    (3)
     r = log(p/q) = c − L                                                                       (4)
     KL(p‖q) = E_p[f(−r)]                                                                       (5)
-    m̄ = (1−β)·q + β·p,   a = log(m̄/q) = log1p(β·(e^r − 1)),   b = log(m̄/p) = a − r          (6)
+    m̄ = (1−β)·q + β·p,   a = log(m̄/q) = log1p(β·(e^r − 1)),
+                         b = log(m̄/p) = log1p((1−β)·(e^−r − 1))                             (6)
     JSD = (1−β)·KL(q‖m̄) + β·KL(p‖m̄) = (1−β)·E_q[f(a)] + β·E_p[f(b)]                          (7)
 
 (3), (5) and (7) equal the textbook sums because E_q[c] = 0 and E_q[e^r] = E_p[e^−r] = E_q[e^a] =
@@ -33,8 +34,8 @@ p_F, and log(p/q) = c − L + log(1 − P_out) − log(1 − Q_out) there.
 
 * student −inf: reverse KL is L − log(1 − P_out), forward KL is +inf, the JSD gains −β·P_out·log β.
 * teacher −inf: reverse KL is +inf, forward KL gains Q_out, the JSD gains −(1−β)·Q_out·log(1−β).
-* gradients stay finite: those of the reverse KL are −q_F·c on F and 0 elsewhere; nothing flows
-  through an infinite student logit.
+* gradients stay finite: (8) becomes −q_F·c on F and 0 elsewhere, (9) and (10) stay as they are,
+  and nothing flows through an infinite student logit.
 
 Sources: the reverse KL over the full vocabulary is the objective of on-policy distillation (Gu et
     al., MiniLLM, arXiv:2306.08543; Agarwal et al., GKD, arXiv:2306.13649, also for JSD(β)); (3) is
@@ -141,30 +142,41 @@ def divergence_of_logits(
     outside_q = outside_q.sum(1, keepdim=True)
     log_q = log_q + torch.log1p(-outside_q)
     r = (c - inner + log_share_p - torch.log1p(-outside_q)).masked_fill(outside, 0.0)
-    log_p = log_q + r
+    log_p = torch.log_softmax(t_NV, 1).masked_fill(outside, -math.inf)
     if divergence == "forward_kl":
-        value = weighted_excess(log_p, -r).sum(1) + outside_q.squeeze(1)
+        value = weighted_excess(log_p, -r, log_q).sum(1) + outside_q.squeeze(1)
+        # P_out·(−log q) is infinite, but what it adds to the gradient is not: P_out·q.
+        normalizer = torch.logsumexp(s_NV, 1)
+        value = value + outside_p.squeeze(1) * (normalizer - normalizer.detach())
         return value + torch.where(only_teacher.any(1), infinite, 0.0)
-    a = log_mixture(r, beta)
-    inside = (1 - beta) * weighted_excess(log_q, a) + beta * weighted_excess(log_p, a - r)
-    inside = inside.sum(1)
+    a, b = log_mixture(r, beta), log_mixture(-r, 1 - beta)
+    log_m = torch.logaddexp(
+        log_q.masked_fill(outside, 0.0) + math.log1p(-beta),
+        log_p.masked_fill(outside, 0.0) + math.log(beta),
+    )
+    inside = (1 - beta) * weighted_excess(log_q, a, log_m)
+    inside = (inside + beta * weighted_excess(log_p, b, log_m)).sum(1)
     inside = inside - (1 - beta) * math.log1p(-beta) * outside_q.squeeze(1)
     return inside - beta * math.log(beta) * outside_p.squeeze(1)
 
 
 def log_mean_exp(log_q: Tensor, c: Tensor, outside: Tensor) -> Tensor:
     """L = log E_q[e^c] for centred c, [N, 1]: eq. (3) where small, logsumexp where above 1."""
-    by_logsumexp = torch.logsumexp((log_q + c).masked_fill(outside, -math.inf), 1, keepdim=True)
+    tilted = (log_q + c).masked_fill(outside, -math.inf)
+    # log_q is normalized but for the rounding of a long sum, which logsumexp does not share.
+    normalizer = torch.logsumexp(log_q, 1, keepdim=True)
+    by_logsumexp = torch.logsumexp(tilted, 1, keepdim=True) - normalizer
     large = by_logsumexp > 1
-    terms = weighted_excess(log_q, torch.where(large, 0.0, c))
+    c = torch.where(large, 0.0, c)
+    terms = weighted_excess(log_q, c, log_q + c)
     return torch.where(large, by_logsumexp, torch.log1p(terms.sum(1, keepdim=True)))
 
 
-def weighted_excess(log_w: Tensor, x: Tensor) -> Tensor:
-    """e^log_w · f(x), f(x) = e^x − 1 − x, without overflow where e^x alone is infinite."""
+def weighted_excess(log_w: Tensor, x: Tensor, log_wx: Tensor) -> Tensor:
+    """w·f(x), f(x) = e^x − 1 − x; `log_wx`, the logarithm of w·e^x, serves where e^x overflows."""
     w = log_w.exp()
     above = x > 1
-    direct = torch.where(above, log_w + x, 0.0).exp() - w * (1 + torch.where(above, x, 0.0))
+    direct = torch.where(above, log_wx, 0.0).exp() - w * (1 + torch.where(above, x, 0.0))
     return torch.where(above, direct, w * excess(torch.where(above, 0.0, x)))
 
 

@@ -126,10 +126,10 @@ def _divergence_and_gradient(
     outside_q = torch.where(only_student, full_q, 0.0).sum(1, keepdim=True)
     log_share_q = torch.log1p(-outside_q)
     log_q = log_q + log_share_q
+    log_p = torch.log_softmax(t, 1).masked_fill_(outside, -math.inf)
     r = (c - inner + log_share_p - log_share_q).masked_fill_(outside, 0.0)
-    log_p = log_q + r
     if divergence == "forward_kl":
-        value = weighted_excess(log_p, -r).sum(1) + outside_q.squeeze(1)
+        value = weighted_excess(log_p, -r, log_q).sum(1) + outside_q.squeeze(1)
         value = value + torch.where(only_teacher.any(1), infinite, 0.0)
         if dz is not None:
             near = -full_q * torch.expm1(r.clamp(max=1))
@@ -137,9 +137,11 @@ def _divergence_and_gradient(
             torch.where(only_student, full_q, dz, out=dz)
         return value
 
-    a = log_mixture(r, beta)
-    from_student = weighted_excess(log_q, a).sum(1, keepdim=True)
-    value = (1 - beta) * from_student + beta * weighted_excess(log_p, a - r).sum(1, keepdim=True)
+    a, b = log_mixture(r, beta), log_mixture(-r, 1 - beta)
+    log_m = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
+    from_student = weighted_excess(log_q, a, log_m).sum(1, keepdim=True)
+    from_teacher = weighted_excess(log_p, b, log_m).sum(1, keepdim=True)
+    value = (1 - beta) * from_student + beta * from_teacher
     value = value - (1 - beta) * math.log1p(-beta) * outside_q
     value = (value - beta * math.log(beta) * outside_p).squeeze(1)
     if dz is None:

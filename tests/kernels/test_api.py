@@ -1,0 +1,223 @@
+"""The contract: every argument's errors, shapes, reductions, statistics."""
+
+import math
+
+import pytest
+import torch
+
+from opsdc_kernels import (
+    DivergenceStats,
+    LinearDivergence,
+    LinearReverseKL,
+    linear_divergence,
+    linear_reverse_kl,
+)
+
+N, D, V = 6, 4, 9
+h, w, ht = torch.randn(N, D), torch.randn(V, D), torch.randn(N, D)
+ids, ones = torch.zeros(N, dtype=torch.long), torch.ones(N)
+
+
+@pytest.mark.parametrize(("change", "error", "words"), [
+    ({"divergence": "kl"}, ValueError, "divergence='kl'"),
+    ({"reduction": "avg"}, ValueError, "reduction='avg'"),
+    ({"backend": "cuda"}, ValueError, "backend='cuda'"),
+    ({"divergence": "jsd", "beta": 0.0}, ValueError, "forward_kl"),
+    ({"divergence": "jsd", "beta": 1.0}, ValueError, "reverse_kl"),
+    ({"beta": 0.3}, ValueError, "beta=0.3 has no effect"),
+    ({"temperature": 0.0}, ValueError, "temperature=0.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature"),
+    ({"logit_scale": 0.0}, ValueError, "logit_scale"),
+    ({"logit_scale": (1.0, 2.0, 3.0)}, ValueError, "pair"),
+    ({"logit_softcap": -1.0}, ValueError, "logit_softcap"),
+    ({"logit_softcap": (1.0, 0.0)}, ValueError, "logit_softcap"),
+    ({"target_ids": ids}, ValueError, "return_stats"),
+    ({"target_ids": ids[:2], "return_stats": True}, ValueError, "target_ids has shape"),
+    ({"target_ids": ids.float(), "return_stats": True}, TypeError, "target_ids has dtype"),
+    ({"target_ids": ids + V, "return_stats": True}, ValueError, "target_ids must lie in"),
+    ({"target_ids": ids - 100, "return_stats": True}, ValueError, "token_weight 0"),
+    ({"token_weight": ones[:2]}, ValueError, "token_weight has shape"),
+    ({"token_weight": -ones}, ValueError, "token_weight must be finite and >= 0"),
+    ({"token_weight": ones * math.nan}, ValueError, "token_weight"),
+    ({"token_weight": ones * math.inf}, ValueError, "token_weight"),
+    ({"token_weight": ones.tolist()}, TypeError, "token_weight must be a tensor"),
+    ({"token_weight": ones.clone().requires_grad_()}, ValueError, "token_weight requires"),
+    ({"student_bias": torch.ones(V + 1)}, ValueError, "student_bias has shape"),
+    ({"process_group": object()}, NotImplementedError, "process_group"),
+    ({"skip_tolerance": 1e-3}, NotImplementedError, "skip_tolerance"),
+    ({"vocab_size": V + 1}, ValueError, "vocab_size"),
+    ({"vocab_size": 0}, ValueError, "vocab_size"),
+    ({"workspace_bytes": 100}, ValueError, "workspace_bytes=100"),
+    ({"student_hidden": h[0]}, ValueError, "student_hidden has shape"),
+    ({"student_hidden": h.long()}, TypeError, "student_hidden has dtype"),
+    ({"student_hidden": None}, TypeError, "student_hidden must be a tensor"),
+    ({"student_hidden": h.bfloat16()}, TypeError, "dtypes differ"),
+    ({"student_hidden": h.to("meta")}, ValueError, "is on"),
+    ({"teacher_hidden": ht[:3]}, ValueError, "different tokens"),
+    ({"teacher_hidden": torch.randn(N, D + 1)}, ValueError, "teacher_weight has shape"),
+    ({"teacher_weight": torch.randn(V + 1, D)}, ValueError, "vocab_size="),
+    ({"teacher_weight": torch.randn(V - 1, D)}, ValueError, "vocab_size="),
+    ({"student_weight": torch.randn(V, D + 1)}, ValueError, "student_weight has shape"),
+    ({"teacher_hidden": ht.clone().requires_grad_()}, ValueError, "teacher_hidden requires"),
+    ({"teacher_weight": w.clone().requires_grad_()}, ValueError, "teacher_weight requires"),
+    ({"teacher_bias": torch.ones(V, requires_grad=True)}, ValueError, "teacher_bias requires"),
+])  # fmt: skip
+def test_mistakes_name_argument_value_and_remedy(change, error, words):
+    tensors = {"student_hidden": h, "student_weight": w, "teacher_hidden": ht, **change}
+    with pytest.raises(error, match=words.replace("(", r"\(")):
+        linear_divergence(**tensors)
+
+
+def test_fused_by_name_never_falls_back():
+    with pytest.raises((ValueError, ImportError, TypeError), match="fused"):
+        linear_divergence(h.double(), w.double(), ht.double(), backend="fused")
+
+
+def test_dtensor_is_refused():
+    class Sharded(torch.Tensor):
+        device_mesh = "mesh"
+
+    with pytest.raises(ValueError, match=r"student_weight is a DTensor.*full_tensor"):
+        linear_divergence(h, w.as_subclass(Sharded), ht)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_batch_of_sequences_equals_flat_tokens(backend):
+    flat = linear_divergence(h, w, ht, reduction="none", backend=backend)
+    shaped, stats = linear_divergence(
+        h.view(2, 3, D), w, ht.view(2, 3, D), reduction="none", return_stats=True,
+        backend=backend, token_weight=ones.view(2, 3), target_ids=ids.view(2, 3),
+    )  # fmt: skip
+    assert shaped.shape == (2, 3)
+    assert torch.equal(shaped.view(-1), flat)
+    for name in DivergenceStats.__slots__:
+        assert getattr(stats, name).shape == (2, 3)
+        assert not getattr(stats, name).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_reductions(backend):
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0, 1.0])
+
+    def loss(reduction, token_weight=weight):
+        return linear_divergence(
+            h, w, ht, reduction=reduction, token_weight=token_weight, backend=backend
+        )
+
+    plain, each = loss("none", None), loss("none")
+    assert torch.equal(each, plain * (weight > 0))  # unweighted, 0 where dropped
+    torch.testing.assert_close(loss("sum"), (weight * plain).sum())
+    torch.testing.assert_close(loss("mean"), (weight * plain).sum() / weight.sum())
+    torch.testing.assert_close(loss("mean", None), plain.mean())
+    torch.testing.assert_close(loss("sum", None), plain.sum())
+    mask = weight > 0
+    torch.testing.assert_close(loss("mean", mask), plain[mask].mean())
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("n", [0, 3])
+def test_nothing_to_score_is_zero(backend, reduction, n):
+    hidden = torch.randn(n, D, requires_grad=True)
+    weight = w.clone().requires_grad_()
+    loss, stats = linear_divergence(
+        hidden, weight, torch.randn(n, D), token_weight=torch.zeros(n), reduction=reduction,
+        return_stats=True, backend=backend,
+    )  # fmt: skip
+    loss.sum().backward()
+    assert torch.equal(loss, torch.zeros_like(loss))
+    assert torch.equal(hidden.grad, torch.zeros(n, D))
+    assert torch.equal(weight.grad, torch.zeros(V, D))
+    assert torch.equal(stats.student_entropy, torch.zeros(n))
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_statistics(backend):
+    targets = torch.arange(N) % V
+    bias = torch.linspace(-1, 1, V)
+    loss, stats = linear_divergence(
+        h, w, ht, student_bias=bias, temperature=1.4, logit_scale=(2.0, 0.5),
+        logit_softcap=4.0, return_stats=True, target_ids=targets, backend=backend,
+    )  # fmt: skip
+    s = 4 * torch.tanh(2.0 * (h @ w.T + bias) / 4) / 1.4
+    t = 4 * torch.tanh(0.5 * (ht @ w.T + bias) / 4) / 1.4
+    log_q, log_p = s.log_softmax(1), t.log_softmax(1)
+    close = torch.testing.assert_close
+    close(stats.divergence, (log_q.exp() * (log_q - log_p)).sum(1), rtol=1e-4, atol=1e-6)
+    close(stats.divergence.mean(), loss)
+    close(stats.student_logsumexp, s.logsumexp(1))
+    close(stats.teacher_logsumexp, t.logsumexp(1))
+    close(stats.student_entropy, -(log_q.exp() * log_q).sum(1))
+    close(stats.teacher_entropy, -(log_p.exp() * log_p).sum(1))
+    close(stats.agreement, (s.argmax(1) == t.argmax(1)).float())
+    close(stats.student_logprob, log_q.gather(1, targets[:, None]).squeeze(1))
+    close(stats.teacher_logprob, log_p.gather(1, targets[:, None]).squeeze(1))
+    plain = linear_divergence(h, w, ht, return_stats=True, backend=backend)[1]
+    assert plain.student_logprob is None
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_shared_head_shares_bias_scale_and_cap(backend):
+    bias, other = torch.linspace(-1, 1, V), torch.linspace(2, -2, V)
+
+    def loss(weight, **options):
+        return linear_divergence(h, w, ht, weight, backend=backend, **options)
+
+    torch.testing.assert_close(
+        loss(None, student_bias=bias), loss(w.clone(), student_bias=bias, teacher_bias=bias)
+    )
+    torch.testing.assert_close(loss(w, student_bias=bias), loss(None, student_bias=bias))
+    torch.testing.assert_close(
+        loss(None, student_bias=bias, teacher_bias=other),
+        loss(w.clone(), student_bias=bias, teacher_bias=other),
+    )
+    torch.testing.assert_close(loss(None, teacher_bias=other), loss(w.clone(), teacher_bias=other))
+    torch.testing.assert_close(
+        loss(None, logit_scale=(1.0, 2.0)), loss(w.clone(), logit_scale=(1.0, 2.0))
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_temperature_has_no_square_factor(backend):
+    got = linear_divergence(h, w, ht, temperature=3.0, backend=backend)
+    want = linear_divergence(h, w / 3, ht, backend=backend)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_vocab_size_scores_the_first_columns(backend):
+    padded, other = torch.cat([w, 50 + torch.randn(3, D)]), torch.cat([w, torch.randn(7, D)])
+    weight = padded.clone().requires_grad_()
+    loss = linear_divergence(h, weight, ht, other, vocab_size=V, backend=backend)
+    torch.testing.assert_close(loss, linear_divergence(h, w, ht, w.clone(), backend=backend))
+    loss.backward()
+    assert torch.equal(weight.grad[V:], torch.zeros(3, D))
+    assert weight.grad[:V].abs().sum() > 0
+
+
+def test_directions_differ_and_are_named_right():
+    hidden = torch.eye(2)[:1]
+    student = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    teacher = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    q, p = (hidden @ student.T).softmax(1), (hidden @ teacher.T).softmax(1)
+    reverse, forward = (q * (q / p).log()).sum(), (p * (p / q).log()).sum()
+    m = 0.7 * q + 0.3 * p
+    jsd = 0.7 * (q * (q / m).log()).sum() + 0.3 * (p * (p / m).log()).sum()
+    assert abs(reverse - forward) > 0.01
+    close = torch.testing.assert_close
+    close(linear_reverse_kl(hidden, student, hidden, teacher), reverse)
+    close(linear_divergence(hidden, student, hidden, teacher, divergence="forward_kl"), forward)
+    close(linear_divergence(hidden, student, hidden, teacher, divergence="jsd", beta=0.3), jsd)
+
+
+def test_modules_only_hold_options():
+    want = linear_divergence(h, w, ht, divergence="jsd", beta=0.2, reduction="sum")
+    module = LinearDivergence(divergence="jsd", beta=0.2, reduction="mean")
+    assert torch.equal(module(h, w, ht, reduction="sum"), want)
+    assert torch.equal(LinearReverseKL()(h, w, ht), linear_reverse_kl(h, w, ht))
+    assert not list(module.parameters())
+    assert "beta=0.2" in repr(module)
+    for call in (lambda: LinearReverseKL(divergence="jsd"),
+                 lambda: linear_reverse_kl(h, w, ht, divergence="jsd")):  # fmt: skip
+        with pytest.raises(TypeError, match=r"linear_divergence|LinearDivergence"):
+            call()
