@@ -67,7 +67,8 @@ class Errors:
     weight_gradient: float
     """Frobenius."""
     worst_row: float
-    """The largest relative error of one token's divergence or hidden gradient."""
+    """The largest relative error of one token's divergence or hidden gradient. Gradients below 1 %
+    of the largest token's are judged on that scale: a saturated JSD has nearly none."""
     finite: bool
     negative: bool
     """Some token's divergence is below 0."""
@@ -236,8 +237,8 @@ def naive(case: Case, logits_dtype: torch.dtype) -> Outcome:
 def errors(got: Outcome, true: Outcome) -> Errors:
     """Errors of `got`, relative to the size of `true`."""
     rows = torch.stack([
-        _row_errors(got.per_token[..., None], true.per_token[..., None]),
-        _row_errors(got.hidden_gradient, true.hidden_gradient),
+        _row_errors(got.per_token[..., None], true.per_token[..., None], 0.0),
+        _row_errors(got.hidden_gradient, true.hidden_gradient, 0.01),
     ])  # fmt: skip
     tensors = (got.loss, got.per_token, got.hidden_gradient, got.weight_gradient)
     return Errors(
@@ -255,9 +256,12 @@ def _relative(got: Tensor, true: Tensor) -> float:
     return float(error / size) if size > 0 else float(error)
 
 
-def _row_errors(got: Tensor, true: Tensor) -> Tensor:
+def _row_errors(got: Tensor, true: Tensor, floor: float) -> Tensor:
+    """Per token, relative to its own size or to `floor` times the largest token's."""
     flat = got.reshape(-1, got.shape[-1]).double(), true.reshape(-1, true.shape[-1])
     error, size = (flat[0] - flat[1]).norm(dim=1), flat[1].norm(dim=1)
+    if floor and size.numel():
+        size = size.clamp(min=floor * float(size.max()))
     return torch.where(size > 0, error / size.clamp(min=1e-300), error)
 
 
@@ -280,7 +284,7 @@ def budget(case: Case, true: Outcome) -> Budget:
     return Budget(
         limit.loss + float(whole),
         limit.gradient + float(whole),
-        limit.worst_row + float(per_row.max()),
+        limit.worst_row + 2 * float(per_row.max()),
     )
 
 

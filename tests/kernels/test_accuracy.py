@@ -1,0 +1,133 @@
+"""Errors against float64 over entropy × KL × size × head, held to the budget of the dtype."""
+
+import itertools
+
+import pytest
+import torch
+
+from opsdc_kernels import linear_divergence, testing
+
+ENTROPIES = (0.01, 0.3, 2.0, 6.0, 10.0)
+KLS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0, 5.0)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def sweep(entropies, kls, sizes, dtypes=DTYPES, backends=("chunked",), **options):
+    """Runs every cell that dtype and vocabulary can represent; the number of cells."""
+    cells = 0
+    for entropy, kl, (n, d, v), dtype in itertools.product(entropies, kls, sizes, dtypes):
+        for shared, common_mode in itertools.product((True, False), (0.0, 2.0)):
+            if not shared and kl < 1e-6:
+                continue  # subtracting fp32 logits leaves nothing of such a difference
+            try:
+                case = testing.make_case(
+                    tokens=n, dim=d, vocab_size=v, entropy=entropy, kl=kl, dtype=dtype,
+                    shared_head=shared, common_mode=common_mode,
+                )  # fmt: skip
+            except testing.Unrepresentable:
+                continue
+            for backend in backends:
+                testing.assert_accurate(case, backend=backend, **options)
+            cells += 1
+    return cells
+
+
+def test_small_grid():
+    cells = sweep(ENTROPIES, KLS, [(7, 16, 31), (7, 65, 1000), (1, 16, 128)],
+                  backends=("chunked", "reference"))  # fmt: skip
+    assert cells >= 250
+
+
+def test_many_tokens_and_chunks():
+    assert sweep((0.3, 3.0), (1e-5, 1e-2), [(513, 65, 128)]) >= 10
+
+
+def test_large_vocabulary():
+    assert sweep((0.5,), (1e-3,), [(7, 65, 32000)]) == 8
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_other_divergences(divergence):
+    cells = sweep((0.3, 2.0), KLS[2:], [(7, 16, 31), (7, 65, 1000)],
+                  backends=("chunked", "reference"), divergence=divergence)  # fmt: skip
+    assert cells >= 60
+
+
+def test_temperature_scale_and_weights():
+    weight = torch.tensor([1.0, 0.0, 0.3, 1.0, 2.0, 0.0, 1.0])
+    for options in (
+        {"temperature": 2.0}, {"logit_scale": 0.7}, {"logit_softcap": 20.0},
+        {"token_weight": weight}, {"reduction": "sum"}, {"reduction": "none"},
+    ):  # fmt: skip
+        sweep((0.5, 3.0), (1e-5, 1e-2), [(7, 65, 1000)], **options)
+
+
+@pytest.mark.parametrize("common_mode", [0.0, 2.0])
+def test_errors_are_far_below_the_naive_ones(common_mode):
+    """The comparison that a fixed tolerance hides, at a KL of training."""
+    case = testing.make_case(tokens=32, dim=64, vocab_size=4000, entropy=0.5, kl=1e-3,
+                             dtype=torch.bfloat16, common_mode=common_mode)  # fmt: skip
+    true = testing.truth(case)
+    ours = testing.errors(testing.run(case, backend="chunked"), true)
+    bf16 = testing.errors(testing.naive(case, torch.bfloat16), true)
+    assert ours.loss <= 0.01 * bf16.loss
+    assert ours.hidden_gradient <= 0.05 * bf16.hidden_gradient
+    assert ours.weight_gradient <= 0.05 * bf16.weight_gradient
+    fp32_case = case.to(torch.float32)
+    ours = testing.errors(testing.run(fp32_case, backend="chunked"), true)
+    fp32 = testing.errors(testing.naive(fp32_case, torch.float32), true)
+    assert ours.hidden_gradient <= 0.5 * fp32.hidden_gradient
+
+
+def test_inputs_have_the_wanted_entropy_and_kl():
+    for entropy, kl in itertools.product((0.01, 1.0, 6.0), (1e-12, 1e-4, 5.0)):
+        case = testing.make_case(tokens=5, dim=32, vocab_size=1000, entropy=entropy, kl=kl,
+                                 dtype=torch.float64)  # fmt: skip
+        _, stats = linear_divergence(
+            case.student_hidden, case.student_weight, case.teacher_hidden,
+            backend="reference", return_stats=True,
+        )  # fmt: skip
+        torch.testing.assert_close(stats.student_entropy.mean().item(), entropy, rtol=0.02, atol=0)
+        torch.testing.assert_close(stats.divergence.mean().item(), kl, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize(("entropy", "kl", "dtype", "words"), [
+    (8.0, 1e-3, torch.float32, "entropy=8.0"), (0.5, 1e-12, torch.bfloat16, "kl=1e-12"),
+])  # fmt: skip
+def test_unrepresentable_cells_say_so(entropy, kl, dtype, words):
+    with pytest.raises(testing.Unrepresentable, match=words):
+        testing.make_case(tokens=3, dim=16, vocab_size=100, entropy=entropy, kl=kl, dtype=dtype)
+
+
+def test_the_assertion_can_fail(monkeypatch):
+    case = testing.make_case(tokens=5, dim=16, vocab_size=100, entropy=1.0, kl=1e-3)
+    good = testing.run(case, backend="chunked")
+    true = testing.truth(case)
+    limit = testing.budget(case, true)
+    assert testing.within(testing.errors(good, true), limit)
+    for name in testing.Outcome.__slots__:
+        bad = {slot: getattr(good, slot) for slot in testing.Outcome.__slots__}
+        bad[name] = bad[name] * 1.01
+        assert not testing.within(testing.errors(testing.Outcome(**bad), true), limit)
+    monkeypatch.setattr(testing, "linear_divergence", rounded_logits)
+    with pytest.raises(AssertionError, match="exceed"):
+        testing.assert_accurate(case, backend="chunked")
+
+
+def rounded_logits(h, w, ht, wt, return_stats=True, backend="chunked", **options):
+    """What the gate is for: `linear_divergence` of inputs rounded to bf16, in fp32 clothes."""
+    if backend == "reference":
+        return linear_divergence(h, w, ht, wt, return_stats=True, backend=backend, **options)
+    h = h + (h.bfloat16().float() - h).detach()
+    return linear_divergence(h, w, ht, wt, return_stats=True, backend=backend, **options)
+
+
+@pytest.mark.slow
+def test_production_vocabulary():
+    assert sweep((0.5, 3.0), (1e-5, 1e-2), [(7, 512, 151936)]) >= 10
+
+
+@pytest.mark.slow
+def test_full_grid():
+    sizes = list(itertools.product((1, 7, 513), (16, 65, 512), (31, 128, 1000, 32000)))
+    sweep(ENTROPIES, KLS, sizes)

@@ -1,0 +1,382 @@
+"""Wrong variants of the row passes and chunk code, each of which the gate must reject.
+
+A tolerance is worth what it refuses. The gate is `opsdc_kernels.testing`'s budget in the regimes of
+self-distillation, plus three laws; it passes on the code as it is, and fails on every mutant.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from opsdc_kernels import chunked, chunked_op, linear_divergence, rows, testing, tile
+from opsdc_kernels.chunked import run_chunks
+from opsdc_kernels.problem import Problem, mean_factor
+
+N, D, V = 9, 24, 205
+WEIGHT = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 0.0, 0.3, 1.0, 0.0])
+OPTIONS = (
+    {}, {"reduction": "sum"}, {"reduction": "none"}, {"token_weight": WEIGHT},
+    {"temperature": 2.0, "logit_softcap": 15.0, "logit_scale": 1.5}, {"vocab_size": V - 5},
+    {"divergence": "forward_kl"}, {"divergence": "jsd", "beta": 0.3},
+    {"divergence": "jsd", "beta": 0.3, "temperature": 1.5},
+)  # fmt: skip
+
+
+def gate():
+    """Raises AssertionError unless `chunked` is right."""
+    budget = 4 * 8 * V * 12  # a few rows per chunk, so that chunks have to add up
+    for kl, shared, common_mode in ((1e-2, True, 0.0), (1e-6, True, 2.0), (1e-1, False, 0.0)):
+        case = testing.make_case(tokens=N, dim=D, vocab_size=V, entropy=1.0, kl=kl,
+                                 shared_head=shared, common_mode=common_mode)  # fmt: skip
+        for options in OPTIONS:
+            testing.assert_accurate(case, backend="chunked", workspace_bytes=budget, **options)
+    backward_twice(case)
+    per_token_upstream(case)
+    bias_gradient(case)
+    rounded_tile_gradient()
+
+
+def backward_twice(case):
+    h = case.student_hidden.clone().requires_grad_()
+    loss = linear_divergence(h, case.student_weight, case.teacher_hidden)
+    first = torch.autograd.grad(loss, h, retain_graph=True)[0].clone()
+    torch.autograd.grad(loss, h, torch.tensor(3.0), retain_graph=True)
+    assert torch.equal(torch.autograd.grad(loss, h)[0], first)
+
+
+def per_token_upstream(case):
+    found = []
+    for backend in ("chunked", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (case.student_hidden, case.student_weight)]
+        loss = linear_divergence(*leaves, case.teacher_hidden, case.teacher_weight,
+                                 reduction="none", backend=backend)  # fmt: skip
+        found.append(torch.autograd.grad(loss, leaves, torch.linspace(-1, 2, N)))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def bias_gradient(case):
+    found = []
+    for backend in ("chunked", "reference"):
+        b = torch.linspace(-1, 1, V).requires_grad_()
+        loss = linear_divergence(
+            case.student_hidden, case.student_weight, case.teacher_hidden,
+            case.teacher_weight, student_bias=b, token_weight=WEIGHT, backend=backend,
+        )  # fmt: skip
+        loss.backward()
+        found.append(b.grad)
+    assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()
+
+
+def rounded_tile_gradient():
+    """dH of a bf16 tile whose rows do not sum to 0, as under a soft-cap, and a common row of W."""
+    g = torch.Generator().manual_seed(0)
+    dz = torch.randn(N, 2000, generator=g)
+    dz = dz - dz.mean(1, keepdim=True) + 1e-3
+    weight = torch.randn(2000, D, generator=g) + 20 * torch.randn(1, D, generator=g)
+    found = tile.rounded_tile(dz.clone(), torch.empty_like(dz), torch.bfloat16)
+    got = tile.hidden_gradient(found, weight, weight.mean(0)).double()
+    want = dz.double() @ weight.double()
+    assert (got - want).norm() <= 3e-3 * want.norm()
+
+
+def test_the_gate_passes_on_the_code_as_it_is():
+    gate()
+
+
+# Row passes. Each wrapper gets (s, other, problem, **options) as `divergence_rows_` does.
+
+
+def on_rows(after=None, before=None):
+    original = rows.divergence_rows_
+
+    def mutant(s, other, problem, **options):
+        if before:
+            problem = before(s, other, problem) or problem
+        found = original(s, other, problem, **options)
+        return (after(s, found, problem) if after else None) or found
+
+    return {(chunked.rows, "divergence_rows_"): mutant}
+
+
+def scaled(factor):
+    return on_rows(lambda s, found, problem: found._replace(factor=found.factor * factor))
+
+
+def zero_gradient():
+    def after(s, found, problem):
+        s.zero_()
+
+    return on_rows(after)
+
+
+def uncentred_gradient():
+    """Drops −E_q[d]: q·d."""
+    original = rows._divergence_and_gradient
+
+    def mutant(s, t, d, divergence, beta, dz):
+        q, plain = torch.softmax(s, 1), d.clone()
+        value = original(s, t, d, divergence, beta, dz)
+        if dz is not None and divergence == "reverse_kl":
+            torch.mul(q, plain, out=dz).neg_()
+        return value
+
+    return {(rows, "_divergence_and_gradient"): mutant,
+            (rows, "reverse_kl_rows_"): lambda *_: None}  # fmt: skip
+
+
+def other_divergence(wanted, given):
+    """Gradient of another divergence."""
+    original = rows._divergence_and_gradient
+
+    def mutant(s, t, d, divergence, beta, dz):
+        value = original(s.clone(), t, d.clone(), divergence, beta, None)
+        original(s, t, d, given if divergence == wanted else divergence, beta, dz)
+        return value
+
+    patches = {(rows, "_divergence_and_gradient"): mutant}
+    if wanted == "reverse_kl":
+        patches[(rows, "reverse_kl_rows_")] = lambda *_: None
+    return patches
+
+
+def jsd_gradient_of_a_published_example():
+    """(1−β)·(q − m) in place of (1−β)·q·(log(q/m) − KL(q‖m))."""
+    original = rows._divergence_and_gradient
+
+    def mutant(s, t, d, divergence, beta, dz):
+        q, p = torch.softmax(s, 1), torch.softmax(t, 1)
+        value = original(s, t, d, divergence, beta, dz)
+        if dz is not None and divergence == "jsd":
+            torch.mul(q - p, beta * (1 - beta), out=dz)
+        return value
+
+    return {(rows, "_divergence_and_gradient"): mutant}
+
+
+def textbook_value():
+    """Σ q·(log q − log p) in fp32."""
+    original = rows.reverse_kl_rows_
+
+    def mutant(s, d, gradient):
+        log_q, log_p = s.log_softmax(1), (s + d).log_softmax(1)
+        original(s, d, gradient)
+        return (log_q.exp() * (log_q - log_p)).sum(1)
+
+    return {(rows, "reverse_kl_rows_"): mutant}
+
+
+def second_order_value():
+    """½·Var_q(d): right only as KL → 0."""
+    original = rows.reverse_kl_rows_
+
+    def mutant(s, d, gradient):
+        q = s.softmax(1)
+        c = d - (q * d).sum(1, keepdim=True)
+        original(s, d, gradient)
+        return (q * c * c).sum(1) / 2
+
+    return {(rows, "reverse_kl_rows_"): mutant}
+
+
+def bf16_logits():
+    def before(s, other, problem):
+        s.copy_(s.bfloat16())
+        other.copy_(other.bfloat16())
+
+    return on_rows(before=before)
+
+
+def subtracted_logits():
+    """t − s of rounded logits where the head is shared, in place of the difference GEMM."""
+
+    def before(s, other, problem):
+        if problem.shared_logits:
+            other.add_(s).sub_(s)
+
+    return on_rows(before=before)
+
+
+def no_temperature():
+    return on_rows(before=lambda s, other, problem: replace(problem, temperature=1.0))
+
+
+def no_softcap_slope():
+    original = rows._transform_
+
+    def mutant(*args):
+        return *original(*args)[:3], None
+
+    return {(rows, "_transform_"): mutant}
+
+
+def no_temperature_in_backward():
+    return {(Problem, "logit_factor"): property(lambda self: self.logit_scale[0])}
+
+
+def phantom_vocabulary_tail():
+    def mutant(problem, *args, **options):
+        return run_chunks(replace(problem, vocab_size=problem.student_weight.shape[0]), *args)
+
+    return {(chunked_op, "run_chunks"): mutant}
+
+
+def on_result(change):
+    def mutant(problem, *args):
+        result = run_chunks(problem, *args)
+        change(result, problem, *args)
+        return result
+
+    return {(chunked_op, "run_chunks"): mutant}
+
+
+def zero_weight_gradient():
+    def change(result, *_):
+        if result.weight_gradient is not None:
+            result.weight_gradient.zero_()
+
+    return on_result(change)
+
+
+def last_column_dropped():
+    def change(result, *_):
+        if result.weight_gradient is not None:
+            result.weight_gradient[-8:] = 0
+
+    return on_result(change)
+
+
+def last_chunk_dropped_in_dw():
+    original, calls = chunked.gemm.add_weight_gradient, []
+
+    def mutant(out, values, hidden):
+        calls.append(len(values))
+        if sum(calls) % N:
+            original(out, values, hidden)
+
+    return {(chunked.gemm, "add_weight_gradient"): mutant}
+
+
+def bf16_weight_gradient():
+    """dW summed in bf16 over the chunks."""
+    original = chunked.gemm.add_weight_gradient
+
+    def mutant(out, values, hidden):
+        original(out, values, hidden)
+        out.copy_(out.bfloat16())
+
+    return {(chunked.gemm, "add_weight_gradient"): mutant}
+
+
+def mask_off_by_one():
+    def mutant(problem, needs, row_weight, kept):
+        if kept is not None:
+            kept = (kept + 1) % problem.student_hidden.shape[0]
+        return run_chunks(problem, needs, row_weight, kept)
+
+    return {(chunked_op, "run_chunks"): mutant}
+
+
+def mean_over_all_tokens():
+    def mutant(weight):
+        return torch.ones_like(weight.sum()) / len(weight)
+
+    return {(chunked_op, "mean_factor"): mutant}
+
+
+def weights_ignored_in_the_gradient():
+    def mutant(problem, needs, row_weight, kept):
+        return run_chunks(problem, needs, None, kept)
+
+    return {(chunked_op, "run_chunks"): mutant}
+
+
+def saved_gradients_scaled_in_place():
+    def mutant(saved, upstream, dtype):
+        return saved.mul_(upstream)
+
+    return {(chunked_op, "_times_upstream"): mutant}
+
+
+def upstream_ignored():
+    def mutant(upstream, *args):
+        return ORIGINAL_RECOMPUTE(torch.ones_like(upstream), *args)
+
+    return {(chunked_op, "_recompute"): mutant}
+
+
+def bias_gradient_without_weights():
+    def change(result, problem, needs, row_weight, kept):
+        if result.bias_gradient is not None and row_weight is not None:
+            result.bias_gradient.div_(row_weight.mean())
+
+    return on_result(change)
+
+
+def no_rounding_correction():
+    original = tile.rounded_tile
+
+    def mutant(*args):
+        found = original(*args)
+        return tile.Tile(found.values, found.row_scale, torch.zeros_like(found.residual))
+
+    return {(tile, "rounded_tile"): mutant}
+
+
+def rounding_correction_without_dz():
+    original = tile.rounded_tile
+
+    def mutant(*args):
+        found = original(*args)
+        total = found.values.float().sum(1, keepdim=True)
+        return tile.Tile(found.values, found.row_scale, total)
+
+    return {(tile, "rounded_tile"): mutant}
+
+
+ORIGINAL_RECOMPUTE = chunked_op._recompute
+MUTANTS = {
+    "zero gradient": zero_gradient,
+    "negated gradient": lambda: scaled(-1),
+    "halved gradient": lambda: scaled(0.5),
+    "1 % off": lambda: scaled(1.01),
+    "zero dW": zero_weight_gradient,
+    "gradient without the −KL term": uncentred_gradient,
+    "forward KL's gradient": lambda: other_divergence("reverse_kl", "forward_kl"),
+    "reverse KL's gradient for forward": lambda: other_divergence("forward_kl", "reverse_kl"),
+    "JSD gradient of an example": jsd_gradient_of_a_published_example,
+    "textbook value": textbook_value,
+    "second-order value": second_order_value,
+    "bf16 logits": bf16_logits,
+    "subtracted logits": subtracted_logits,
+    "no temperature": no_temperature,
+    "no 1/T in backward": no_temperature_in_backward,
+    "no slope of the soft-cap": no_softcap_slope,
+    "phantom vocabulary tail": phantom_vocabulary_tail,
+    "last columns of dW dropped": last_column_dropped,
+    "last chunk of dW dropped": last_chunk_dropped_in_dw,
+    "dW summed in bf16": bf16_weight_gradient,
+    "mask off by one": mask_off_by_one,
+    "mean over all tokens": mean_over_all_tokens,
+    "token weights ignored in gradients": weights_ignored_in_the_gradient,
+    "saved gradients scaled in place": saved_gradients_scaled_in_place,
+    "per-token upstream ignored": upstream_ignored,
+    "bias gradient unweighted": bias_gradient_without_weights,
+    "no rounding correction": no_rounding_correction,
+    "rounding correction without dZ": rounding_correction_without_dz,
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_killed(monkeypatch, name):
+    for (owner, attribute), mutant in MUTANTS[name]().items():
+        monkeypatch.setattr(owner, attribute, mutant)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        gate()
+
+
+def test_there_are_enough_mutants():
+    assert len(MUTANTS) >= 15
+    assert math.isclose(float(mean_factor(WEIGHT)), 1 / float(WEIGHT.sum()), rel_tol=1e-6)

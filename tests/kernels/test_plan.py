@@ -1,0 +1,77 @@
+"""The planner: what fits, what it costs, what `auto` picks."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from opsdc_kernels import plan
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("v", [31, 1000, 49152, 151936])
+def test_chunks_fit_the_workspace(dtype, v):
+    for tokens, megabytes in itertools.product((1, 7, 513, 4096), (16, 64, 256, 1024)):
+        budget = megabytes << 20
+        dims = (576, 576)
+        if plan.scratch_bytes(1, v, dims, dtype, CPU) > budget:
+            continue
+        rows = plan.chunk_rows(tokens, v, dims, dtype, CPU, budget)
+        assert 1 <= rows <= tokens
+        assert plan.scratch_bytes(rows, v, dims, dtype, CPU) <= budget
+
+
+def test_chunks_are_about_equal():
+    rows = plan.chunk_rows(1000, 49152, (576, 576), torch.float32, CPU, 320 << 20)
+    chunks = -(-1000 // rows)
+    assert rows - 1000 // chunks <= 1
+
+
+def test_scratch_is_eight_bytes_per_logit_of_a_chunk():
+    dims = (1024, 1024)
+    more = plan.scratch_bytes(1024, 151936, dims, torch.float32, CPU)
+    less = plan.scratch_bytes(512, 151936, dims, torch.float32, CPU)
+    assert (more - less) / (512 * 151936) < 8.2
+
+
+def test_a_workspace_too_small_for_a_row_names_the_need():
+    need = plan.scratch_bytes(1, 5000, (64, 64), torch.float32, CPU)
+    with pytest.raises(ValueError, match=str(need)):
+        plan.chunk_rows(9, 5000, (64, 64), torch.float32, CPU, need - 1)
+    assert plan.chunk_rows(9, 5000, (64, 64), torch.float32, CPU, need) == 1
+
+
+def test_default_is_from_total_memory_and_repeats():
+    assert plan.default_workspace_bytes(CPU) == plan.default_workspace_bytes(CPU)
+    assert 0 < plan.default_workspace_bytes(CPU) <= plan.CPU_WORKSPACE_CAP_BYTES
+
+
+def test_auto_on_a_cpu_is_chunked_and_says_why():
+    p = plan.estimate(tokens=2048, vocab_size=49152, student_dim=576)
+    assert p.backend == "chunked"
+    assert "cpu" in p.reason
+    assert p.gemm_units == 4
+    json.dumps(p.as_dict())
+    for word in ("chunked", str(p.chunk_rows), "MiB", "4 GEMM units"):
+        assert word in str(p)
+
+
+@pytest.mark.parametrize(("options", "units"), [
+    ({}, 4), ({"trainable_head": False}, 3), ({"gradient": False}, 2), ({"reduction": "none"}, 6),
+    ({"reduction": "none", "trainable_head": False}, 3), ({"backend": "fused"}, 6),
+    ({"backend": "fused", "trainable_head": False}, 5),
+    ({"backend": "fused", "gradient": False}, 2), ({"backend": "reference"}, 4),
+])  # fmt: skip
+def test_cost_model(options, units):
+    p = plan.estimate(tokens=100, vocab_size=1000, student_dim=64, **options)
+    assert p.gemm_units == units
+
+
+def test_frozen_head_saves_the_weight_gradient():
+    sizes = {"tokens": 512, "vocab_size": 49152, "student_dim": 576}
+    full = plan.estimate(**sizes)
+    frozen = plan.estimate(**sizes, trainable_head=False)
+    assert full.peak_bytes - frozen.peak_bytes == 8 * 49152 * 576
