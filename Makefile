@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench verify audit clean
+.PHONY: help install demo test test-slow test-gpu check format bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,13 +25,13 @@ demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores (~10 min)
 	$(BIN)/opsdc train --config smollm2-cpu --output_dir runs/demo
 
 test: $(STAMP)  ## all tests that need neither a GPU nor an hour
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests
+	$(BIN)/python -m pytest tests
 
 test-slow: $(STAMP)  ## the long ones
-	$(BIN)/python -m pytest -m "slow" tests
+	$(BIN)/python -m pytest --slow -m slow tests
 
 test-gpu: $(STAMP)  ## those that need a GPU
-	$(BIN)/python -m pytest -m "gpu" tests
+	$(BIN)/python -m pytest --slow -m gpu tests
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

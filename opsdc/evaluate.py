@@ -185,7 +185,8 @@ def by_difficulty(
     Two scales: the base model's own pass rate on the problem, and the length of its answers in
     equally filled bins. The method's claim is that easy problems compress most. With one sample per
     problem the pass rate is 0 or 1, so that chance moves problems between its bins: accuracy falls
-    in the upper one and rises in the lower even if nothing changed. Read it from `eval.samples` 4 on.
+    in the upper one and rises in the lower even if nothing changed; set `eval.samples` to 4 or
+    more to read it.
     """
     b, t = _by_problem(base), _by_problem(trained)
 

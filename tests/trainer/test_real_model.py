@@ -89,3 +89,32 @@ def test_layouts_and_backends_give_one_gradient(setting):
         other_value, other, _ = gradients(setting, where, **loss)
         assert other_value == pytest.approx(value, rel=tolerance)
         assert float((other - base).norm() / base.norm()) <= tolerance
+
+
+@pytest.mark.slow
+def test_the_demo_resumes_bit_for_bit_in_another_process(smollm2, tmp_path):
+    """Two threads, real model, a hard kill between two checkpoints, refreshes on the way."""
+    import json
+    import subprocess
+    import sys
+    import time
+
+    def start(folder):
+        flags = "--train.steps 4 --train.save_every 1 --teacher.refresh_steps 2 --eval.problems 0"
+        flags += f" --rollout.max_new_tokens 24 --output_dir {folder}"
+        return subprocess.Popen([sys.executable, "-m", "opsdc", "train", *flags.split()])
+
+    def record(folder):
+        rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    victim = start(killed)
+    while not (killed / "checkpoints" / "step-000002").is_dir():
+        assert victim.poll() is None
+        time.sleep(0.2)
+    victim.kill()
+    victim.wait()
+    assert start(killed).wait() == 0
+    assert record(killed) == record(whole)

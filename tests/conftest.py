@@ -1,0 +1,18 @@
+"""Which tests run here, and why the others do not: skipped ones stand in the closing summary."""
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = pytest.mark.skip(reason="takes minutes: `make test-slow`")
+    gpu = pytest.mark.skip(reason="needs a CUDA or ROCm device: `make test-gpu` on one")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(slow)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(gpu)
