@@ -20,12 +20,18 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from opsdc_kernels.triton.configs import Config
+from opsdc_kernels.triton.configs import (
+    ENABLE_FP_FUSION,
+    ROWS,
+    SHARED_MEMORY_LIMIT,
+    Config,
+    RowsConfig,
+    config_for,
+)
 
 QWEN3_8B_HEAD = {"N": 8192, "D": 4096, "V": 151936}
 # target: (device, dense 16-bit TFLOP/s with fp32 sums, fp32 TFLOP/s, TB/s), vendors' figures
@@ -47,7 +53,8 @@ ASSUMPTIONS = (
     "Roofline: one pass of the kernel over a Qwen3-8B head (N 8192, D 4096, V 151936) at the "
     "larger of FLOP / peak and bytes / bandwidth; weights are read from memory once per group of "
     "row blocks, hidden states once per group, the gradient tile is written once. FLOP and bytes "
-    "per tile are those of one step of BK hidden units, bytes being what the tile loads from L2."
+    "per tile are those of one step of BK hidden units, bytes being what the tile loads from L2. "
+    "Row passes have no GEMM: their bytes are two fp32 logits per column and pass."
 )
 
 
@@ -56,7 +63,7 @@ class Case:
     """One specialization of one kernel."""
 
     kernel: str
-    """statistics | jsd | gradient | rows | rows_gradient"""
+    """statistics | jsd | gradient (with head GEMMs) | rows_statistics | rows_gradient (without)"""
     dtype: str
     """bf16 | fp16 | fp32"""
     divergence: int = 0
@@ -77,18 +84,29 @@ class Case:
 QUICK = (Case("statistics", "bf16"), Case("gradient", "bf16"))
 CASES = (
     *QUICK,
+    Case("statistics", "bf16", divergence=1),
     Case("statistics", "bf16", shared=True),
+    Case("statistics", "bf16", divergence=1, shared=True),
     Case("statistics", "bf16", divergence=1, biased=True, targets=True),
     Case("statistics", "fp16", shared=True, capped=True, targets=True),
     Case("statistics", "fp32", targets=True),
     Case("statistics", "fp32", shared=True, capped=True),
+    Case("jsd", "bf16", divergence=2),
+    Case("jsd", "bf16", divergence=2, shared=True),
     Case("jsd", "bf16", divergence=2, biased=True),
     Case("jsd", "bf16", divergence=2, shared=True, capped=True),
     Case("jsd", "fp32", divergence=2, capped=True),
-    Case("gradient", "bf16", shared=True),
+    Case("gradient", "bf16", divergence=1),
+    Case("gradient", "bf16", divergence=1, shared=True),
+    Case("gradient", "bf16", divergence=2),
+    Case("gradient", "bf16", divergence=2, shared=True),
     Case("gradient", "bf16", divergence=1, biased=True),
     Case("gradient", "fp16", divergence=2, shared=True, capped=True),
     Case("gradient", "fp32", divergence=2, capped=True, biased=True),
+    Case("rows_statistics", "fp32", targets=True),
+    Case("rows_statistics", "fp32", divergence=2, biased=True),
+    Case("rows_statistics", "fp32", divergence=2, shared=True, capped=True),
+    Case("rows_gradient", "fp32", divergence=2, shared=True, capped=True),
 )
 
 
@@ -113,7 +131,7 @@ class Report:
     passed: bool
 
 
-def audit(case: Case, target: str, config: Config | None = None) -> Report:
+def audit(case: Case, target: str, config: Config | RowsConfig | None = None) -> Report:
     """Compiles one case for one target, with its shipped configuration unless another is given.
 
     Raises:
@@ -121,16 +139,14 @@ def audit(case: Case, target: str, config: Config | None = None) -> Report:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("the audit compiles kernels; unset TRITON_INTERPRET and run it again")
-    from opsdc_kernels.triton.configs import SHARED_MEMORY_LIMIT, config_for
-
-    config = config or config_for(
-        case.kernel,
-        target,
-        case.dtype,
-        shared=case.shared,
-        capped=case.capped,
-        biased=case.biased,
-    )
+    if config is None and case.kernel.startswith("rows"):
+        config = ROWS
+    elif config is None:
+        # The JSD's gradient is tiled like its second pass.
+        kernel = "jsd" if case.divergence == 2 else case.kernel
+        kernel = "statistics" if case.kernel == "statistics" else kernel
+        extras = case.capped or case.biased or case.targets
+        config = config_for(kernel, target, case.dtype, shared=case.shared, extras=extras)
     compiled = _compile(case, target, config)
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     registers, spill, stack, count = read(compiled.asm, TENSOR_INSTRUCTIONS[target])
@@ -156,21 +172,23 @@ def audit(case: Case, target: str, config: Config | None = None) -> Report:
     )
 
 
-def _compile(case: Case, target: str, config: Config) -> Any:
+def _compile(case: Case, target: str, config: Config | RowsConfig) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from opsdc_kernels.triton import backward, forward
-    from opsdc_kernels.triton.configs import ENABLE_FP_FUSION
+    from opsdc_kernels.triton import backward, forward, rows
 
     kernel = {
         "statistics": forward.statistics_kernel,
         "jsd": forward.jsd_kernel,
         "gradient": backward.gradient_kernel,
+        "rows_statistics": rows.rows_statistics_kernel,
+        "rows_gradient": rows.rows_gradient_kernel,
     }[case.kernel]
     options = config._asdict()
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    launch = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    launch["enable_fp_fusion"] = ENABLE_FP_FUSION
     constants = {
         **options,
         "SHARED": case.shared,
@@ -201,7 +219,7 @@ def _compile(case: Case, target: str, config: Config) -> Any:
     return triton.compile(
         ASTSource(kernel, types, fixed, hints),
         target=gpu,
-        options={**launch, "enable_fp_fusion": ENABLE_FP_FUSION},
+        options=launch,
     )
 
 
@@ -209,13 +227,14 @@ def _argument_type(name: str, case: Case) -> Any:
     from opsdc_kernels.triton.tiles import Side
 
     data, split = "*" + case.dtype, case.shared and case.dtype != "fp32"
+    heads = "constexpr" if case.kernel.startswith("rows") else data
     if name in ("student", "teacher"):
         difference = name == "teacher" and case.shared
         return Side(
-            hidden=data,
+            hidden=heads,
             low=data if difference and split else "constexpr",
             factor="*fp32" if difference and split else "constexpr",
-            weight=data,
+            weight=heads,
             bias=data if case.biased and not difference else "constexpr",
             hidden_stride="i32",
             weight_stride="i32",
@@ -269,14 +288,18 @@ def _read_amd(asm: dict[str, Any], instruction: str) -> tuple[int, int, int, int
     return field("vgpr_count"), spill, field("private_segment_fixed_size"), count
 
 
-def _work(case: Case, target: str, config: Config) -> tuple[int, int, float]:
+def _work(case: Case, target: str, config: Config | RowsConfig) -> tuple[int, int, float]:
     """(FLOP and loaded bytes of one step of a tile, roofline ms of the Qwen3-8B head)."""
     wide = 4 if case.dtype == "fp32" else 2
+    N, D, V = QWEN3_8B_HEAD.values()
+    _, half, single, bandwidth = DEVICES[target]
+    if isinstance(config, RowsConfig):
+        reads = 2 if case.kernel == "rows_statistics" and case.divergence == 2 else 1
+        moved = N * V * wide * (2 * reads + (case.kernel == "rows_gradient"))
+        return 0, 2 * wide * config.BV, moved / (1e9 * bandwidth)
     BM, BN, BK = config.BM, config.BN, config.BK
     products = 3 if case.shared and wide == 2 else 2
     weights = 1 if case.shared else 2
-    N, D, V = QWEN3_8B_HEAD.values()
-    _, half, single, bandwidth = DEVICES[target]
     groups = ceil(ceil(N / BM) / config.GROUP)
     moved = wide * D * (weights * V * groups + products * N)
     moved += wide * N * V if case.kernel == "gradient" else 0

@@ -141,7 +141,7 @@ def backward(
     hidden, full_weight = heads.student.hidden, heads.student.weight
     n_rows, weight = hidden.shape[0], full_weight[:vocab_size]
     need_hidden, need_weight, need_bias = needs
-    config = heads.config("gradient", bias_gradient=need_bias)
+    config = heads.config("jsd" if divergence == 2 else "gradient", extras=need_bias)
     single = coefficient_K.new_zeros
     dh_KD = single(hidden.shape) if need_hidden else None
     dw_VD = single(full_weight.shape) if need_weight else None

@@ -58,33 +58,38 @@ SEPARATE = {
     "sm_80": Config(128, 64, 64, 1, 16, 8, 3),
     "sm_90": Config(128, 64, 64, 1, 16, 8, 4),
     "sm_100": Config(128, 64, 64, 2, 16, 8, 3),
-    "sm_120": Config(128, 64, 32, 1, 16, 8, 3),
+    "sm_120": Config(64, 128, 32, 1, 16, 8, 3),
     "gfx942": Config(64, 128, 32, 1, 16, 8, 2),
 }
 """16-bit inputs, two heads."""
 
-SHARED_OR_CAPPED = SEPARATE | {"sm_100": Config(64, 64, 64, 1, 16, 8, 4)}
-"""16-bit inputs, a third operand or soft-cap's temporaries in registers."""
-
-BIASED = {
-    "sm_80": Config(64, 64, 64, 1, 16, 8, 3),
-    "sm_90": Config(64, 64, 64, 1, 16, 8, 4),
+SHARED = SEPARATE | {
     "sm_100": Config(64, 64, 64, 1, 16, 8, 4),
+    "sm_120": Config(128, 64, 32, 1, 16, 8, 3),
+}
+"""16-bit inputs, one head: the low part of the hidden difference is a third operand."""
+
+WITH_EXTRAS = {
+    "sm_80": Config(64, 64, 32, 1, 16, 8, 3),
+    "sm_90": Config(64, 64, 64, 1, 16, 8, 4),
+    "sm_100": Config(64, 64, 64, 1, 16, 8, 3),
     "sm_120": Config(64, 64, 32, 1, 16, 8, 3),
     "gfx942": Config(64, 128, 32, 1, 16, 8, 2),
 }
-"""16-bit inputs, the extra statistics of logits that may be -inf on one side."""
+"""16-bit inputs, with soft-cap, bias or targets: more numbers per logit or per row in registers."""
 
 GRADIENT = SEPARATE | {
     "sm_90": Config(128, 128, 64, 1, 16, 8, 3),
     "sm_100": Config(128, 128, 64, 1, 16, 8, 3),
 }
-"""16-bit inputs, gradient kernel of two plain heads: only its accumulators live long."""
+"""16-bit inputs, gradient of the KLs of two plain heads: only accumulators live long."""
 
-SINGLE = {target: Config(64, 64, 16, 1, 16, 8, 2) for target in TARGETS}
+SINGLE = {target: Config(64, 32, 32, 1, 16, 8, 2) for target in TARGETS} | {
+    "sm_80": Config(64, 32, 32, 1, 16, 4, 2)
+}
 """fp32 inputs: exact fp32 products on the ordinary units (AMD: matrix units)."""
 
-ROWS = RowsConfig(2048, 8)
+ROWS = RowsConfig(2048, 4)
 """Every target."""
 
 
@@ -99,15 +104,13 @@ def target_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-def config_for(
-    kernel: str, target: str, dtype: str, *, shared: bool, capped: bool, biased: bool
-) -> Config:
-    """`kernel`: statistics | jsd | gradient; `dtype`: fp32 or a 16-bit one. The gradient kernel is
-    biased too when it sums a bias gradient."""
+def config_for(kernel: str, target: str, dtype: str, *, shared: bool, extras: bool) -> Config:
+    """`kernel`: statistics | jsd (its gradient too) | gradient (of the KLs); `dtype`: fp32 or a
+    16-bit one; `extras`: soft-cap, bias, targets, or a bias gradient."""
     if dtype == "fp32":
         return SINGLE[target]
-    if biased:
-        return BIASED[target]
-    if shared or capped:
-        return SHARED_OR_CAPPED[target]
+    if extras or (kernel == "jsd" and target == "sm_80"):
+        return WITH_EXTRAS[target]
+    if shared:
+        return SHARED[target]
     return (GRADIENT if kernel == "gradient" else SEPARATE)[target]

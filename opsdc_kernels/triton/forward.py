@@ -259,13 +259,13 @@ def forward(
     heads: Heads, target_ids_N: Tensor | None, divergence: int, beta: float, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """Results [RESULTS, N] fp32 (see `store_results`) and, for JSD, the mean of `jsd_terms` [N]."""
-    student, teacher, config = heads.student, heads.teacher, heads.config("statistics")
+    student, teacher = heads.student, heads.teacher
     n_rows, V = student.hidden.shape[0], vocab_size
-    tiles_per_part, parts = vocabulary_parts(n_rows, V, config, heads.processors)
-    grid = (triton.cdiv(n_rows, config.BM) * parts,)
     single = torch.empty((), dtype=torch.float32, device=student.hidden.device).new_empty
+    config = heads.config("statistics", extras=target_ids_N is not None)
+    tiles_per_part, parts = vocabulary_parts(n_rows, V, config, heads.processors)
     state, results = single((parts, FIELDS.value, n_rows)), single((RESULTS, n_rows))
-    statistics_kernel[grid](
+    statistics_kernel[(triton.cdiv(n_rows, config.BM) * parts,)](
         student, teacher, target_ids_N, state, n_rows, V, tiles_per_part, parts,
         BASE_TEACHER=divergence == 1, MASKED=heads.masked, **heads.launch_options(config),
     )  # fmt: skip
@@ -275,8 +275,10 @@ def forward(
     )  # fmt: skip
     if divergence != 2:
         return results, torch.zeros_like(results[0])
+    config = heads.config("jsd")
+    tiles_per_part, parts = vocabulary_parts(n_rows, V, config, heads.processors)
     sums = single((2, parts, n_rows))
-    jsd_kernel[grid](
+    jsd_kernel[(triton.cdiv(n_rows, config.BM) * parts,)](
         student, teacher, results[1], results[2], results[9], results[10], sums, beta,
         n_rows, V, tiles_per_part, parts, **heads.launch_options(config),
     )  # fmt: skip

@@ -70,20 +70,16 @@ class Heads:
             return 3  # parts to combine, in tests
         return torch.cuda.get_device_properties(self.student.hidden.device).multi_processor_count
 
-    def config(self, kernel: str, bias_gradient: bool = False) -> Config:
-        """Tile sizes of `kernel`: statistics | jsd | gradient."""
+    def config(self, kernel: str, extras: bool = False) -> Config:
+        """Tile sizes, see `configs.config_for`; `extras`: targets or a bias gradient."""
         if INTERPRETED:
             return INTERPRETER
         hidden = self.student.hidden
-        sides = (self.student, self.teacher)
-        return config_for(
-            kernel,
-            target_of(hidden.device),
-            "fp32" if hidden.dtype == torch.float32 else "16-bit",
-            shared=self.shared,
-            capped=any(x.post is not None for x in sides),
-            biased=bias_gradient or any(x.bias is not None for x in sides),
-        )
+        for side in (self.student, self.teacher):
+            extras = extras or side.post is not None or side.bias is not None
+        dtype = "fp32" if hidden.dtype == torch.float32 else "16-bit"
+        target = target_of(hidden.device)
+        return config_for(kernel, target, dtype, shared=self.shared, extras=extras)
 
     def launch_options(self, config: Config) -> dict[str, object]:
         """Constants and options of every kernel that computes logit tiles."""
