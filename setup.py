@@ -12,6 +12,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.22"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
 }
+IN_DEV = ("lora", "eval", "plot", "embedded", "bench")
 EXTRAS["dev"] = [
     "pytest>=8",
     "hypothesis>=6.100",
@@ -20,13 +21,13 @@ EXTRAS["dev"] = [
     "ruff>=0.12",
     "types-PyYAML",
     "types-tqdm",
-    *(package for name in ("lora", "eval", "plot", "embedded", "bench") for package in EXTRAS[name]),
+    *(package for name in IN_DEV for package in EXTRAS[name]),
 ]
 
 setup(
     name="opsdc",
     version="0.1.0",
-    description="On-policy self-distillation of reasoning models on fused-linear divergence kernels",
+    description="On-policy self-distillation of reasoning models on fused divergence kernels",
     long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
