@@ -3,9 +3,9 @@
     python -m benchmarks.loss_memory            (about 2 minutes on two CPU cores)
 
 The demo model, eight prompts of the demo's problems and responses of 96 tokens (the demo's cap),
-then four times as long. Each contender runs in a process of its own: hidden states are computed first,
-then the peak of resident memory during loss and backward (to hidden states and head weight) is read
-from the kernel's high-water mark, which is reset right before.
+then four times as long. Each contender runs in a process of its own: hidden states are computed
+first, then the peak of resident memory during loss and backward (to hidden states and head weight)
+is read from the kernel's high-water mark, which is reset right before.
 """
 
 from __future__ import annotations
