@@ -187,7 +187,9 @@ def _compile(case: Case, target: str, config: Config | RowsConfig) -> Any:
         "rows_gradient": rows.rows_gradient_kernel,
     }[case.kernel]
     options = config._asdict()
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+    launch: dict[str, Any] = {
+        name: options.pop(name) for name in ("num_warps", "num_stages") if name in options
+    }
     launch["enable_fp_fusion"] = ENABLE_FP_FUSION
     constants = {
         **options,
