@@ -42,8 +42,9 @@ format: $(STAMP)  ## apply the format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## speed, memory and accuracy of the loss
-	$(BIN)/python -m benchmarks
+bench: $(STAMP)  ## errors of the loss on this machine, and its memory in a training step
+	$(BIN)/python -m opsdc_kernels.verify
+	$(BIN)/python -m benchmarks.loss_memory
 
 clean:  ## remove .venv and caches, keep runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
