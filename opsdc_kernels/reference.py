@@ -208,7 +208,9 @@ def statistics_of_logits(s_NV: Tensor, t_NV: Tensor, target_ids_N: Tensor | None
         log_q = logits - lse[:, None]
         return -torch.where(torch.isneginf(log_q), 0.0, log_q * log_q.exp()).sum(1)
 
-    agreement = (s_NV.argmax(1) == t_NV.argmax(1)).to(s_NV.dtype)
+    # The student's most likely token is (one of) the teacher's.
+    at_peak = t_NV.gather(1, s_NV.argmax(1, keepdim=True)) == t_NV.amax(1, keepdim=True)
+    agreement = at_peak.to(s_NV.dtype).squeeze(1)
     found: Statistics = (lse_s, lse_t, entropy(s_NV, lse_s), entropy(t_NV, lse_t), agreement)
     if target_ids_N is None:
         return found

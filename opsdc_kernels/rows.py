@@ -1,25 +1,19 @@
-"""Per-row divergence, statistics and logit gradient of a block of full vocabulary rows, in torch.
+"""Raw products of a block of rows to divergence, statistics and logit gradient, in torch.
 
-The equations are numbered in `reference`; here the gradients (8) to (10) are written out.
+Here the transforms of eq. (1) in `reference`; then `rows_cpu` where it applies, else `rows_exact`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.reference import (
-    excess,
-    log_mean_exp,
-    log_mixture,
-    statistics_of_logits,
-    weighted_excess,
-)
-from opsdc_kernels.rows_cpu import reverse_kl_rows_
+from opsdc_kernels.reference import statistics_of_logits
+from opsdc_kernels.rows_cpu import fast_rows_
+from opsdc_kernels.rows_exact import divergence_and_gradient
 
 
 class Rows(NamedTuple):
@@ -45,26 +39,38 @@ def divergence_rows_(
     `problem.shared_logits`, (teacher hidden − student hidden)·Wᵀ. Both buffers are overwritten.
     """
     s, t, d, slope = _transform_(student_BV, other_BV, problem)
-    statistics = None
-    if problem.return_stats:
+    kind, beta = problem.divergence, problem.beta
+    fast = None
+    if s.device.type == "cpu" and not _masked_by_shared_bias(problem):
+        fast = fast_rows_(
+            s,
+            d,
+            kind,
+            beta,
+            gradient=gradient,
+            statistics=problem.return_stats,
+            target_ids_B=target_ids_B,
+        )
+    if fast is not None:
+        value, sign, statistics = fast
+    else:
         t = s + d if t is None else t
-        statistics = statistics_of_logits(s, t, target_ids_B)
-    value = None
-    sign = 1.0
-    if problem.divergence == "reverse_kl" and s.device.type == "cpu":
-        value = reverse_kl_rows_(s, d, gradient)
-        sign = -1.0
-    if value is None:
+        statistics = statistics_of_logits(s, t, target_ids_B) if problem.return_stats else None
+        value = divergence_and_gradient(s, t, d, kind, beta, s if gradient else None)
         sign = 1.0
-        t = s + d if t is None else t
-        dz = s if gradient else None
-        value = _divergence_and_gradient(s, t, d, problem.divergence, problem.beta, dz)
     if gradient and slope is not None:
         s.mul_(slope)
     if gradient and s is not student_BV:
         student_BV.copy_(s)
-    factor = torch.full_like(value, sign * problem.logit_factor)
-    return Rows(value, factor, statistics)
+    return Rows(value, torch.full_like(value, sign * problem.logit_factor), statistics)
+
+
+def _masked_by_shared_bias(problem: Problem) -> bool:
+    """−inf logits that t − s does not show, because the bias of a shared head cancels in it."""
+    bias = problem.student_bias
+    if bias is None or not problem.shared_logits:
+        return False
+    return not bool(torch.isfinite(bias[: problem.vocab_size]).all())
 
 
 def _transform_(
@@ -97,57 +103,3 @@ def _transform_(
     both = torch.tanh(x / cap) * torch.tanh(x_t / cap)
     d = torch.tanh(delta / cap).mul_(cap / temperature).mul_(1 - both)
     return s, capped(x_t, cap), d, slope
-
-
-def _divergence_and_gradient(
-    s: Tensor, t: Tensor, d: Tensor, divergence: str, beta: float, dz: Tensor | None
-) -> Tensor:
-    """Value [B]; the gradient with respect to s goes to `dz` [B, V], which may be s itself."""
-    no_student, no_teacher = torch.isneginf(s), torch.isneginf(t)
-    outside = no_student | no_teacher
-    only_student, only_teacher = no_teacher & ~no_student, no_student & ~no_teacher
-    log_q = torch.log_softmax(s.masked_fill(outside, -math.inf), 1)
-    q = log_q.exp()
-    c = d.masked_fill(outside, 0.0)
-    for _ in range(2):  # the second mean removes the rounding error of the first
-        c = (c - (q * c).sum(1, keepdim=True)).masked_fill_(outside, 0.0)
-    inner = log_mean_exp(log_q, c, outside)
-    outside_p = torch.where(only_teacher, torch.softmax(t, 1), 0.0).sum(1, keepdim=True)
-    log_share_p = torch.log1p(-outside_p)
-    infinite = torch.full((), math.inf, dtype=s.dtype, device=s.device)
-
-    if divergence == "reverse_kl":
-        value = (inner - log_share_p).squeeze(1) + torch.where(only_student.any(1), infinite, 0.0)
-        if dz is not None:
-            torch.mul(q, c, out=dz).neg_()
-        return value
-
-    full_q = torch.softmax(s, 1)
-    outside_q = torch.where(only_student, full_q, 0.0).sum(1, keepdim=True)
-    log_share_q = torch.log1p(-outside_q)
-    log_q = log_q + log_share_q
-    log_p = torch.log_softmax(t, 1).masked_fill_(outside, -math.inf)
-    r = (c - inner + log_share_p - log_share_q).masked_fill_(outside, 0.0)
-    if divergence == "forward_kl":
-        value = weighted_excess(log_p, -r, log_q).sum(1) + outside_q.squeeze(1)
-        value = value + torch.where(only_teacher.any(1), infinite, 0.0)
-        if dz is not None:
-            near = -full_q * torch.expm1(r.clamp(max=1))
-            torch.where(r > 1, full_q - log_p.exp(), near, out=dz)
-            torch.where(only_student, full_q, dz, out=dz)
-        return value
-
-    a, b = log_mixture(r, beta), log_mixture(-r, 1 - beta)
-    log_m = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
-    from_student = weighted_excess(log_q, a, log_m).sum(1, keepdim=True)
-    from_teacher = weighted_excess(log_p, b, log_m).sum(1, keepdim=True)
-    value = (1 - beta) * from_student + beta * from_teacher
-    value = value - (1 - beta) * math.log1p(-beta) * outside_q
-    value = (value - beta * math.log(beta) * outside_p).squeeze(1)
-    if dz is None:
-        return value
-    a = torch.where(only_student, math.log1p(-beta), a)
-    centre = from_student + torch.where(only_student, full_q * excess(a), 0.0).sum(1, keepdim=True)
-    # −E_q[a] = E_q[f(a)] + β·P_out: the mixture has β·P_out of its mass where the student has none.
-    torch.mul(full_q, a.add_(centre + beta * outside_p), out=dz).mul_(beta - 1)
-    return value

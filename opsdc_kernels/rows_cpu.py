@@ -1,49 +1,195 @@
-"""The reverse-KL row pass for a block that stays in a CPU's cache: few passes, each in place.
+"""Row passes for a block that stays in a CPU's cache: few passes over it, most of them in place.
 
-Numbers in brackets are the equations of `reference`.
+Every logit must be finite; a block with infinite ones goes to `rows_exact`, and so do single rows
+for which the shorter formulas here would lose accuracy. Numbers in brackets are the equations of
+`reference`. One heavy function (expm1) for the reverse KL, two for the forward KL, three for JSD.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from opsdc_kernels.reference import excess
+from opsdc_kernels.rows_exact import divergence_and_gradient
 
-ROUNDING = 2.0**-23
-VALUE_TOLERANCE = 5e-6
+SERIES_RANGE = 0.3
+"""|x| below which e^x − 1 − x is summed as a series, if expm1(x) − x would be too coarse."""
+NOISE_LIMIT = 40.0
+"""Rounding noise allowed in a value, in units of the dtype's eps: 5e-6 in fp32."""
+NEVER_COARSE = 4 / NOISE_LIMIT**2
+"""‖q·c‖² ≤ E_q[c²] ≤ 2.7·KL over the columns where |c| < 1; above this KL no noise gets there."""
+SYMMETRIC_LIMIT = 30.0
+"""KL(q‖p) + KL(p‖q) above which e^r may overflow and differences of KLs lose digits."""
 
 
-def reverse_kl_rows_(s_BV: Tensor, d_BV: Tensor, gradient: bool) -> Tensor | None:
-    """KL(q‖p) [B] from s and d = t − s, both consumed; with `gradient`, q·c replaces s.
+class Block(NamedTuple):
+    """What all divergences of a block need."""
 
-    None, with both untouched, if a logit is infinite or NaN.
-    """
-    q = torch.softmax(s_BV, 1)
-    # softmax sums long rows with an error of 1e-6, which a mean that is large would spread to c.
+    q: Tensor
+    """[B, V]"""
+    c: Tensor
+    """[B, V], in the buffer of d."""
+    scratch: Tensor
+    """[B, V], free."""
+    weighted: Tensor
+    """q·c [B, V] where it was asked for, else free."""
+    total: Tensor
+    """Σ q [B]: softmax sums long rows with an error of 1e-6."""
+    mean: Tensor
+    """E_q[d] [B]."""
+    kl: Tensor
+    """KL(q‖p) [B]."""
+    coarse: Tensor
+    """[B]: expm1(c) − c is too coarse for this row's value."""
+
+
+class FastRows(NamedTuple):
+    """Gradient in the buffer of s, up to the factor."""
+
+    divergence: Tensor
+    factor: float
+    statistics: tuple[Tensor, ...] | None
+
+
+def fast_rows_(
+    s_BV: Tensor,
+    d_BV: Tensor,
+    divergence: str,
+    beta: float,
+    *,
+    gradient: bool,
+    statistics: bool,
+    target_ids_B: Tensor | None,
+) -> FastRows | None:
+    """Consumes s and d = t − s; None, with both untouched, if a logit is infinite or NaN."""
+    reverse = divergence == "reverse_kl"
+    # With statistics s is still needed when q·c is found.
+    out = s_BV if reverse and gradient and not statistics else None
+    block = _centred(s_BV, d_BV, out, needs_weighted=reverse and gradient)
+    if block is None:
+        return None
+    found = _statistics(s_BV, block, target_ids_B) if statistics else None
+    if reverse:
+        if gradient and out is None:
+            s_BV.copy_(block.weighted)
+        return FastRows(block.kl, -1.0, found)
+    if divergence == "forward_kl":
+        value, dz, doubtful, factor = (*_forward_kl(block), -1.0)
+    else:
+        value, dz, doubtful, factor = (*_jsd(block, beta), beta - 1)
+    if doubtful.any():
+        rows = doubtful.nonzero().squeeze(1)
+        s, c = s_BV[rows], block.c[rows]
+        # A shift of all logits of a row changes nothing, so c may stand for d, and s + c for t.
+        value[rows] = divergence_and_gradient(s, s + c, c, divergence, beta, s)
+        dz[rows] = s.div_(factor)
+    if gradient:
+        s_BV.copy_(dz)
+    return FastRows(value, factor, found)
+
+
+def _centred(s: Tensor, d: Tensor, out: Tensor | None, *, needs_weighted: bool) -> Block | None:
+    """Eqs. (2) and (3); q·c goes to `out` if given."""
+    q = torch.softmax(s, 1)
     total = q.sum(1)
-    mean = torch.linalg.vecdot(q, d_BV).div_(total)
+    mean = torch.linalg.vecdot(q, d).div_(total)
     if not torch.isfinite(mean).all():
         return None
-    c = d_BV.sub_(mean[:, None])
+    c = d.sub_(mean[:, None])
     terms = torch.expm1(c).sub_(c)
-    value = torch.linalg.vecdot(q, terms).div_(total).log1p_()
-    far = ~(value <= 1)
+    kl = torch.linalg.vecdot(q, terms).div_(total).log1p_()
+    far = ~(kl <= 1)
     if far.any():
-        value[far] = _log_mean_exp(s_BV[far], q[far], c[far])
-    weighted = s_BV if gradient else terms
-    # q·(c − E_q[c]) in one pass; the mean is 0 but for rounding.
-    torch.ops.aten._softmax_backward_data(c, q, 1, c.dtype, grad_input=weighted)
-    # Each term of the value carries a rounding error of ROUNDING·c; where that, summed in
-    # quadrature over q, shows in the value, the slower series replaces it.
-    noise = torch.linalg.vector_norm(weighted, dim=1).mul_(ROUNDING)
-    near = ~(noise <= VALUE_TOLERANCE * value)
-    if near.any():
-        value[near] = torch.linalg.vecdot(q[near], excess(c[near])).log1p_()
-    return value
+        kl[far] = _log_mean_exp(s[far], q[far], c[far])
+    weighted = torch.empty_like(q) if out is None else out
+    coarse = kl < NEVER_COARSE
+    if needs_weighted or coarse.any():
+        # q·(c − E_q[c]) in one pass; that mean is 0 but for rounding.
+        torch.ops.aten._softmax_backward_data(c, q, 1, c.dtype, grad_input=weighted)
+    if coarse.any():
+        # Each term of the value carries a rounding error of eps·c: in quadrature over q, eps·‖q·c‖.
+        coarse &= torch.linalg.vector_norm(weighted, dim=1) > NOISE_LIMIT * kl
+        if coarse.any():
+            kl[coarse] = _mean_excess(q[coarse], c[coarse], None).log1p_()
+    return Block(q, c, terms, weighted, total, mean, kl, coarse)
 
 
 def _log_mean_exp(s: Tensor, q: Tensor, c: Tensor) -> Tensor:
     """log E_q[e^c] where e^c may overflow, or where a rest of E_q[c] would show."""
     c = c - (torch.linalg.vecdot(q, c) / q.sum(1))[:, None]
     return torch.logsumexp(s + c, 1) - torch.logsumexp(s, 1)
+
+
+def _mean_excess(q: Tensor, x: Tensor, expm1_x: Tensor | None) -> Tensor:
+    """E_q[f(x)], f(x) = e^x − 1 − x by its series near 0."""
+    near = x.clamp(-SERIES_RANGE, SERIES_RANGE)
+    order = 14 if x.dtype == torch.float64 else 8
+    series = torch.full_like(near, 1 / order)
+    for k in range(order - 1, 2, -1):
+        series.mul_(near).add_(1).div_(k)
+    series.mul_(near).add_(1).mul_(near).mul_(near).div_(2)
+    direct = (torch.expm1(x) if expm1_x is None else expm1_x) - x
+    return torch.linalg.vecdot(q, torch.where(near == x, series, direct)) / q.sum(1)
+
+
+def _forward_kl(block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, p − q, rows in doubt) by KL(p‖q) = Σ (p − q)·r − KL(q‖p), eqs. (4) and (9)."""
+    difference, symmetric = _symmetric(block)
+    value = symmetric - block.kl
+    return value, difference, ~((value >= symmetric / 16) & (symmetric < SYMMETRIC_LIMIT))
+
+
+def _symmetric(block: Block) -> tuple[Tensor, Tensor]:
+    """p − q = q·(e^r − 1) [B, V], in the buffer of q·c, and KL(q‖p) + KL(p‖q) = Σ (p − q)·r [B].
+
+    c becomes r; e^r − 1 stays in `block.scratch`.
+    """
+    r = block.c.sub_(block.kl[:, None])
+    torch.expm1(r, out=block.scratch)
+    difference = torch.mul(block.q, block.scratch, out=block.weighted)
+    return difference, torch.linalg.vecdot(difference, r).div_(block.total)
+
+
+def _jsd(block: Block, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(value, q·(a − E_q[a]), rows in doubt), eqs. (6) and (10), by
+    JSD = β·KL(p‖q) − KL(m̄‖q), KL(m̄‖q) = Σ (m̄ − q)·a − KL(q‖m̄), (m̄ − q) = β·(p − q)."""
+    difference, symmetric = _symmetric(block)
+    y = block.scratch.mul_(beta)
+    a = torch.log1p(y)
+    from_mixture = torch.linalg.vecdot(difference, a).mul_(beta).div_(block.total)
+    to_mixture = torch.linalg.vecdot(block.q, y - a).div_(block.total)
+    if block.coarse.any():
+        rows = block.coarse
+        to_mixture[rows] = _mean_excess(block.q[rows], a[rows], y[rows])
+    value = beta * (symmetric - block.kl) - (from_mixture - to_mixture)
+    dz = torch.ops.aten._softmax_backward_data(a, block.q, 1, a.dtype)
+    return value, dz, ~((value >= symmetric * beta / 64) & (symmetric < SYMMETRIC_LIMIT))
+
+
+def _statistics(s: Tensor, block: Block, target_ids: Tensor | None) -> tuple[Tensor, ...]:
+    """As `reference.statistics_of_logits`, from what is there already."""
+    t = s + block.c  # up to the shift `mean`
+    peak_s, at = s.max(1, keepdim=True)
+    peak_t = t.amax(1, keepdim=True)
+    agreement = (t.gather(1, at) == peak_t).to(s.dtype).squeeze(1)
+    # With z measured from its peak, entropy = log Σ e^z − E[z] is a sum of two terms ≥ 0.
+    below_s = torch.sub(s, peak_s, out=block.scratch)
+    excess_s = -(block.q.gather(1, at).squeeze(1) / block.total).log_()
+    entropy_s = excess_s - torch.linalg.vecdot(block.q, below_s).div_(block.total)
+    below_t = torch.sub(t, peak_t, out=block.scratch)
+    p = torch.softmax(below_t, 1)
+    total_t = p.sum(1)
+    entropy_t = -(p.amax(1) / total_t).log_() - torch.linalg.vecdot(p, below_t).div_(total_t)
+    lse_s = peak_s.squeeze(1) + excess_s
+    lse_t = lse_s + block.kl  # of the shifted t
+    found = (lse_s, lse_t + block.mean, entropy_s, entropy_t, agreement)
+    if target_ids is None:
+        return found
+    target = target_ids[:, None]
+    return (
+        *found,
+        s.gather(1, target).squeeze(1) - lse_s,
+        t.gather(1, target).squeeze(1) - lse_t,
+    )

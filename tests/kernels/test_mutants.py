@@ -112,73 +112,93 @@ def zero_gradient():
     return on_rows(after)
 
 
-def uncentred_gradient():
-    """Drops −E_q[d]: q·d."""
-    original = rows._divergence_and_gradient
+def on_exact_rows(change):
+    """Changes dz after `divergence_and_gradient`, which then serves every row."""
+    original = rows.divergence_and_gradient
 
     def mutant(s, t, d, divergence, beta, dz):
-        q, plain = torch.softmax(s, 1), d.clone()
+        s_t_d = s.clone(), t.clone(), d.clone()
         value = original(s, t, d, divergence, beta, dz)
-        if dz is not None and divergence == "reverse_kl":
-            torch.mul(q, plain, out=dz).neg_()
+        if dz is not None:
+            change(dz, *s_t_d, divergence, beta)
         return value
 
-    return {(rows, "_divergence_and_gradient"): mutant,
-            (rows, "reverse_kl_rows_"): lambda *_: None}  # fmt: skip
+    return {
+        (rows, "divergence_and_gradient"): mutant,
+        (rows, "fast_rows_"): lambda *_, **__: None,
+    }
+
+
+def uncentred_gradient():
+    """Drops −E_q[d]: q·d."""
+
+    def change(dz, s, t, d, divergence, beta):
+        if divergence == "reverse_kl":
+            torch.mul(torch.softmax(s, 1), d, out=dz).neg_()
+
+    return on_exact_rows(change)
 
 
 def other_divergence(wanted, given):
     """Gradient of another divergence."""
-    original = rows._divergence_and_gradient
+    original = rows.divergence_and_gradient
 
-    def mutant(s, t, d, divergence, beta, dz):
-        value = original(s.clone(), t, d.clone(), divergence, beta, None)
+    def change(dz, s, t, d, divergence, beta):
         original(s, t, d, given if divergence == wanted else divergence, beta, dz)
-        return value
 
-    patches = {(rows, "_divergence_and_gradient"): mutant}
-    if wanted == "reverse_kl":
-        patches[(rows, "reverse_kl_rows_")] = lambda *_: None
-    return patches
+    return on_exact_rows(change)
 
 
 def jsd_gradient_of_a_published_example():
     """(1−β)·(q − m) in place of (1−β)·q·(log(q/m) − KL(q‖m))."""
-    original = rows._divergence_and_gradient
 
-    def mutant(s, t, d, divergence, beta, dz):
-        q, p = torch.softmax(s, 1), torch.softmax(t, 1)
-        value = original(s, t, d, divergence, beta, dz)
-        if dz is not None and divergence == "jsd":
-            torch.mul(q - p, beta * (1 - beta), out=dz)
-        return value
+    def change(dz, s, t, d, divergence, beta):
+        if divergence == "jsd":
+            torch.mul(torch.softmax(s, 1) - torch.softmax(t, 1), beta * (1 - beta), out=dz)
 
-    return {(rows, "_divergence_and_gradient"): mutant}
+    return on_exact_rows(change)
+
+
+def on_fast_rows(wanted, formula=None, gradient=None):
+    """Another value, or another gradient, from (s, d) of the pass for a CPU's cache."""
+    original = rows.fast_rows_
+
+    def mutant(s, d, divergence, beta, **options):
+        s_d = s.clone(), d.clone()
+        found = original(s, d, divergence, beta, **options)
+        if divergence != wanted:
+            return found
+        if gradient:
+            s.copy_(gradient(*s_d))
+        return found._replace(divergence=formula(*s_d)) if formula else found
+
+    return {(rows, "fast_rows_"): mutant}
 
 
 def textbook_value():
     """Σ q·(log q − log p) in fp32."""
-    original = rows.reverse_kl_rows_
 
-    def mutant(s, d, gradient):
+    def formula(s, d):
         log_q, log_p = s.log_softmax(1), (s + d).log_softmax(1)
-        original(s, d, gradient)
         return (log_q.exp() * (log_q - log_p)).sum(1)
 
-    return {(rows, "reverse_kl_rows_"): mutant}
+    return on_fast_rows("reverse_kl", formula)
 
 
 def second_order_value():
     """½·Var_q(d): right only as KL → 0."""
-    original = rows.reverse_kl_rows_
 
-    def mutant(s, d, gradient):
+    def formula(s, d):
         q = s.softmax(1)
         c = d - (q * d).sum(1, keepdim=True)
-        original(s, d, gradient)
         return (q * c * c).sum(1) / 2
 
-    return {(rows, "reverse_kl_rows_"): mutant}
+    return on_fast_rows("reverse_kl", formula)
+
+
+def subtracted_probabilities():
+    """Forward KL's p − q from two rounded softmaxes."""
+    return on_fast_rows("forward_kl", gradient=lambda s, d: (s + d).softmax(1) - s.softmax(1))
 
 
 def bf16_logits():
@@ -348,6 +368,7 @@ MUTANTS = {
     "reverse KL's gradient for forward": lambda: other_divergence("forward_kl", "reverse_kl"),
     "JSD gradient of an example": jsd_gradient_of_a_published_example,
     "textbook value": textbook_value,
+    "p − q from rounded softmaxes": subtracted_probabilities,
     "second-order value": second_order_value,
     "bf16 logits": bf16_logits,
     "subtracted logits": subtracted_logits,
