@@ -187,10 +187,9 @@ def _backward(
         slope = transform[0] * (transform[1] or 1.0) * (1 - beta if divergence == "jsd" else 1)
         budget = default_workspace_bytes(saved.device)
         budget = budget if workspace_bytes is None else workspace_bytes
-        found = backward(
-            heads, saved, upstream.float() * slope / saved[4], DIVERGENCES.index(divergence),
-            beta, vocab_size, needs, budget,
-        )  # fmt: skip
+        kind, coefficient = DIVERGENCES.index(divergence), upstream.float() * slope / saved[4]
+        with torch.autocast(saved.device.type, enabled=False):
+            found = backward(heads, saved, coefficient, kind, beta, vocab_size, needs, budget)
         if rows is not None and found[0] is not None:
             dh = found[0].new_zeros(student_hidden.shape).index_copy_(0, rows, found[0])
             found = (dh, *found[1:])

@@ -89,7 +89,7 @@ SINGLE = {target: Config(64, 32, 32, 1, 16, 8, 2) for target in TARGETS} | {
 }
 """fp32 inputs: exact fp32 products on the ordinary units (AMD: matrix units)."""
 
-ROWS = RowsConfig(2048, 4)
+ROWS = RowsConfig(512, 4)
 """Every target."""
 
 

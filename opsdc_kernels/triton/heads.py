@@ -94,8 +94,11 @@ class Heads:
 
 
 def side(hidden: Tensor, weight: Tensor, bias: Tensor | None, pre: float, post: float) -> Side:
-    """Rows may lie at any distance; other strides are copied."""
-    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    """Rows may lie apart, but within the int32 offsets of a tile; other layouts are copied."""
+    hidden, weight = (
+        x if x.stride(1) == 1 and 0 < x.stride(0) < 1 << 22 else x.contiguous()
+        for x in (hidden, weight)
+    )
     return Side(
         hidden=hidden,
         low=None,
@@ -118,7 +121,7 @@ def split_difference(
     The power of two per row keeps small differences out of fp16's subnormal numbers. fp32 hidden
     states need no low part.
     """
-    delta = teacher_hidden.float() - student_hidden.float()
+    delta = (teacher_hidden.float() - student_hidden.float()).contiguous()
     if student_hidden.dtype == torch.float32:
         return delta, None, None
     exponent = torch.frexp(delta.abs().amax(1)).exponent.clamp(-100, 100)

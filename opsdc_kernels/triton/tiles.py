@@ -50,6 +50,24 @@ def dot(a, b_t, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def load_step(pointers, k, D, EVEN: tl.constexpr):
+    """[rows, BK] of one step over the hidden units, 0 past the last one."""
+    if EVEN:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(k < D)[None, :], other=0.0)
+
+
+@triton.jit
+def row_pointers(base, stride, first, limit, ROWS: tl.constexpr, BK: tl.constexpr):
+    """Pointers to the first BK units of ROWS rows; rows past the end repeat the last one (the
+    caller drops them). Offsets are int64 up to the first row and int32 from there."""
+    rows = tl.minimum(tl.arange(0, ROWS), limit - 1 - first)
+    block = base + tl.cast(first, tl.int64) * stride
+    return block + (rows[:, None] * stride + tl.arange(0, BK)[None, :])
+
+
+@triton.jit
 def gemm_tile(
     acc,
     side,
@@ -63,30 +81,14 @@ def gemm_tile(
     EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """acc + h W' for one tile. Rows and columns past the end repeat the last one (the caller drops
-    them), so that the loads need no mask. Offsets are int64 per block and int32 inside it."""
-    k = tl.arange(0, BK)
-    rows = tl.minimum(tl.arange(0, BM), N - 1 - row0)
-    cols = tl.minimum(tl.arange(0, BN), V - 1 - col0)
-    h_offset = tl.cast(row0, tl.int64) * side.hidden_stride
-    h_block = rows[:, None] * side.hidden_stride + k[None, :]
-    w_ptr = side.weight + tl.cast(col0, tl.int64) * side.weight_stride
-    w_block = cols[:, None] * side.weight_stride + k[None, :]
+    """acc + h W' for one tile."""
+    h_ptr = row_pointers(side.hidden, side.hidden_stride, row0, N, BM, BK)
+    w_ptr = row_pointers(side.weight, side.weight_stride, col0, V, BN, BK)
     for k0 in range(0, side.D, BK):
-        if EVEN:
-            w = tl.load(w_ptr + w_block + k0)
-            h = tl.load(side.hidden + h_offset + h_block + k0)
-        else:
-            inside = (k0 + k < side.D)[None, :]
-            w = tl.load(w_ptr + w_block + k0, mask=inside, other=0.0)
-            h = tl.load(side.hidden + h_offset + h_block + k0, mask=inside, other=0.0)
+        k = k0 + tl.arange(0, BK)
+        w = load_step(w_ptr + k0, k, side.D, EVEN)
+        h = load_step(h_ptr + k0, k, side.D, EVEN)
         acc = dot(h, w, acc, UPCAST)
-        if side.low is not None:
-            if EVEN:
-                low = tl.load(side.low + h_offset + h_block + k0)
-            else:
-                low = tl.load(side.low + h_offset + h_block + k0, mask=inside, other=0.0)
-            acc = dot(low, w, acc, UPCAST)
     return acc
 
 
@@ -107,33 +109,20 @@ def shared_gemm_tile(
     UPCAST: tl.constexpr,
 ):
     """As `gemm_tile`, for h and the hidden difference against one weight tile, loaded once."""
-    k = tl.arange(0, BK)
-    rows = tl.minimum(tl.arange(0, BM), N - 1 - row0)
-    cols = tl.minimum(tl.arange(0, BN), V - 1 - col0)
-    row_base = tl.cast(row0, tl.int64)
-    s_ptr = student.hidden + row_base * student.hidden_stride
-    s_block = rows[:, None] * student.hidden_stride + k[None, :]
-    d_offset = row_base * delta.hidden_stride
-    d_block = rows[:, None] * delta.hidden_stride + k[None, :]
-    w_ptr = student.weight + tl.cast(col0, tl.int64) * student.weight_stride
-    w_block = cols[:, None] * student.weight_stride + k[None, :]
+    h_ptr = row_pointers(student.hidden, student.hidden_stride, row0, N, BM, BK)
+    w_ptr = row_pointers(student.weight, student.weight_stride, col0, V, BN, BK)
+    high_ptr = row_pointers(delta.hidden, delta.hidden_stride, row0, N, BM, BK)
+    if delta.low is not None:
+        low_ptr = row_pointers(delta.low, delta.hidden_stride, row0, N, BM, BK)
     for k0 in range(0, student.D, BK):
-        inside = (k0 + k < student.D)[None, :] | EVEN
-        if EVEN:
-            w = tl.load(w_ptr + w_block + k0)
-            h = tl.load(s_ptr + s_block + k0)
-            high = tl.load(delta.hidden + d_offset + d_block + k0)
-        else:
-            w = tl.load(w_ptr + w_block + k0, mask=inside, other=0.0)
-            h = tl.load(s_ptr + s_block + k0, mask=inside, other=0.0)
-            high = tl.load(delta.hidden + d_offset + d_block + k0, mask=inside, other=0.0)
+        k = k0 + tl.arange(0, BK)
+        w = load_step(w_ptr + k0, k, student.D, EVEN)
+        h = load_step(h_ptr + k0, k, student.D, EVEN)
         acc = dot(h, w, acc, UPCAST)
+        high = load_step(high_ptr + k0, k, student.D, EVEN)
         acc_d = dot(high, w, acc_d, UPCAST)
         if delta.low is not None:
-            if EVEN:
-                low = tl.load(delta.low + d_offset + d_block + k0)
-            else:
-                low = tl.load(delta.low + d_offset + d_block + k0, mask=inside, other=0.0)
+            low = load_step(low_ptr + k0, k, student.D, EVEN)
             acc_d = dot(low, w, acc_d, UPCAST)
     return acc, acc_d
 

@@ -136,14 +136,22 @@ def test_double_backward_is_refused_by_name(tensors):
         dh.sum().backward()
 
 
-def test_non_contiguous_inputs(tensors):
-    h, w, ht, wt = (x.detach() for x in tensors)
-    expected = fused(h, w, ht, wt)
-    strided = [torch.stack([x, x], 1)[:, 0] for x in (h, w, ht, wt)]
-    columns = [x.T.contiguous().T for x in (h, w, ht, wt)]
+@pytest.mark.parametrize("heads", [1, 2])
+def test_non_contiguous_inputs(tensors, heads):
+    def run(*inputs):
+        inputs = inputs[: 2 + heads]
+        h, w = (x.detach().requires_grad_() for x in inputs[:2])
+        loss = fused(h, w, *inputs[2:])
+        return loss, *torch.autograd.grad(loss, (h, w))
+
+    dense = [x.detach() for x in tensors]
+    expected = run(*dense)
+    strided = [torch.stack([x, x], 1)[:, 0] for x in dense]
+    columns = [x.T.contiguous().T for x in dense]
     assert not any(x.is_contiguous() for x in strided + columns)
-    assert torch.equal(fused(*strided), expected)
-    assert torch.equal(fused(*columns), expected)
+    for layout in (strided, columns):
+        for a, b in zip(run(*layout), expected):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 def test_batch_of_sequences(tensors):
