@@ -9,9 +9,10 @@ of a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,13 +159,13 @@ def _row_passes(
     result: Result,
 ) -> Tensor:
     """Fills in the values of these tokens; leaves dZ in s_CV, up to the factor returned [C, 1]."""
-    divergence_rows_, step = _row_function(s_CV)
+    row_function, step = _row_function(s_CV)
     targets = None if problem.target_ids is None else problem.target_ids[tokens]
     blocks: list[Rows] = []
     for start in range(0, s_CV.shape[0], step):
         block = slice(start, start + step)
         blocks.append(
-            divergence_rows_(
+            row_function(
                 s_CV[block],
                 other_CV[block],
                 problem,
@@ -178,13 +179,15 @@ def _row_passes(
     return torch.cat([found.factor for found in blocks])[:, None]
 
 
-def _row_function(s_CV: Tensor) -> tuple[Any, int]:
+def _row_function(s_CV: Tensor) -> tuple[Callable[..., Rows], int]:
     """The row pass for this device and dtype, and the rows it takes at once."""
     if s_CV.is_cuda and s_CV.dtype == torch.float32 and find_spec("triton"):
         from opsdc_kernels.triton.rows import divergence_rows_ as in_triton
 
         return in_triton, s_CV.shape[0]
-    return rows.divergence_rows_, plan.block_rows(s_CV.shape[1], s_CV.device)
+    step = plan.block_rows(s_CV.shape[1], s_CV.device)
+    buffers = s_CV.new_empty(rows.CPU_BUFFERS, min(step, s_CV.shape[0]), s_CV.shape[1])
+    return partial(rows.divergence_rows_, buffers=buffers), step
 
 
 def _empty_statistics(problem: Problem) -> tuple[Tensor, ...]:

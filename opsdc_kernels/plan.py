@@ -150,7 +150,7 @@ def chunk_rows(
 
 def block_rows(vocab_size: int, device: torch.device) -> int:
     """Rows per element-wise pass in torch: few enough that the block stays in a CPU's cache."""
-    block_bytes = (768 << 10) if device.type == "cpu" else (8 << 20)
+    block_bytes = (1536 << 10) if device.type == "cpu" else (8 << 20)
     return max(block_bytes // (4 * vocab_size), 1)
 
 

@@ -15,6 +15,9 @@ from opsdc_kernels.reference import statistics_of_logits
 from opsdc_kernels.rows_cpu import fast_rows_
 from opsdc_kernels.rows_exact import divergence_and_gradient
 
+CPU_BUFFERS = 6
+"""Blocks that `divergence_rows_` writes to on a CPU: t − s and those of `rows_cpu`."""
+
 
 class Rows(NamedTuple):
     """What a block of rows gives; the gradient replaces the student's logits in their buffer."""
@@ -34,11 +37,16 @@ def divergence_rows_(
     *,
     gradient: bool,
     target_ids_B: Tensor | None = None,
+    buffers: Tensor | None = None,
 ) -> Rows:
     """Consumes raw products: student_BV = h·Wᵀ and other_BV = the teacher's h·Wᵀ, or, where
-    `problem.shared_logits`, (teacher hidden − student hidden)·Wᵀ. Both buffers are overwritten.
+    `problem.shared_logits`, (teacher hidden − student hidden)·Wᵀ. Both are overwritten, and so are
+    the `buffers` [CPU_BUFFERS, ≥ B, V] that spare a CPU fresh pages (None: allocated here).
     """
-    s, t, d, slope = _transform_(student_BV, other_BV, problem)
+    if buffers is None:
+        buffers = student_BV.new_empty(CPU_BUFFERS, *student_BV.shape)
+    difference, *free = buffers[:, : student_BV.shape[0]]
+    s, t, d, slope = _transform_(student_BV, other_BV, problem, difference)
     kind, beta = problem.divergence, problem.beta
     fast = None
     if s.device.type == "cpu" and not _masked_by_shared_bias(problem):
@@ -50,6 +58,7 @@ def divergence_rows_(
             gradient=gradient,
             statistics=problem.return_stats,
             target_ids_B=target_ids_B,
+            free=free,
         )
     if fast is not None:
         value, sign, statistics = fast
@@ -74,9 +83,11 @@ def _masked_by_shared_bias(problem: Problem) -> bool:
 
 
 def _transform_(
-    x: Tensor, other: Tensor, problem: Problem
+    x: Tensor, other: Tensor, problem: Problem, difference: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """(s, t, t − s, ds/dx up to scale/temperature) of eq. (1); t is None where s + d gives it."""
+    """(s, t, t − s, ds/dx up to scale/temperature) of eq. (1); t is None where s + d gives it.
+
+    t − s goes to `difference` where t is kept."""
     size, temperature = problem.vocab_size, problem.temperature
     (scale, other_scale), (cap, other_cap) = problem.logit_scale, problem.logit_softcap
 
@@ -94,7 +105,7 @@ def _transform_(
     s = capped(x, cap)
     if not problem.shared_logits:
         t = capped(affine_(other, problem.teacher_bias, other_scale), other_cap)
-        return s, t, t - s, slope
+        return s, t, torch.sub(t, s, out=difference), slope
     delta = affine_(other, None, scale)
     if cap is None:
         d = delta if temperature == 1.0 else delta.div_(temperature)

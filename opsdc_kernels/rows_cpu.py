@@ -3,6 +3,7 @@
 Every logit must be finite; a block with infinite ones goes to `rows_exact`, and so do single rows
 for which the shorter formulas here would lose accuracy. Numbers in brackets are the equations of
 `reference`. One heavy function (expm1) for the reverse KL, two for the forward KL, three for JSD.
+Block-sized results go to buffers allocated once: fresh pages cost more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class Block(NamedTuple):
     """[B, V]"""
     c: Tensor
     """[B, V], in the buffer of d."""
-    scratch: Tensor
-    """[B, V], free."""
     weighted: Tensor
     """q·c [B, V] where it was asked for, else free."""
+    x: Tensor
+    """[B, V], free, as y and z."""
+    y: Tensor
+    z: Tensor
     total: Tensor
     """Σ q [B]: softmax sums long rows with an error of 1e-6."""
     mean: Tensor
@@ -62,17 +65,22 @@ def fast_rows_(
     gradient: bool,
     statistics: bool,
     target_ids_B: Tensor | None,
+    free: list[Tensor],
 ) -> FastRows | None:
-    """Consumes s and d = t − s; None, with both untouched, if a logit is infinite or NaN."""
+    """Consumes s and d = t − s; None, with both untouched, if a logit is infinite or NaN.
+
+    `free`: five buffers [B, V] to write to.
+    """
     reverse = divergence == "reverse_kl"
-    # With statistics s is still needed when q·c is found.
-    out = s_BV if reverse and gradient and not statistics else None
-    block = _centred(s_BV, d_BV, out, needs_weighted=reverse and gradient)
+    q, weighted, *free = free
+    in_place = reverse and gradient and not statistics  # else s is still needed
+    weighted = s_BV if in_place else weighted
+    block = _centred(s_BV, d_BV, q, weighted, free, needs_weighted=reverse and gradient)
     if block is None:
         return None
     found = _statistics(s_BV, block, target_ids_B) if statistics else None
     if reverse:
-        if gradient and out is None:
+        if gradient and not in_place:
             s_BV.copy_(block.weighted)
         return FastRows(block.kl, -1.0, found)
     if divergence == "forward_kl":
@@ -90,20 +98,22 @@ def fast_rows_(
     return FastRows(value, factor, found)
 
 
-def _centred(s: Tensor, d: Tensor, out: Tensor | None, *, needs_weighted: bool) -> Block | None:
-    """Eqs. (2) and (3); q·c goes to `out` if given."""
-    q = torch.softmax(s, 1)
+def _centred(
+    s: Tensor, d: Tensor, q: Tensor, weighted: Tensor, free: list[Tensor], *, needs_weighted: bool
+) -> Block | None:
+    """Eqs. (2) and (3)."""
+    x, y, z = free
+    torch.softmax(s, 1, out=q)
     total = q.sum(1)
-    mean = torch.linalg.vecdot(q, d).div_(total)
+    mean = _dot(q, d, x).div_(total)
     if not torch.isfinite(mean).all():
         return None
     c = d.sub_(mean[:, None])
-    terms = torch.expm1(c).sub_(c)
-    kl = torch.linalg.vecdot(q, terms).div_(total).log1p_()
+    terms = torch.expm1(c, out=x).sub_(c)
+    kl = _dot(q, terms, x).div_(total).log1p_()
     far = ~(kl <= 1)
     if far.any():
         kl[far] = _log_mean_exp(s[far], q[far], c[far])
-    weighted = torch.empty_like(q) if out is None else out
     coarse = kl < NEVER_COARSE
     if needs_weighted or coarse.any():
         # q·(c − E_q[c]) in one pass; that mean is 0 but for rounding.
@@ -113,7 +123,12 @@ def _centred(s: Tensor, d: Tensor, out: Tensor | None, *, needs_weighted: bool) 
         coarse &= torch.linalg.vector_norm(weighted, dim=1) > NOISE_LIMIT * kl
         if coarse.any():
             kl[coarse] = _mean_excess(q[coarse], c[coarse], None).log1p_()
-    return Block(q, c, terms, weighted, total, mean, kl, coarse)
+    return Block(q, c, weighted, x, y, z, total, mean, kl, coarse)
+
+
+def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """Σ_v a·b [B]; overwrites `out` [B, V]."""
+    return torch.mul(a, b, out=out).sum(1)
 
 
 def _log_mean_exp(s: Tensor, q: Tensor, c: Tensor) -> Tensor:
@@ -144,44 +159,45 @@ def _forward_kl(block: Block) -> tuple[Tensor, Tensor, Tensor]:
 def _symmetric(block: Block) -> tuple[Tensor, Tensor]:
     """p − q = q·(e^r − 1) [B, V], in the buffer of q·c, and KL(q‖p) + KL(p‖q) = Σ (p − q)·r [B].
 
-    c becomes r; e^r − 1 stays in `block.scratch`.
+    c becomes r; e^r − 1 stays in `block.x`.
     """
     r = block.c.sub_(block.kl[:, None])
-    torch.expm1(r, out=block.scratch)
-    difference = torch.mul(block.q, block.scratch, out=block.weighted)
-    return difference, torch.linalg.vecdot(difference, r).div_(block.total)
+    torch.expm1(r, out=block.x)
+    difference = torch.mul(block.q, block.x, out=block.weighted)
+    return difference, _dot(difference, r, block.y).div_(block.total)
 
 
 def _jsd(block: Block, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """(value, q·(a − E_q[a]), rows in doubt), eqs. (6) and (10), by
     JSD = β·KL(p‖q) − KL(m̄‖q), KL(m̄‖q) = Σ (m̄ − q)·a − KL(q‖m̄), (m̄ − q) = β·(p − q)."""
     difference, symmetric = _symmetric(block)
-    y = block.scratch.mul_(beta)
-    a = torch.log1p(y)
-    from_mixture = torch.linalg.vecdot(difference, a).mul_(beta).div_(block.total)
-    to_mixture = torch.linalg.vecdot(block.q, y - a).div_(block.total)
+    y = block.x.mul_(beta)
+    a = torch.log1p(y, out=block.y)
+    from_mixture = _dot(difference, a, block.z).mul_(beta).div_(block.total)
+    to_mixture = _dot(block.q, torch.sub(y, a, out=block.z), block.z).div_(block.total)
     if block.coarse.any():
         rows = block.coarse
         to_mixture[rows] = _mean_excess(block.q[rows], a[rows], y[rows])
     value = beta * (symmetric - block.kl) - (from_mixture - to_mixture)
-    dz = torch.ops.aten._softmax_backward_data(a, block.q, 1, a.dtype)
+    dz = torch.ops.aten._softmax_backward_data(a, block.q, 1, a.dtype, grad_input=block.z)
     return value, dz, ~((value >= symmetric * beta / 64) & (symmetric < SYMMETRIC_LIMIT))
 
 
 def _statistics(s: Tensor, block: Block, target_ids: Tensor | None) -> tuple[Tensor, ...]:
     """As `reference.statistics_of_logits`, from what is there already."""
-    t = s + block.c  # up to the shift `mean`
+    t = torch.add(s, block.c, out=block.y)  # up to the shift `mean`
     peak_s, at = s.max(1, keepdim=True)
     peak_t = t.amax(1, keepdim=True)
     agreement = (t.gather(1, at) == peak_t).to(s.dtype).squeeze(1)
     # With z measured from its peak, entropy = log Σ e^z − E[z] is a sum of two terms ≥ 0.
-    below_s = torch.sub(s, peak_s, out=block.scratch)
+    below_s = torch.sub(s, peak_s, out=block.x)
     excess_s = -(block.q.gather(1, at).squeeze(1) / block.total).log_()
-    entropy_s = excess_s - torch.linalg.vecdot(block.q, below_s).div_(block.total)
-    below_t = torch.sub(t, peak_t, out=block.scratch)
-    p = torch.softmax(below_t, 1)
+    entropy_s = excess_s - _dot(block.q, below_s, block.x).div_(block.total)
+    below_t = torch.sub(t, peak_t, out=block.x)
+    p = torch.softmax(below_t, 1, out=block.z)
     total_t = p.sum(1)
-    entropy_t = -(p.amax(1) / total_t).log_() - torch.linalg.vecdot(p, below_t).div_(total_t)
+    excess_t = -(p.amax(1) / total_t).log_()
+    entropy_t = excess_t - _dot(p, below_t, block.x).div_(total_t)
     lse_s = peak_s.squeeze(1) + excess_s
     lse_t = lse_s + block.kl  # of the shifted t
     found = (lse_s, lse_t + block.mean, entropy_s, entropy_t, agreement)
