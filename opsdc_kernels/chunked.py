@@ -186,7 +186,7 @@ def _row_function(s_CV: Tensor) -> tuple[Callable[..., Rows], int]:
 
         return in_triton, s_CV.shape[0]
     step = plan.block_rows(s_CV.shape[1], s_CV.device)
-    buffers = s_CV.new_empty(rows.CPU_BUFFERS, min(step, s_CV.shape[0]), s_CV.shape[1])
+    buffers = s_CV.new_empty(plan.CPU_BUFFERS, min(step, s_CV.shape[0]), s_CV.shape[1])
     return partial(rows.divergence_rows_, buffers=buffers), step
 
 

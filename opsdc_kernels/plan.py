@@ -6,6 +6,7 @@ One unit of cost is one head GEMM, 2·N·V·D floating-point operations.
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,8 +17,10 @@ CPU_WORKSPACE_CAP_BYTES = 256 << 20
 """More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""
 GPU_MINIMUM_CHUNK_ROWS = 512
 """Below this a GPU's GEMMs no longer run at their full rate."""
-ROW_PASS_TEMPORARIES = 16
-"""Block-sized buffers that the row pass holds at once, at most."""
+CPU_BUFFERS = 6
+"""Blocks that the row passes in torch write to: t − s and those of `rows_cpu`."""
+EXACT_TEMPORARIES = 16
+"""Results of the size of its rows that the exact row pass holds at once, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +59,8 @@ def estimate(
     device: torch.device | str = "cpu",
     trainable_head: bool = True,
     gradient: bool = True,
+    divergence: str = "reverse_kl",
+    shared_head: bool = False,
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
@@ -70,6 +75,9 @@ def estimate(
         device: on which they lie.
         trainable_head: the weight asks for a gradient.
         gradient: False for a loss-only pass.
+        divergence: a JSD costs the fused forward a second pass.
+        shared_head: of 16 bits, costs the fused backend a GEMM more per pass, for the low half of
+            the difference of hidden states.
         reduction, backend, workspace_bytes: as given to `linear_divergence`.
 
     Raises:
@@ -81,7 +89,8 @@ def estimate(
     gradients = 0
     if gradient:
         saved = tokens * student_dim + (vocab_size * student_dim if trainable_head else 0)
-        gradients = saved * (wide + dtype.itemsize)
+        # Kept in the statistics' dtype until backward, which rounds them to the input's.
+        gradients = saved * (wide + (dtype.itemsize if dtype.itemsize < wide else 0))
     if picked == "reference":
         rows, scratch = tokens, 6 * wide * tokens * vocab_size
     else:
@@ -89,7 +98,10 @@ def estimate(
         rows = chunk_rows(tokens, vocab_size, dims, dtype, device, workspace_bytes)
         scratch = scratch_bytes(rows, vocab_size, dims, dtype, device)
     recomputes = picked == "fused" or (reduction == "none" and trainable_head)
-    units = 2 + (gradient * (1 + trainable_head + 2 * recomputes))
+    units = 2 + gradient * (1 + trainable_head + 2 * recomputes)
+    if picked == "fused":
+        units += 2 * (divergence == "jsd")
+        units += (1 + gradient) * (shared_head and dtype.itemsize == 2)
     return Plan(
         backend=picked,
         reason=reason,
@@ -128,14 +140,10 @@ def chunk_rows(
     """Rows per chunk, all chunks about equal, such that `scratch_bytes` fits the workspace."""
     asked = workspace_bytes
     budget = default_workspace_bytes(device) if asked is None else asked
-    block = block_rows(vocab_size, device)
-    fixed = scratch_bytes(0, vocab_size, dims, dtype, device)
-    full_block = scratch_bytes(block, vocab_size, dims, dtype, device)
-    if budget < full_block:
-        rows = (budget - fixed) * block // (full_block - fixed)
-    else:
-        per_row = scratch_bytes(block + 1, vocab_size, dims, dtype, device) - full_block
-        rows = block + (budget - full_block) // per_row
+    heights = range(1, max(tokens, 1) + 1)
+    rows = bisect_right(
+        heights, budget, key=lambda rows: scratch_bytes(rows, vocab_size, dims, dtype, device)
+    )
     if asked is None:
         rows = max(rows, GPU_MINIMUM_CHUNK_ROWS if device.type == "cuda" else 1)
     if rows < 1:
@@ -154,13 +162,22 @@ def block_rows(vocab_size: int, device: torch.device) -> int:
     return max(block_bytes // (4 * vocab_size), 1)
 
 
+def exact_rows(block_height: int) -> int:
+    """Rows of a block that the exact row pass takes at once: it allocates where others reuse."""
+    return max(block_height // 8, 1)
+
+
 def scratch_bytes(
     rows: int, vocab_size: int, dims: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
-    """Two logit buffers, copies of the chunk's hidden states, one block of the row pass and, for a
-    16-bit head on a CPU, its upcast block."""
+    """Two logit buffers, copies of the chunk's hidden states, the blocks of the row passes in torch
+    (in Triton they have none) and, for a 16-bit head on a CPU, its upcast block."""
     wide = 8 if dtype == torch.float64 else 4
-    block = ROW_PASS_TEMPORARIES * min(block_rows(vocab_size, device), rows) * vocab_size * wide
+    block = 0
+    if device.type != "cuda" or wide == 8:
+        height = min(block_rows(vocab_size, device), rows)
+        height = CPU_BUFFERS * height + EXACT_TEMPORARIES * min(exact_rows(height), height)
+        block = height * vocab_size * wide
     upcast = 0
     if device.type == "cpu" and dtype.itemsize == 2:
         upcast = min(UPCAST_BLOCK_BYTES, 4 * vocab_size * max(dims))

@@ -10,13 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opsdc_kernels import plan
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.reference import statistics_of_logits
 from opsdc_kernels.rows_cpu import fast_rows_
 from opsdc_kernels.rows_exact import divergence_and_gradient
-
-CPU_BUFFERS = 6
-"""Blocks that `divergence_rows_` writes to on a CPU: t − s and those of `rows_cpu`."""
 
 
 class Rows(NamedTuple):
@@ -41,10 +39,10 @@ def divergence_rows_(
 ) -> Rows:
     """Consumes raw products: student_BV = h·Wᵀ and other_BV = the teacher's h·Wᵀ, or, where
     `problem.shared_logits`, (teacher hidden − student hidden)·Wᵀ. Both are overwritten, and so are
-    the `buffers` [CPU_BUFFERS, ≥ B, V] that spare a CPU fresh pages (None: allocated here).
+    the `buffers` [plan.CPU_BUFFERS, ≥ B, V] that spare a CPU fresh pages (None: allocated here).
     """
     if buffers is None:
-        buffers = student_BV.new_empty(CPU_BUFFERS, *student_BV.shape)
+        buffers = student_BV.new_empty(plan.CPU_BUFFERS, *student_BV.shape)
     difference, *free = buffers[:, : student_BV.shape[0]]
     s, t, d, slope = _transform_(student_BV, other_BV, problem, difference)
     kind, beta = problem.divergence, problem.beta
@@ -64,14 +62,31 @@ def divergence_rows_(
         value, sign, statistics = fast
     else:
         t = s + d if t is None else t
-        statistics = statistics_of_logits(s, t, target_ids_B) if problem.return_stats else None
-        value = divergence_and_gradient(s, t, d, kind, beta, s if gradient else None)
+        value, statistics = _exact_rows(s, t, d, problem, gradient, target_ids_B)
         sign = 1.0
     if gradient and slope is not None:
         s.mul_(slope)
     if gradient and s is not student_BV:
         student_BV.copy_(s)
     return Rows(value, torch.full_like(value, sign * problem.logit_factor), statistics)
+
+
+def _exact_rows(
+    s: Tensor, t: Tensor, d: Tensor, problem: Problem, gradient: bool, target_ids: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """(divergence, statistics) of a block; the gradient replaces s."""
+    values, statistics = [], []
+    height = plan.exact_rows(len(s))
+    for start in range(0, len(s), height):
+        part = slice(start, start + height)
+        if problem.return_stats:
+            targets = None if target_ids is None else target_ids[part]
+            statistics.append(statistics_of_logits(s[part], t[part], targets))
+        dz = s[part] if gradient else None
+        kind, beta = problem.divergence, problem.beta
+        values.append(divergence_and_gradient(s[part], t[part], d[part], kind, beta, dz))
+    found = tuple(torch.cat(each) for each in zip(*statistics, strict=True)) or None
+    return torch.cat(values), found
 
 
 def _masked_by_shared_bias(problem: Problem) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opsdc_kernels.plan import exact_rows
 from opsdc_kernels.rows_exact import divergence_and_gradient
 
 SERIES_RANGE = 0.3
@@ -87,8 +88,7 @@ def fast_rows_(
         value, dz, doubtful, factor = (*_forward_kl(block), -1.0)
     else:
         value, dz, doubtful, factor = (*_jsd(block, beta), beta - 1)
-    if doubtful.any():
-        rows = doubtful.nonzero().squeeze(1)
+    for rows in few_at_once(doubtful):
         s, c = s_BV[rows], block.c[rows]
         # A shift of all logits of a row changes nothing, so c may stand for d, and s + c for t.
         value[rows] = divergence_and_gradient(s, s + c, c, divergence, beta, s)
@@ -111,9 +111,8 @@ def _centred(
     c = d.sub_(mean[:, None])
     terms = torch.expm1(c, out=x).sub_(c)
     kl = _dot(q, terms, x).div_(total).log1p_()
-    far = ~(kl <= 1)
-    if far.any():
-        kl[far] = _log_mean_exp(s[far], q[far], c[far])
+    for rows in few_at_once(~(kl <= 1)):
+        kl[rows] = _log_mean_exp(s[rows], q[rows], c[rows])
     coarse = kl < NEVER_COARSE
     if needs_weighted or coarse.any():
         # q·(c − E_q[c]) in one pass; that mean is 0 but for rounding.
@@ -121,9 +120,15 @@ def _centred(
     if coarse.any():
         # Each term of the value carries a rounding error of eps·c: in quadrature over q, eps·‖q·c‖.
         coarse &= torch.linalg.vector_norm(weighted, dim=1) > NOISE_LIMIT * kl
-        if coarse.any():
-            kl[coarse] = _mean_excess(q[coarse], c[coarse], None).log1p_()
+        for rows in few_at_once(coarse):
+            kl[rows] = _mean_excess(q[rows], c[rows], None).log1p_()
     return Block(q, c, weighted, x, y, z, total, mean, kl, coarse)
+
+
+def few_at_once(chosen_B: Tensor) -> tuple[Tensor, ...]:
+    """Indices of the chosen rows in parts so small that passes which allocate take little."""
+    rows = chosen_B.nonzero().squeeze(1)
+    return rows.split(exact_rows(len(chosen_B))) if len(rows) else ()
 
 
 def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
@@ -175,8 +180,7 @@ def _jsd(block: Block, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     a = torch.log1p(y, out=block.y)
     from_mixture = _dot(difference, a, block.z).mul_(beta).div_(block.total)
     to_mixture = _dot(block.q, torch.sub(y, a, out=block.z), block.z).div_(block.total)
-    if block.coarse.any():
-        rows = block.coarse
+    for rows in few_at_once(block.coarse):
         to_mixture[rows] = _mean_excess(block.q[rows], a[rows], y[rows])
     value = beta * (symmetric - block.kl) - (from_mixture - to_mixture)
     dz = torch.ops.aten._softmax_backward_data(a, block.q, 1, a.dtype, grad_input=block.z)

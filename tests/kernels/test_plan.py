@@ -64,6 +64,9 @@ def test_auto_on_a_cpu_is_chunked_and_says_why():
     ({"reduction": "none", "trainable_head": False}, 3), ({"backend": "fused"}, 6),
     ({"backend": "fused", "trainable_head": False}, 5),
     ({"backend": "fused", "gradient": False}, 2), ({"backend": "reference"}, 4),
+    ({"divergence": "jsd"}, 4), ({"backend": "fused", "divergence": "jsd"}, 8),
+    ({"backend": "fused", "shared_head": True}, 6),
+    ({"backend": "fused", "shared_head": True, "dtype": torch.bfloat16}, 8),
 ])  # fmt: skip
 def test_cost_model(options, units):
     p = plan.estimate(tokens=100, vocab_size=1000, student_dim=64, **options)
@@ -74,4 +77,9 @@ def test_frozen_head_saves_the_weight_gradient():
     sizes = {"tokens": 512, "vocab_size": 49152, "student_dim": 576}
     full = plan.estimate(**sizes)
     frozen = plan.estimate(**sizes, trainable_head=False)
-    assert full.peak_bytes - frozen.peak_bytes == 8 * 49152 * 576
+    assert full.peak_bytes - frozen.peak_bytes == 4 * 49152 * 576
+    half = [
+        plan.estimate(**sizes, trainable_head=train, dtype=torch.bfloat16)
+        for train in (True, False)
+    ]
+    assert half[0].peak_bytes - half[1].peak_bytes == (4 + 2) * 49152 * 576
