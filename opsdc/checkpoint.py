@@ -8,7 +8,8 @@
         state.json               step, versions, the resolved configuration
 
 A checkpoint is written beside its place, synced to disk, and renamed: one that has its name is
-whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled.
+whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled: a folder
+with any file that is not in its manifest, or of a kind that could hold code, is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from opsdc.errors import CheckpointError
@@ -30,6 +33,9 @@ from opsdc.teacher import Teacher
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-\d{6,}")
+# Weights, settings, peft's model card, a chat template: nothing that a library would unpickle.
+_KINDS = (".safetensors", ".json", ".md", ".jinja")
 
 
 def save(
@@ -44,14 +50,15 @@ def save(
 ) -> Path:
     """Write `step`'s checkpoint under `root`, verify it, then drop all but the newest `keep`.
 
-    Raises CheckpointError (disk full, read-only folder, ...); older checkpoints stay as they are.
+    Dropped are also those of later steps: a run that is at `step` has found them damaged, or was
+    told to start before them. Raises CheckpointError (disk full, read-only folder, ...); older
+    checkpoints stay as they are.
     """
-    final = root / f"step-{step:06d}"
+    final = path_of(root, step)
     aside = root / f".tmp-{final.name}-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for stale in root.glob(".tmp-*"):
-            shutil.rmtree(stale)
+        clear_unfinished(root)
         aside.mkdir()
         save_weights(model, aside / _weights_folder(model))
         if not teacher.is_student:
@@ -74,10 +81,10 @@ def save(
         for folder in (aside / _MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
             _sync(folder)
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         aside.rename(final)
         _sync(root)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
@@ -85,14 +92,32 @@ def save(
     problem = verify(final)
     if problem:
         raise CheckpointError(f"checkpoint {final} reads back damaged: {problem}")
-    for old in listing(root)[keep:]:
-        shutil.rmtree(old)
+    found = listing(root)
+    at = found.index(final)
+    for old in found[:at] + found[at + keep :]:
+        try:
+            _remove(old)
+        except OSError as error:
+            # The new one is safe; the next save tries again.
+            print(f"checkpoint {old} cannot be removed: {error}", file=sys.stderr)
     return final
+
+
+def clear_unfinished(root: Path) -> None:
+    """Remove what a crash left of a checkpoint that was being written or removed."""
+    for stale in root.glob(".tmp-*"):
+        shutil.rmtree(stale)
+
+
+def path_of(root: Path, step: int) -> Path:
+    """Where `save` puts the checkpoint of a step."""
+    return root / f"step-{step:06d}"
 
 
 def listing(root: Path) -> list[Path]:
     """Finished checkpoints under `root`, newest first."""
-    return sorted(root.glob("step-[0-9]*"), key=lambda p: p.name, reverse=True)
+    found = (p for p in root.glob("step-*") if _NAME.fullmatch(p.name))
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 def newest_good(root: Path) -> Path | None:
@@ -119,21 +144,45 @@ def verify(folder: Path) -> str | None:
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             return f"{_MANIFEST} has format {manifest['format']!r}, this version reads {FORMAT}"
+        present = _entries(folder)
         for name, expected in files.items():
             path = folder / name
-            if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
-                return f"{_MANIFEST} names a file outside the checkpoint: {name!r}"
-            if not path.is_file():
-                return f"{name} is missing"
+            # A name such as ../x is none of the entries, whatever it leads to.
+            if name not in present:
+                return f"{name} is missing, or a name outside the checkpoint"
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is not a plain file"
+            if path.suffix not in _KINDS:
+                return f"{name} is of no kind that a checkpoint holds ({', '.join(_KINDS)})"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} does not have its recorded sha256"
+            if name.endswith(".index.json"):
+                # Libraries join these names to the folder as they are.
+                for shard in json.loads(path.read_text("utf-8"))["weight_map"].values():
+                    if str(Path(name).with_name(shard)) not in files or "/" in shard:
+                        return f"{name} names a file outside the checkpoint: {shard!r}"
+        foreign = sorted(present - {*files, _MANIFEST})
+        if foreign:
+            return f"{foreign[0]} is not in {_MANIFEST}"
+        if manifest["step"] != read_state(folder)["step"]:
+            return f"{_MANIFEST} and state.json are of different steps"
     except OSError as error:
-        return f"cannot read {_MANIFEST}: {error}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"cannot be read: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{_MANIFEST} is not a manifest: {error!r}"
     return None
+
+
+def _entries(folder: Path) -> set[str]:
+    """Names of everything below `folder` but real folders; links, which lead anywhere, included."""
+    return {
+        os.path.relpath(os.path.join(where, name), folder)
+        for where, folders, files in os.walk(folder)
+        for name in (*files, *folders)
+        if name in files or os.path.islink(os.path.join(where, name))
+    }
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -144,12 +193,21 @@ def read_state(folder: Path) -> dict[str, Any]:
 def restore(
     folder: Path, model: Any, teacher: Teacher, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Load a verified checkpoint into the model, the teacher and the optimizer; gives its state."""
-    load_weights(model, folder / _weights_folder(model))
-    if not teacher.is_student:
-        with teacher.weights():
-            load_weights(model, folder / "teacher")
+    """Load a verified checkpoint into the model, the teacher and the optimizer; gives its state.
+
+    Raises CheckpointError for one of another model, adapter or kind of teacher.
+    """
     state = read_state(folder)
+    try:
+        load_weights(model, folder / _weights_folder(model))
+        if not teacher.is_student:
+            with teacher.weights():
+                load_weights(model, folder / "teacher")
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder} does not fit this run's model, adapter or teacher.mode: {error}; "
+            "restore those settings or name another output_dir"
+        ) from error
     teacher.version = state["teacher_version"]
     tensors = load_file(folder / "optimizer.safetensors")
     for name, param in model.named_parameters():
@@ -173,6 +231,13 @@ def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str
         for name, param in model.named_parameters()
         for key, value in optimizer.state.get(param, {}).items()
     }
+
+
+def _remove(folder: Path) -> None:
+    # Under its own name half of it might be taken for a checkpoint.
+    aside = folder.with_name(f".tmp-old-{folder.name}")
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def _write_json(path: Path, value: Any) -> None:

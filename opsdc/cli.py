@@ -31,6 +31,7 @@ _EVAL_EPILOG = """\
 _INSPECT_EPILOG = """\
   opsdc inspect                                          first held-out problem, demo model
   opsdc inspect --config runs/demo/config.yaml --problem 3 --model runs/demo/model
+  opsdc inspect --batch runs/demo/sick-step-000007.json  a step that was not finite, again
   opsdc inspect --text 'What is \\boxed{2+2}?' --color | less -R
 """
 
@@ -109,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     _config_flag(inspect)
     inspect.add_argument("--problem", type=int, default=0, metavar="N", help="held-out problem N")
     inspect.add_argument("--text", help="your own problem instead")
+    inspect.add_argument(
+        "--batch", type=Path, metavar="FILE", help="a step that a run gave up on: sick-step-*.json"
+    )
     inspect.add_argument("--model", metavar="FOLDER", help="short for --model.name_or_path")
     inspect.add_argument(
         "--color",
@@ -173,12 +177,14 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
-    from opsdc import report
+    from opsdc import report, stop
     from opsdc.train import OPSDCTrainer
 
-    trainer = OPSDCTrainer(None, config)
-    trainer.train()
-    report.print_report(Path(config.output_dir))
+    # From before the model loads: a stop asked for then still ends with status 0.
+    with stop.on_signal():
+        trainer = OPSDCTrainer(None, config)
+        if "stopped" not in trainer.train():
+            report.print_report(Path(config.output_dir))
     return 0
 
 
@@ -198,6 +204,11 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.batch is not None:
+        from opsdc.replay import replay
+
+        print(replay(arguments.batch))
+        return 0
     overrides = _overrides(arguments)
     if arguments.model:
         overrides["model.name_or_path"] = arguments.model

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from opsdc.config import OPSDCConfig
 from opsdc.dataset import Prompted, prompted_sets
 from opsdc.errors import DataError
-from opsdc.metrics import read_lines, write_json
+from opsdc.metrics import read_lines, write_json, write_text
 from opsdc.model import decode, load_model, load_tokenizer, load_trained
 from opsdc.progress import Progress
 from opsdc.rollout import Request, Sampler, SamplingParams
@@ -105,7 +105,7 @@ def write_answers(path: Path, answers: Sequence[Answer]) -> None:
     """One JSON line per answer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (json.dumps(dataclasses.asdict(a), ensure_ascii=False) + "\n" for a in answers)
-    path.write_text("".join(rows), "utf-8")
+    write_text(path, "".join(rows))
 
 
 def read_answers(path: Path) -> list[Answer]:

@@ -31,15 +31,15 @@ class Lines:
     def __init__(self, path: Path, *, after_step: int) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_lines(path) if row["step"] <= after_step]
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text("".join(map(_line, kept)), "utf-8")
-        aside.replace(path)
+        kept = (row for row in read_lines(path) if row["step"] <= after_step)
+        write_text(path, "".join(map(_line, kept)))
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row and hand it to the operating system at once."""
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append rows, on disk when this returns: a checkpoint must not be ahead of its record."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
+            file.write("".join(map(_line, rows)))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -60,9 +60,15 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """As `write_text`."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write_text(path: Path, text: str) -> None:
     """Write aside and rename, so that a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+    # One name for every process: what a crash leaves behind is overwritten by the next.
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, "utf-8")
     aside.replace(path)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -228,9 +229,15 @@ def load_weights(model: Any, folder: str | Path) -> None:
     if hasattr(model, "peft_config"):
         import peft
 
-        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
+        # Not peft's own loader: it looks for what a folder lacks on the Hub, pickles included.
+        peft.set_peft_model_state_dict(model, load_file(Path(folder) / "adapter_model.safetensors"))
         return
-    saved = type(model).from_pretrained(str(folder), dtype=torch.float32)
+    # Without use_safetensors a folder that has no safetensors would be unpickled.
+    saved = type(model).from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True)
     own = dict(model.named_parameters())
     for name, parameter in saved.named_parameters():
+        if own[name].shape != parameter.shape:
+            raise ValueError(
+                f"{name} has shape {list(parameter.shape)} there, {list(own[name].shape)} here"
+            )
         own[name].copy_(parameter)

@@ -14,17 +14,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
-from opsdc import checkpoint, evaluate, plots, preflight
+from opsdc import checkpoint, evaluate, plots, preflight, replay, stop
 from opsdc.batch import Pair
 from opsdc.config import OPSDCConfig, ignored_settings
 from opsdc.dataset import Prompted, prompted_sets
 from opsdc.errors import ConfigError, TrainingError
-from opsdc.metrics import Callbacks, Lines, finite, peak_mib, write_json
+from opsdc.metrics import Callbacks, Lines, finite, peak_mib, write_json, write_text
 from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model, save_weights
 from opsdc.progress import Progress
 from opsdc.rollout import Request, Rollout, SamplingParams
@@ -92,21 +92,45 @@ class OPSDCTrainer:
         self.learning_rate = _schedule(self.optimizer, config)
         self.sampler = HFSampler(self.model, self.tokenizer, seed=config.seed)
         self.callbacks = list(callbacks or [])
+        self.step = 0
+        """the last completed step: whose state model, optimizer and teacher are in"""
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self._on_disk: Path | None = None
 
     def train(self) -> dict[str, Any]:
-        """Run (or go on with) training; returns what summary.json holds."""
+        """Run (or go on with) training; returns what summary.json holds.
+
+        SIGTERM or SIGINT ends it early, with the last completed step saved and the unfinished one
+        dropped, which then replays exactly; returned is {"stopped": signal, "steps": completed}.
+        """
+        with stop.on_signal():
+            try:
+                return self._train()
+            except stop.Stopped as signal:
+                if self.step:
+                    self._save()
+                kept = f"step {self.step} is saved" if self.step else "no step was complete"
+                print(f"stopped by {signal}: {kept}; the same command goes on", flush=True)
+                return {"stopped": str(signal), "steps": self.step}
+
+    def _train(self) -> dict[str, Any]:
         config, output_dir = self.config, self.output_dir
-        step, skipped_steps = self._resume()
+        self._resume()
+        step = self.step
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.yaml").write_text(config.to_yaml(), "utf-8")
+        write_text(output_dir / "config.yaml", config.to_yaml())
         metrics = Lines(output_dir / "metrics.jsonl", after_step=step)
         responses = Lines(output_dir / "rollouts.jsonl", after_step=step)
         self.sampler.push(self.model, step)
         layout = self._preflight(step)
         events = Callbacks(config, self.callbacks, self.model, self.tokenizer, self.optimizer)
         self._evaluate_base(step)
+        if not (output_dir / "eval" / f"step-{step:06d}.jsonl").is_file():
+            # The run before ended between a step and its evaluation.
+            self._evaluate_student(step, events)
         events.emit("on_train_begin", step=step)
-        skipped_in_a_row = 0
+        out_of_memory = 0
         while step < config.train.steps:
             step += 1
             began = time.perf_counter()
@@ -121,50 +145,47 @@ class OPSDCTrainer:
                 total=sum(len(r.response_ids) for r in rollouts),
                 unit="token",
             )
+            pairs = _pairs(batch, rollouts, config.rollout.samples_per_prompt)
             result = update(
                 self.model,
                 self.teacher,
-                _pairs(batch, rollouts, config.rollout.samples_per_prompt),
+                pairs,
                 self.optimizer,
                 layout,
                 config,
                 on_tokens=bar.advance,
             )
             bar.close()
-            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-            skipped_steps += result.skipped
+            if result.skipped and self.skipped_in_a_row == MAX_SKIPPED - 1:
+                self._give_up(step, pairs, result)
+            # From here to `self.step = step` nothing may be left: the parameters have changed.
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+            self.skipped_steps += result.skipped
+            out_of_memory += result.layout != layout
+            layout = result.layout
             refreshed = self.teacher.after_update(step)
             self.sampler.push(self.model, step)
 
-            record = _record(step, rollouts, result, skipped_steps, self)
+            record = _record(step, rollouts, result, self)
             seconds = {"rollout": generated - began, **result.seconds}
             record |= {f"perf/seconds_{k}": round(v, 3) for k, v in seconds.items()}
             sampled = sum(len(r.response_ids) for r in rollouts)
             record["perf/seconds_step"] = round(time.perf_counter() - began, 3)
             record["perf/tokens_per_second"] = round(sampled / max(seconds["rollout"], 1e-9), 1)
             record["perf/peak_mib"] = round(peak_mib(), 1)
-            for rollout in rollouts:
-                responses.write(self._response_row(step, rollout))
+            record["perf/out_of_memory"] = out_of_memory
+            responses.write(*(self._response_row(step, rollout) for rollout in rollouts))
             metrics.write(record)
+            self.step = step
             if step % config.log.every == 0 or step == config.train.steps:
                 print(_line(record, config.train.steps, refreshed), flush=True)
-            if skipped_in_a_row == MAX_SKIPPED:
-                raise TrainingError(
-                    f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row (last: step "
-                    f"{step}, loss {result.loss}, gradient norm {result.grad_norm}); parameters "
-                    "are those before them. Lower optim.lr, or use model.dtype float32"
-                )
             events.emit("on_log", step=step, logs=record)
-            stop = events.emit("on_step_end", step=step)
-            due = config.train.save_every and step % config.train.save_every == 0
-            if due or stop or step == config.train.steps:
-                self._save(step, skipped_steps)
+            ended = events.emit("on_step_end", step=step) or step == config.train.steps
+            if ended or (config.train.save_every and step % config.train.save_every == 0):
+                self._save()
                 events.emit("on_save", step=step)
-            every = config.eval.every
-            if self.held_out and every and step % every == 0 and step < config.train.steps:
-                found = self.evaluate(f"step-{step:06d}")
-                events.emit("on_evaluate", step=step, metrics=evaluate.headline(found))
-            if stop:
+            self._evaluate_student(step, events)
+            if ended:
                 break
         events.emit("on_train_end", step=step)
         return self._finish(step)
@@ -239,6 +260,12 @@ class OPSDCTrainer:
             self.evaluate("base")
             self.evaluate("prompt_only", arm="teacher")
 
+    def _evaluate_student(self, step: int, events: Callbacks) -> None:
+        every = self.config.eval.every
+        if self.held_out and every and step % every == 0 and 0 < step < self.config.train.steps:
+            found = self.evaluate(f"step-{step:06d}")
+            events.emit("on_evaluate", step=step, metrics=evaluate.headline(found))
+
     def _eval_problems(self) -> list[Prompted]:
         count = self.config.eval.problems
         size = len(self.held_out) if count is None else count
@@ -255,45 +282,69 @@ class OPSDCTrainer:
             "text": decode(self.tokenizer, rollout.response_ids),
         }
 
-    def _save(self, step: int, skipped_steps: int) -> None:
+    def _save(self) -> None:
+        """Save the last completed step, if it is not on disk; raises CheckpointError."""
+        root = self.output_dir / "checkpoints"
+        folder = checkpoint.path_of(root, self.step)
+        if folder == self._on_disk and checkpoint.verify(folder) is None:
+            return
         state = {
             "teacher_version": self.teacher.version,
-            "weights_version": step,
-            "skipped_steps": skipped_steps,
+            "weights_version": self.step,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "model": describe(self.model),
             "config": self.config.to_dict(),
             "versions": versions(),
         }
         checkpoint.save(
-            self.output_dir / "checkpoints",
-            step,
+            root,
+            self.step,
             self.model,
             self.teacher,
             self.optimizer,
             state,
             keep=self.config.train.keep,
         )
+        self._on_disk = folder
 
-    def _resume(self) -> tuple[int, int]:
-        """Load what `train.resume` names; gives the last completed step and the skipped ones."""
+    def _give_up(self, step: int, pairs: Sequence[Pair], result: UpdateResult) -> NoReturn:
+        """Leave the state before this step and its batch behind, and say how to look at them."""
+        batch = self.output_dir / f"sick-step-{step:06d}.json"
+        if self.step:
+            self._save()
+        replay.dump(batch, step, pairs, self.config)
+        raise TrainingError(
+            f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row (last: step {step}, "
+            f"loss {result.loss}, gradient norm {result.grad_norm}); parameters are those before "
+            f"them. See where with: opsdc inspect --batch {batch}. Lower optim.lr, or use "
+            "model.dtype float32; the same command then goes on before this step"
+        )
+
+    def _resume(self) -> None:
+        """Load what `train.resume` names."""
         root, wanted = self.output_dir / "checkpoints", self.config.train.resume
+        checkpoint.clear_unfinished(root)
         if wanted == "none":
             if checkpoint.listing(root):
                 raise ConfigError(
                     f"output_dir {self.output_dir} holds the checkpoints of a run, which "
                     "train.resume none would overwrite; name another output_dir or remove it"
                 )
-            return 0, 0
+            return
         folder = checkpoint.newest_good(root) if wanted == "auto" else Path(wanted)
         if folder is None:
-            return 0, 0
+            return
         problem = checkpoint.verify(folder)
         if problem:
             raise ConfigError(f"train.resume {wanted}: not a good checkpoint: {problem}")
         state = checkpoint.restore(folder, self.model, self.teacher, self.optimizer)
-        print(f"resuming after step {state['step']} from {folder}", flush=True)
+        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self._on_disk = folder
+        print(f"resuming after step {self.step} from {folder}", flush=True)
         for line in _changes(state["config"], self.config.to_dict()):
             print(f"  changed since that checkpoint: {line}", file=sys.stderr)
-        return state["step"], state["skipped_steps"]
 
     def _finish(self, step: int) -> dict[str, Any]:
         self.save_model(self.output_dir / "model")
@@ -342,7 +393,6 @@ def _record(
     step: int,
     rollouts: Sequence[Rollout],
     result: UpdateResult,
-    skipped_steps: int,
     trainer: OPSDCTrainer,
 ) -> dict[str, Any]:
     lengths = [len(r.response_ids) for r in rollouts if r.response_ids]
@@ -369,7 +419,7 @@ def _record(
         "lr": trainer.optimizer.param_groups[0]["lr"],
         "weights_version": step,
         "teacher_version": trainer.teacher.version,
-        "skipped_steps": skipped_steps,
+        "skipped_steps": trainer.skipped_steps,
     }
 
 

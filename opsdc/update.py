@@ -7,15 +7,18 @@ one hidden state per response token, reused by whichever student micro-batch nee
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from opsdc import stop
 from opsdc.batch import Pair, micro_batches, token_batch, token_weights
 from opsdc.config import OPSDCConfig
+from opsdc.errors import TrainingError
 from opsdc.loss import distillation_loss
 from opsdc.model import hidden_states, read_head
 from opsdc.teacher import Teacher
@@ -50,6 +53,8 @@ class UpdateResult:
     agreement: float
     seconds: dict[str, float]
     """by phase: teacher, student (forward and backward), optimizer"""
+    layout: Layout
+    """as given, or with the smaller forwards that fitted into memory"""
 
 
 def teacher_hidden_states(
@@ -63,6 +68,7 @@ def teacher_hidden_states(
     found: dict[int, torch.Tensor] = {}
     with teacher.weights(), torch.no_grad(), autocast(device, layout.dtype):
         for group in groups:
+            stop.check()
             batch = token_batch(
                 [(pairs[i].teacher_prompt_ids, pairs[i].response_ids) for i in group],
                 packed=layout.packed,
@@ -86,15 +92,38 @@ def update(
     *,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> UpdateResult:
-    """Accumulate the gradient of the whole step and take one optimizer step, if it is finite."""
+    """Accumulate the gradient of the whole step and take one optimizer step, if it is finite.
+
+    A forward or backward that runs out of memory takes nothing with it: the whole step is done
+    again in forwards of half the size. Raises TrainingError when they cannot be halved any more.
+    """
     scored = [p for p in pairs if p.response_ids]
-    started = time.perf_counter()
-    optimizer.zero_grad(set_to_none=True)
     if not scored:
-        return _nothing_to_learn()
-    kept = teacher_hidden_states(model, teacher, scored, layout)
-    teacher_done = time.perf_counter()
-    loss, stats = backward(model, teacher, scored, kept, layout, config, on_tokens=on_tokens)
+        return _nothing_to_learn(layout)
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        started = time.perf_counter()
+        try:
+            kept = teacher_hidden_states(model, teacher, scored, layout)
+            teacher_done = time.perf_counter()
+            loss, stats = backward(
+                model, teacher, scored, kept, layout, config, on_tokens=on_tokens
+            )
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        # Not in the handler: the error's frames hold the tensors that did not fit.
+        optimizer.zero_grad(set_to_none=True)
+        kept = []
+        layout = _halved(layout, scored)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(
+            f"out of memory: the step again, at most {layout.max_tokens} tokens a forward",
+            file=sys.stderr,
+            flush=True,
+        )
     student_done = time.perf_counter()
     grad_norm = float(
         torch.nn.utils.clip_grad_norm_(
@@ -118,7 +147,33 @@ def update(
             "student": student_done - teacher_done,
             "optimizer": time.perf_counter() - student_done,
         },
+        layout=layout,
     )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "can't allocate memory" in str(error)
+    )
+
+
+def _halved(layout: Layout, pairs: Sequence[Pair]) -> Layout:
+    """Half of the tokens in the step's largest forward that is of more than one sequence."""
+    largest = 0
+    for lengths in ([p.teacher_length for p in pairs], [p.student_length for p in pairs]):
+        for group in micro_batches(lengths, max_tokens=layout.max_tokens, packed=layout.packed):
+            if len(group) > 1:
+                width = [lengths[i] if layout.packed else lengths[group[0]] for i in group]
+                largest = max(largest, sum(width))
+    if not largest:
+        longest = max(max(p.teacher_length, p.student_length) for p in pairs)
+        raise TrainingError(
+            f"out of memory with one sequence of {longest} tokens a forward; nothing of the step "
+            "was applied. Set model.gradient_checkpointing true, lower rollout.max_new_tokens or "
+            "loss.workspace_bytes, or train an adapter (model.lora)"
+        )
+    return replace(layout, max_tokens=largest // 2)
 
 
 def backward(
@@ -143,6 +198,7 @@ def backward(
     for group in micro_batches(
         [p.student_length for p in pairs], max_tokens=layout.max_tokens, packed=layout.packed
     ):
+        stop.check()
         batch = token_batch(
             [(pairs[i].student_prompt_ids, pairs[i].response_ids) for i in group],
             packed=layout.packed,
@@ -178,7 +234,7 @@ def _mean(parts: Sequence[torch.Tensor]) -> float:
     return float(torch.cat(list(parts)).double().mean())
 
 
-def _nothing_to_learn() -> UpdateResult:
+def _nothing_to_learn(layout: Layout) -> UpdateResult:
     nan = math.nan
     return UpdateResult(
         loss=nan,
@@ -189,4 +245,5 @@ def _nothing_to_learn() -> UpdateResult:
         teacher_entropy=nan,
         agreement=nan,
         seconds={"teacher": 0.0, "student": 0.0, "optimizer": 0.0},
+        layout=layout,
     )

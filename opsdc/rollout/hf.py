@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from opsdc import stop
 from opsdc.model import unwrap
 from opsdc.progress import Progress
 from opsdc.rollout import Request, Rollout, SamplingParams
@@ -159,5 +160,6 @@ class _Advance(LogitsProcessor):
         self._progress = progress
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        stop.check()
         self._progress.advance()
         return scores

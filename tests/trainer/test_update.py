@@ -1,6 +1,10 @@
 """One step on a tiny model: layouts, normalisation and backends must not change the gradient."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,8 +12,11 @@ from tests_tiny import tiny_model
 
 from opsdc.batch import Pair
 from opsdc.config import OPSDCConfig, TeacherConfig
+from opsdc.errors import TrainingError
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, backward, teacher_hidden_states, update
+
+module = sys.modules["opsdc.update"]
 
 PROMPT, INSTRUCTION = [1, 20, 21, 22], [50, 51, 52, 53, 54]
 
@@ -190,3 +197,142 @@ def test_same_prompt_and_weights_give_exactly_zero():
     assert loss == 0
     assert all(float(s.divergence.abs().max()) == 0 for s in stats)
     assert all(float(p.grad.abs().max()) == 0 for p in model.parameters())
+
+
+class Taken(torch.optim.SGD):
+    """Keeps the gradients of its step."""
+
+    def step(self):
+        params = self.param_groups[0]["params"]
+        self.taken = [p.grad.clone() for p in params]
+        return super().step()
+
+
+def moved_model():
+    """A student at 0.7 nats per token from its teacher, and that teacher."""
+    model = tiny_model(initializer_range=0.15)
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.1)
+    return model, teacher
+
+
+def flat(optimizer):
+    return torch.cat([g.flatten() for g in optimizer.taken]).double()
+
+
+def too_large_for(limit, owner, name, monkeypatch, size):
+    """From now on `owner.name` finds no memory for more than `limit` tokens."""
+    original = getattr(owner, name)
+    refused = []
+
+    def limited(*arguments, **keywords):
+        if size(*arguments) > limit:
+            refused.append(size(*arguments))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(owner, name, limited)
+    return refused
+
+
+def backward_calls(loss):
+    """The second and the fourth backward are too large; forwards shrink in between."""
+    backward_calls.n += 1
+    return 99 if backward_calls.n in (1, 3) else 0
+
+
+# Where memory is short: what is called there, and how many tokens a call is about.
+PLACES = {
+    "teacher": (module, "hidden_states", lambda m, b: b.scored.numel() * (not grad_is_on())),
+    "student": (module, "hidden_states", lambda m, b: b.scored.numel() * grad_is_on()),
+    "loss": (module, "distillation_loss", lambda hidden, *rest: len(hidden)),
+    "backward": (torch.Tensor, "backward", backward_calls),
+}
+
+
+def grad_is_on():
+    return torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_out_of_memory_halves_the_forwards_and_changes_nothing(place, monkeypatch, capsys):
+    steps, refused = [], []
+    for limit in (None, 20):
+        model, teacher = moved_model()
+        optimizer = Taken(model.parameters(), lr=1e-3)
+        if limit is not None:
+            backward_calls.n = 0
+            owner, name, size = PLACES[place]
+            refused = too_large_for(limit, owner, name, monkeypatch, size)
+        result = update(model, teacher, pairs(), optimizer, layout(), config())
+        steps.append((result, flat(optimizer)))
+    (whole, expected), (redone, found) = steps
+    assert len(refused) >= 2
+    assert 0.3 < whole.loss < 3
+    assert redone.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert float((found - expected).norm() / expected.norm()) <= 1e-6
+    assert redone.layout.max_tokens < whole.layout.max_tokens == 10_000
+    assert len(redone.divergence) == len(whole.divergence)
+    assert "the step again, at most" in capsys.readouterr().err
+
+
+def test_one_sequence_that_does_not_fit_says_what_to_do(monkeypatch):
+    model, teacher = moved_model()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    too_large_for(0, module, "distillation_loss", monkeypatch, lambda h, *rest: len(h))
+    with pytest.raises(TrainingError, match=r"gradient_checkpointing.*max_new_tokens"):
+        update(model, teacher, pairs(), Taken(model.parameters(), lr=1), layout(), config())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    model, teacher = moved_model()
+
+    def broken(*arguments, **keywords):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(module, "distillation_loss", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        update(model, teacher, pairs(), Taken(model.parameters(), lr=1), layout(), config())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_a_real_lack_of_memory_in_a_process_with_a_limit():
+    """No injection: a limit on the address space that 16 sequences at once do not fit under."""
+    done = subprocess.run(
+        [sys.executable, "-c", _REAL],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the step again, at most" in done.stderr
+    assert float(done.stdout) <= 1e-6
+
+
+_REAL = """
+import resource
+import torch
+from test_update import Taken, config, flat, layout, moved_model, pairs
+from opsdc.update import update
+
+torch.set_num_threads(1)
+found = []
+many = pairs((400,) * 16)
+model, teacher = moved_model()
+update(model, teacher, many[:1], Taken(model.parameters(), lr=1e-3), layout(), config())
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+for limit in (now + (40 << 20), soft):
+    model, teacher = moved_model()
+    optimizer = Taken(model.parameters(), lr=1e-3)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    update(model, teacher, many, optimizer, layout(), config())
+    found.append(flat(optimizer))
+print(float((found[1] - found[0]).norm() / found[0].norm()))
+"""
