@@ -109,6 +109,13 @@ def clear_unfinished(root: Path) -> None:
         shutil.rmtree(stale)
 
 
+def drop_later(root: Path, folder: Path) -> None:
+    """Remove the checkpoints of later steps than `folder`'s: a resume would start from them."""
+    found = listing(root)
+    for later in found[: found.index(folder)]:
+        _remove(later)
+
+
 def path_of(root: Path, step: int) -> Path:
     """Where `save` puts the checkpoint of a step."""
     return root / f"step-{step:06d}"

@@ -103,6 +103,11 @@ class TeacherConfig:
         "paper's M = 1, which collapses)",
     ] = "refresh"
     refresh_steps: Annotated[int, "M: copy the student AFTER the update of step k, k % M == 0"] = 50
+    refresh_plateau: Annotated[
+        float | None,
+        "refresh mode: instead, copy once the mean loss of M steps is less than this share below "
+        "that of the M before",
+    ] = None
     ema_decay: Annotated[float, "ema only: teacher <- decay·teacher + (1 - decay)·student"] = 0.995
 
 
@@ -168,6 +173,36 @@ class EvalConfig:
     ] = "dual"
 
 
+_Action = Literal["off", "warn", "stop", "rollback"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """What to do when a run goes wrong; `opsdc.guard` says where the limits come from.
+
+    warn prints a line; stop ends the run as if it were its last step; rollback ends it with the
+    newest checkpoint from before.
+    """
+
+    window: Annotated[int, "steps per mean; the run's first window is what it is compared with"] = 4
+    length: Annotated[_Action, "on training responses that collapse"] = "warn"
+    min_length: Annotated[float, "of the first window's mean length"] = 0.25
+    truncation: Annotated[_Action, "on more responses that hit rollout.max_new_tokens"] = "warn"
+    max_truncation_rise: Annotated[float, "in the truncated share, above the first window's"] = 0.2
+    repetition: Annotated[_Action, "on responses that repeat themselves"] = "warn"
+    max_repetition: Annotated[float, "share of a response's 8-grams that it has had before"] = 0.1
+    kl: Annotated[_Action, "on a loss that grows"] = "warn"
+    max_kl: Annotated[float, "times the first window's loss"] = 3.0
+    entropy: Annotated[_Action, "on a student's entropy that leaves its band"] = "warn"
+    min_entropy: Annotated[float, "times the first window's"] = 0.5
+    max_entropy: Annotated[float, "times the first window's"] = 1.7
+    accuracy: Annotated[_Action, "on held-out accuracy that falls; needs eval.every"] = "warn"
+    max_accuracy_drop: Annotated[float, "below the base model's, as a share of the problems"] = 0.1
+    target_compression: Annotated[
+        float | None, "stop when held-out answers are this share shorter; needs eval.every"
+    ] = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     report_to: Annotated[
@@ -191,6 +226,7 @@ class OPSDCConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
@@ -486,6 +522,7 @@ def _check(c: OPSDCConfig) -> None:
         "eval.max_new_tokens": c.eval.max_new_tokens,
         "eval.batch_size": c.eval.batch_size,
         "log.every": c.log.every,
+        "guard.window": c.guard.window,
     }
     at_least_0 = {
         "data.eval_size": c.data.eval_size,
@@ -498,6 +535,12 @@ def _check(c: OPSDCConfig) -> None:
         "eval.temperature": c.eval.temperature,
         "eval.top_k": c.eval.top_k,
         "seed": c.seed,
+        "guard.min_length": c.guard.min_length,
+        "guard.max_truncation_rise": c.guard.max_truncation_rise,
+        "guard.max_repetition": c.guard.max_repetition,
+        "guard.max_kl": c.guard.max_kl,
+        "guard.min_entropy": c.guard.min_entropy,
+        "guard.max_accuracy_drop": c.guard.max_accuracy_drop,
     }
     for key, value in at_least_1.items():
         need(value >= 1, key, value, "at least 1")
@@ -510,6 +553,11 @@ def _check(c: OPSDCConfig) -> None:
     betas = c.optim.betas
     need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "two in [0, 1)")
     need(0 <= c.teacher.ema_decay < 1, "teacher.ema_decay", c.teacher.ema_decay, "in [0, 1)")
+    plateau, target = c.teacher.refresh_plateau, c.guard.target_compression
+    need(plateau is None or 0 <= plateau < 1, "teacher.refresh_plateau", plateau, "in [0, 1)")
+    need(target is None or 0 < target < 1, "guard.target_compression", target, "in (0, 1)")
+    low, high = c.guard.min_entropy, c.guard.max_entropy
+    need(low < high, "guard.max_entropy", high, f"above guard.min_entropy ({low:g})")
     need(0 < c.loss.beta < 1, "loss.beta", c.loss.beta, "in (0, 1)")
     need(bool(c.output_dir.strip()), "output_dir", c.output_dir, "a folder")
     need(bool(c.model.name_or_path.strip()), "model.name_or_path", c.model.name_or_path, "a model")
@@ -535,6 +583,13 @@ def ignored_settings(config: OPSDCConfig) -> list[str]:
         notes.append(f"teacher.refresh_steps has no effect with teacher.mode {c.teacher.mode}")
     if c.teacher.mode != "ema" and c.teacher.ema_decay != default.teacher.ema_decay:
         notes.append(f"teacher.ema_decay has no effect with teacher.mode {c.teacher.mode}")
+    if c.teacher.mode != "refresh" and c.teacher.refresh_plateau is not None:
+        notes.append(f"teacher.refresh_plateau has no effect with teacher.mode {c.teacher.mode}")
+    held_out = c.data.eval_size if c.eval.problems is None else c.eval.problems
+    if c.guard.target_compression is not None and not (c.eval.every and held_out):
+        notes.append("guard.target_compression has no effect without eval.every and eval.problems")
+    if c.guard.accuracy in ("stop", "rollback") and not (c.eval.every and held_out):
+        notes.append("guard.accuracy has no effect without eval.every and eval.problems")
     if c.loss.divergence != "jsd" and c.loss.beta != default.loss.beta:
         notes.append(f"loss.beta has no effect with loss.divergence {c.loss.divergence}")
     if c.teacher.mode == "refresh" and c.teacher.refresh_steps >= c.train.steps:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,16 +68,30 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def after_update(self, step: int) -> bool:
-        """Called after the update of `step` (from 1); True when a hard refresh took place."""
+    def after_update(self, step: int, losses: Sequence[float | None] = ()) -> bool:
+        """Called after the update of `step` (from 1); True when a hard refresh took place.
+
+        `losses`: of all steps up to this one; only `refresh_plateau` looks at them.
+        """
         mode = self._config.mode
         if mode == "ema":
             for copy, param in zip(self._copies, self._params, strict=True):
                 copy.lerp_(param, 1.0 - self._config.ema_decay)
-        elif mode == "refresh" and step % self._config.refresh_steps == 0:
+        elif mode == "refresh" and self._due(step, losses):
             for copy, param in zip(self._copies, self._params, strict=True):
                 copy.copy_(param)
         elif mode != "live":
             return False
         self.version = step
         return mode == "refresh"
+
+    def _due(self, step: int, losses: Sequence[float | None]) -> bool:
+        window, plateau = self._config.refresh_steps, self._config.refresh_plateau
+        if plateau is None:
+            return step % window == 0
+        # Skipped steps have no loss, and say nothing about convergence.
+        since = [x for x in losses[self.version :] if x is not None and math.isfinite(x)]
+        if len(since) < 2 * window:
+            return False
+        before, now = sum(since[-2 * window : -window]), sum(since[-window:])
+        return now > (1 - plateau) * before

@@ -19,12 +19,20 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
-from opsdc import checkpoint, evaluate, plots, preflight, replay, stop
+from opsdc import checkpoint, evaluate, guard, plots, preflight, replay, stop
 from opsdc.batch import Pair
 from opsdc.config import OPSDCConfig, ignored_settings
 from opsdc.dataset import Prompted, prompted_sets
 from opsdc.errors import ConfigError, TrainingError
-from opsdc.metrics import Callbacks, Lines, finite, peak_mib, write_json, write_text
+from opsdc.metrics import (
+    Callbacks,
+    Lines,
+    finite,
+    peak_mib,
+    read_lines,
+    write_json,
+    write_text,
+)
 from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model, save_weights
 from opsdc.progress import Progress
 from opsdc.rollout import Request, Rollout, SamplingParams
@@ -121,17 +129,18 @@ class OPSDCTrainer:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_text(output_dir / "config.yaml", config.to_yaml())
         metrics = Lines(output_dir / "metrics.jsonl", after_step=step)
+        history = read_lines(output_dir / "metrics.jsonl")
         responses = Lines(output_dir / "rollouts.jsonl", after_step=step)
         self.sampler.push(self.model, step)
         layout = self._preflight(step)
         events = Callbacks(config, self.callbacks, self.model, self.tokenizer, self.optimizer)
         self._evaluate_base(step)
-        if not (output_dir / "eval" / f"step-{step:06d}.jsonl").is_file():
-            # The run before ended between a step and its evaluation.
-            self._evaluate_student(step, events)
+        verdict = self._heed(guard.check_steps(history, config.guard))
+        # The run before may have ended between a step and its evaluation.
+        verdict = verdict or self._evaluate_student(step, events, again=False)
         events.emit("on_train_begin", step=step)
         out_of_memory = 0
-        while step < config.train.steps:
+        while step < config.train.steps and verdict is None:
             step += 1
             began = time.perf_counter()
             batch = self.problems.batch(step, config.rollout.prompts_per_step)
@@ -163,7 +172,8 @@ class OPSDCTrainer:
             self.skipped_steps += result.skipped
             out_of_memory += result.layout != layout
             layout = result.layout
-            refreshed = self.teacher.after_update(step)
+            losses = [*(row["loss_nats"] for row in history), result.loss]
+            refreshed = self.teacher.after_update(step, losses)
             self.sampler.push(self.model, step)
 
             record = _record(step, rollouts, result, self)
@@ -176,19 +186,26 @@ class OPSDCTrainer:
             record["perf/out_of_memory"] = out_of_memory
             responses.write(*(self._response_row(step, rollout) for rollout in rollouts))
             metrics.write(record)
+            history.append(record)
             self.step = step
             if step % config.log.every == 0 or step == config.train.steps:
                 print(_line(record, config.train.steps, refreshed), flush=True)
             events.emit("on_log", step=step, logs=record)
+            verdict = self._heed(guard.check_steps(history, config.guard))
             ended = events.emit("on_step_end", step=step) or step == config.train.steps
-            if ended or (config.train.save_every and step % config.train.save_every == 0):
-                self._save()
-                events.emit("on_save", step=step)
-            self._evaluate_student(step, events)
+            if verdict is None and not ended:
+                if config.train.save_every and step % config.train.save_every == 0:
+                    self._save()
+                    events.emit("on_save", step=step)
+                verdict = self._evaluate_student(step, events)
             if ended:
                 break
-        events.emit("on_train_end", step=step)
-        return self._finish(step)
+        if verdict == "rollback":
+            self._roll_back(history)
+        self._save()
+        events.emit("on_save", step=self.step)
+        events.emit("on_train_end", step=self.step)
+        return self._finish()
 
     def evaluate(self, name: str, *, arm: str = "student") -> list[evaluate.Answer]:
         """Answer the held-out problems with the model as it is, and keep the answers.
@@ -260,11 +277,48 @@ class OPSDCTrainer:
             self.evaluate("base")
             self.evaluate("prompt_only", arm="teacher")
 
-    def _evaluate_student(self, step: int, events: Callbacks) -> None:
+    def _evaluate_student(self, step: int, events: Callbacks, again: bool = True) -> str | None:
+        """Held-out answers where `eval.every` asks for them; what `guard` says of them."""
         every = self.config.eval.every
-        if self.held_out and every and step % every == 0 and 0 < step < self.config.train.steps:
-            found = self.evaluate(f"step-{step:06d}")
+        due = every and step % every == 0 and 0 < step < self.config.train.steps
+        if not (due and self._eval_problems()):
+            return None
+        name, folder = f"step-{step:06d}", self.output_dir / "eval"
+        if again or not (folder / f"{name}.jsonl").is_file():
+            found = self.evaluate(name)
             events.emit("on_evaluate", step=step, metrics=evaluate.headline(found))
+        base, now = (
+            evaluate.headline(evaluate.read_answers(folder / f"{x}.jsonl")) for x in ("base", name)
+        )
+        return self._heed(guard.check_answers(base, now, self.config.guard))
+
+    def _heed(self, findings: Sequence[guard.Finding]) -> str | None:
+        """Print findings; "stop" or "rollback" where one of them ends the run."""
+        for finding in findings:
+            print(f"guard, {finding.action}: {finding.text}", file=sys.stderr, flush=True)
+        actions = {finding.action for finding in findings}
+        return next((action for action in ("rollback", "stop") if action in actions), None)
+
+    def _roll_back(self, history: Sequence[dict[str, Any]]) -> None:
+        """Go back to the newest checkpoint at which no guard asked for it, and drop later ones."""
+        root = self.output_dir / "checkpoints"
+        for folder in checkpoint.listing(root):
+            if checkpoint.verify(folder) is not None:
+                continue
+            step = checkpoint.read_state(folder)["step"]
+            sick = guard.check_steps(history[:step], self.config.guard)
+            if step < self.step and not any(f.action == "rollback" for f in sick):
+                self._restore(folder)
+                checkpoint.drop_later(root, folder)
+                for name in ("metrics.jsonl", "rollouts.jsonl"):
+                    Lines(self.output_dir / name, after_step=step)
+                print(f"rolled back to {folder}", file=sys.stderr, flush=True)
+                return
+        print(
+            "no good checkpoint is left to roll back to: the run ends as it is; lower "
+            "train.save_every or raise train.keep",
+            file=sys.stderr,
+        )
 
     def _eval_problems(self) -> list[Prompted]:
         count = self.config.eval.problems
@@ -286,7 +340,7 @@ class OPSDCTrainer:
         """Save the last completed step, if it is not on disk; raises CheckpointError."""
         root = self.output_dir / "checkpoints"
         folder = checkpoint.path_of(root, self.step)
-        if folder == self._on_disk and checkpoint.verify(folder) is None:
+        if folder == self._on_disk:
             return
         state = {
             "teacher_version": self.teacher.version,
@@ -338,20 +392,25 @@ class OPSDCTrainer:
         problem = checkpoint.verify(folder)
         if problem:
             raise ConfigError(f"train.resume {wanted}: not a good checkpoint: {problem}")
-        state = checkpoint.restore(folder, self.model, self.teacher, self.optimizer)
-        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-        self._on_disk = folder
+        state = self._restore(folder)
         print(f"resuming after step {self.step} from {folder}", flush=True)
         for line in _changes(state["config"], self.config.to_dict()):
             print(f"  changed since that checkpoint: {line}", file=sys.stderr)
 
-    def _finish(self, step: int) -> dict[str, Any]:
+    def _restore(self, folder: Path) -> dict[str, Any]:
+        state = checkpoint.restore(folder, self.model, self.teacher, self.optimizer)
+        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self._on_disk = folder
+        self.sampler.push(self.model, self.step)
+        return state
+
+    def _finish(self) -> dict[str, Any]:
         self.save_model(self.output_dir / "model")
         if self._eval_problems():
             self.evaluate("trained")
         summary = {
-            "steps": step,
+            "steps": self.step,
             "seconds": round(time.perf_counter() - self.started, 1),
             "model": describe(self.model),
             "versions": versions(),
@@ -415,6 +474,8 @@ def _record(
         "response_tokens_max": max(lengths, default=0),
         "truncated_share": sum(not r.finished for r in rollouts) / len(rollouts),
         "empty_share": 1 - len(lengths) / len(rollouts),
+        "repeated_share": sum(guard.repeated_share(r.response_ids) for r in rollouts)
+        / len(rollouts),
         "grad_norm": finite(result.grad_norm),
         "lr": trainer.optimizer.param_groups[0]["lr"],
         "weights_version": step,

@@ -56,7 +56,7 @@ def test_the_batch_is_replayed_and_the_place_named(gave_up, capsys):
         is_sick = SICK_TOKEN in ids[:-1]
         sick += is_sick
         assert row.endswith(f" at 0, {len(ids)} in all" if is_sick else "none")
-    assert 0 < sick
+    assert sick > 0
 
 
 def test_the_state_before_the_step_is_saved_and_replays_it(gave_up, tmp_path):

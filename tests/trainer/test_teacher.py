@@ -101,3 +101,20 @@ def test_lora_copies_the_adapter_alone():
     copied = sum(c.numel() for c in teacher._copies)
     assert copied == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert teacher.head().weight is read_head(model).weight
+
+
+def test_refresh_on_a_plateau_of_the_loss():
+    from opsdc.config import TeacherConfig as Config
+
+    model = tiny_model()
+    config = Config(refresh_steps=3, refresh_plateau=0.05)
+    teacher = Teacher(model, config)
+    # Falls for six steps, is flat for six: the means of 3 and 3 are alike first at step 10.
+    losses = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+    refreshed = [s for s in range(1, 17) if teacher.after_update(s, losses[:s])]
+    # The window starts anew behind a refresh.
+    assert refreshed == [12]
+    teacher = Teacher(model, config)
+    with_holes = [None if i % 4 == 3 else 1.0 for i in range(16)]
+    refreshed = [s for s in range(1, 17) if teacher.after_update(s, with_holes[:s])]
+    assert refreshed == [7, 15]

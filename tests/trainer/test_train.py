@@ -25,6 +25,7 @@ KEYS = {
     "response_tokens_max",
     "truncated_share",
     "empty_share",
+    "repeated_share",
     "grad_norm",
     "lr",
     "weights_version",
