@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsdc.config import OPSDCConfig
+    from opsdc.distiller import Distiller, collate
     from opsdc.train import OPSDCTrainer
 
 __version__ = "0.1.0"
-__all__ = ["OPSDCConfig", "OPSDCTrainer", "__version__"]
+__all__ = ["Distiller", "OPSDCConfig", "OPSDCTrainer", "__version__", "collate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from opsdc.config import OPSDCConfig
 
         return OPSDCConfig
+    if name in ("Distiller", "collate"):
+        from opsdc import distiller
+
+        return getattr(distiller, name)
     if name == "OPSDCTrainer":
         from opsdc.train import OPSDCTrainer
 

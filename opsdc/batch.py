@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+IGNORED = -100
+"""transformers' label of a position outside the response"""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
@@ -42,6 +45,11 @@ class TokenBatch:
     """[rows, T] int64, restarting at 0 with every sequence"""
     scored: torch.Tensor
     """[n] indices into rows·T of the positions whose hidden state predicts a response token"""
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """[n] the response tokens that the scored positions predict."""
+        return self.input_ids.flatten()[self.scored + 1]
 
 
 def token_batch(
@@ -81,6 +89,31 @@ def token_batch(
         attention_mask=attention_mask,
         position_ids=position_ids.to(device),
         scored=torch.tensor(scored, dtype=torch.int64, device=device),
+    )
+
+
+def labels_of(batch: TokenBatch) -> torch.Tensor:
+    """[rows, T]: response tokens at their own positions and IGNORED elsewhere, as transformers
+    writes labels."""
+    labels = torch.full_like(batch.input_ids, IGNORED)
+    labels.view(-1)[batch.scored + 1] = batch.targets
+    return labels
+
+
+def from_labels(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> TokenBatch:
+    """Read tensors laid out as transformers does, [rows, T] each, padded on either side.
+
+    The first token of a row has nothing before it that predicts it: its label does not count.
+    """
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    return TokenBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
+        scored=predicts.flatten().nonzero()[:, 0],
     )
 
 

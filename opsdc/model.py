@@ -29,7 +29,12 @@ transformers_logging.disable_progress_bar()
 # Config attributes by which known architectures scale their logits, and the exponent to apply.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
 # Largest difference between our head and the model's own logits, relative to the largest logit.
-_HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+_HEAD_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.bfloat16: 2e-2,
+    torch.float16: 4e-3,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

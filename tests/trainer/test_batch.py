@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsdc.batch import micro_batches, token_batch, token_weights
+from opsdc.batch import from_labels, labels_of, micro_batches, token_batch, token_weights
 
 CPU = torch.device("cpu")
 SEQUENCES = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([1, 2], [3])]
@@ -29,6 +29,30 @@ def test_padded_rows_are_masked_on_the_right():
     batch = token_batch(SEQUENCES, packed=False, pad_id=99, device=CPU)
     assert batch.attention_mask.sum(1).tolist() == [5, 4, 3]
     assert batch.input_ids[2].tolist() == [1, 2, 3, 99, 99]
+
+
+def test_labels_and_scored_positions_say_the_same():
+    batch = token_batch(SEQUENCES, packed=False, pad_id=0, device=CPU)
+    labels = labels_of(batch)
+    assert labels.tolist() == [
+        [-100, -100, -100, 4, 5],
+        [-100, 7, 8, 9, -100],
+        [-100, -100, 3, -100, -100],
+    ]
+    again = from_labels(batch.input_ids, batch.attention_mask, labels)
+    assert torch.equal(again.scored, batch.scored)
+    assert again.targets.tolist() == [4, 5, 7, 8, 9, 3]
+
+
+def test_labels_of_left_padded_rows():
+    ids = torch.tensor([[0, 0, 1, 2], [5, 6, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    # The first label of the second row has no position before it and is not scored.
+    labels = torch.tensor([[-100, -100, -100, 2], [5, 6, -100, -100]])
+    batch = from_labels(ids, mask, labels)
+    assert batch.position_ids.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
+    assert batch.scored.tolist() == [2, 4]
+    assert batch.targets.tolist() == [2, 6]
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 100), st.booleans())
