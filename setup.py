@@ -9,10 +9,12 @@ EXTRAS = {
     "eval": ["math-verify>=0.8", "reasoning-gym>=0.1.25"],
     "plot": ["matplotlib>=3.8"],
     "embedded": ["gguf>=0.17"],
+    # Exactly: examples/trl_trainer.py replaces a private name of it.
+    "trl": ["trl==1.16.0"],
     "vllm": ["vllm>=0.22"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
 }
-IN_DEV = ("lora", "eval", "plot", "embedded", "bench")
+IN_DEV = ("lora", "eval", "plot", "embedded", "trl", "bench")
 EXTRAS["dev"] = [
     "pytest>=8",
     "hypothesis>=6.100",

@@ -2,7 +2,7 @@
 
     python examples/hf_trainer.py
 
-Five seconds, or minutes with `--model embedded:smollm2` on a CPU. The responses are sampled once,
+Ten seconds, nearly all of them imports; minutes with `--model embedded:smollm2` on a CPU. The responses are sampled once,
 before training; `opsdc train` samples anew for every step.
 """
 

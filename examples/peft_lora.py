@@ -2,7 +2,7 @@
 
     python examples/peft_lora.py
 
-Two seconds, or minutes with `--model embedded:smollm2` on a CPU. No second model is in memory, and
+Ten seconds, nearly all of them imports; minutes with `--model embedded:smollm2` on a CPU. No second model is in memory, and
 the head is shared and frozen: no gradient of its size is made.
 """
 

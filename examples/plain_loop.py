@@ -2,7 +2,7 @@
 
     python examples/plain_loop.py
 
-Two seconds, or minutes with `--model embedded:smollm2` on a CPU.
+Ten seconds, nearly all of them imports; minutes with `--model embedded:smollm2` on a CPU.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python examples/trl_trainer.py
 
-Ten seconds; with `--model NAME --teacher NAME`, which share a vocabulary, as long as TRL takes. For
+Ten seconds, nearly all of them imports. With `--model NAME --teacher NAME`, which share a vocabulary, as long as TRL takes. For
 one process or DDP: gather a head that is sharded (FSDP2, ZeRO-3) before it comes here.
 """
 

@@ -1,7 +1,13 @@
 """Which tests run here, and why the others do not: skipped ones stand in the closing summary."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+# As for `python examples/…`, whose files import one another.
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
 def pytest_addoption(parser):

@@ -145,9 +145,9 @@ def test_what_cannot_be_meant_is_refused():
         Distiller(student, teacher)(**arguments)
 
 
-def adapted(seed=0, dropout=0.0):
+def adapted(dropout):
     student = peft.get_peft_model(
-        tiny_model(seed=seed),
+        tiny_model(attention_dropout=dropout),
         peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=dropout),
     )
     torch.manual_seed(7)
@@ -160,7 +160,7 @@ def adapted(seed=0, dropout=0.0):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_without_a_teacher_it_is_the_base_of_the_adapter(dropout):
     pairs, arguments = make_pairs(), collate(make_pairs())
-    student, base = adapted(dropout=dropout), tiny_model()
+    student, base = adapted(dropout), tiny_model(attention_dropout=dropout)
     torch.manual_seed(0)
     loss = Distiller(student).train()(**arguments)["loss"]
     loss.backward()
@@ -186,7 +186,8 @@ class Gradients(TrainerCallback):
         self.seen.append(gradients(model.student))
 
 
-def run(folder, *, rows=4, accumulate=1, resume=None, student=None, teacher=None, **settings):
+def run(folder, *, rows=4, accumulate=1, resume=None, student=None, teacher=None,
+        collator=collate, **settings):  # fmt: skip
     """(losses logged, gradients before each step, the student) of a Trainer on the tiny model."""
     set_seed(0)
     seen = Gradients()
@@ -206,7 +207,7 @@ def run(folder, *, rows=4, accumulate=1, resume=None, student=None, teacher=None
         ),
         train_dataset=make_pairs(8),
         eval_dataset=make_pairs(3, seed=9),
-        data_collator=collate,
+        data_collator=collator,
         callbacks=[seen],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -239,15 +240,24 @@ def test_trainer_logs_the_token_mean_and_evaluates_it(tmp_path):
     )
 
 
+def test_trainer_counts_no_label_that_nothing_predicts(tmp_path):
+    def with_first_tokens(pairs):
+        arguments = collate(pairs)
+        for prefix in ("", "teacher_"):
+            arguments[f"{prefix}labels"][:, 0] = arguments[f"{prefix}input_ids"][:, 0]
+        return arguments
+
+    losses, _, _ = run(tmp_path, max_steps=1)
+    assert run(tmp_path, max_steps=1, collator=with_first_tokens)[0] == losses
+
+
 def test_trainer_resumes_from_checkpoints_of_what_is_trained(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     losses, _, whole = run(tmp_path / "a", **settings)
     saved = load_file(tmp_path / "a" / "checkpoint-2" / "model.safetensors")
     # A tied head is the embedding's tensor, and the teacher does not change.
     assert set(saved) == {f"student.{n}" for n, _ in tiny_model().named_parameters()}
-    resumed, _, again = run(
-        tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-2"), **settings
-    )
+    resumed, _, again = run(tmp_path / "a", resume=str(tmp_path / "a" / "checkpoint-2"), **settings)
     assert resumed[-2:] == losses[-2:]
     ours, theirs = (t.model.student.state_dict() for t in (again, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
