@@ -2,8 +2,8 @@
 
     python examples/hf_trainer.py
 
-Ten seconds, nearly all of them imports; minutes with `--model embedded:smollm2` on a CPU. The responses are sampled once,
-before training; `opsdc train` samples anew for every step.
+Ten seconds, nearly all of them imports; minutes with `--model embedded:smollm2` on a CPU.
+The responses are sampled once, before training; `opsdc train` samples anew for every step.
 """
 
 from __future__ import annotations

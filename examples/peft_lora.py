@@ -2,8 +2,8 @@
 
     python examples/peft_lora.py
 
-Ten seconds, nearly all of them imports; minutes with `--model embedded:smollm2` on a CPU. No second model is in memory, and
-the head is shared and frozen: no gradient of its size is made.
+Ten seconds, nearly all of them imports; minutes with `--model embedded:smollm2` on a CPU. No
+second model is in memory, and the head is shared and frozen: no gradient of its size is made.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python examples/trl_trainer.py
 
-Ten seconds, nearly all of them imports. With `--model NAME --teacher NAME`, which share a vocabulary, as long as TRL takes. For
-one process or DDP: gather a head that is sharded (FSDP2, ZeRO-3) before it comes here.
+Ten seconds, nearly all of them imports. With `--model NAME --teacher NAME`, which
+share a vocabulary, as long as TRL takes. For one process or DDP: gather a head that is sharded
+(FSDP2, ZeRO-3) before it comes here.
 """
 
 from __future__ import annotations
