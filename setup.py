@@ -10,7 +10,7 @@ EXTRAS = {
     "plot": ["matplotlib>=3.8"],
     "embedded": ["gguf>=0.17"],
     # Exactly: examples/trl_trainer.py replaces a private name of it.
-    "trl": ["trl==1.16.0"],
+    "trl": ["trl==1.16.0; python_version >= '3.11'"],
     "vllm": ["vllm>=0.22"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
 }
