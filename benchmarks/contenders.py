@@ -21,8 +21,19 @@ from torch import Tensor
 
 from opsdc_kernels import linear_divergence
 
+PEER_MODULES = (
+    "liger_kernel.chunked_loss",
+    "trl.kernels.chunked_divergence",
+    "orda_kernel",
+    "cut_cross_entropy",
+)
+"""What `contenders` imports; slow to import, so worth loading once for many processes."""
+
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(student hidden [N, D], its head [V, D], teacher hidden [N, D], its head [V, D]) to a scalar."""
+"""(student hidden [N, D], its head [V, D], teacher hidden [N, D], its head [V, D]) to a scalar.
+
+Where both heads are one tensor, a contender that knows of shared heads may make use of it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +53,10 @@ class Contender:
     @property
     def version(self) -> str:
         return version(self.package)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def contenders(device: torch.device) -> tuple[list[Contender], dict[str, str]]:
@@ -128,7 +143,7 @@ def _trl() -> Iterator[Contender]:
 
 def _orda() -> Iterator[Contender]:
     distribution("orda-kernel")
-    from orda_kernel import SeparateTeacher, distillation_loss
+    from orda_kernel import SeparateTeacher, TiedTeacher, distillation_loss
 
     def loss(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
         with warnings.catch_warnings():
@@ -137,8 +152,9 @@ def _orda() -> Iterator[Contender]:
                 h,
                 w,
                 torch.zeros(len(h), dtype=torch.long, device=h.device),
-                SeparateTeacher(ht, wt),
+                TiedTeacher(ht) if wt is w else SeparateTeacher(ht, wt),
                 student_ce_weight=0.0,
+                teacher_ce_weight=0.0,
                 kl_weight=1.0,
                 kl_divergence="reverse",
             ).loss

@@ -1,4 +1,4 @@
-"""What the loss phase of a training step adds to memory: fused against materialised logits.
+"""What the loss phase of a training step adds to memory: fused against materialized logits.
 
     python -m benchmarks.loss_memory            (about 2 minutes on two CPU cores)
 
@@ -14,35 +14,14 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
+from benchmarks.contenders import materialized
+from benchmarks.resident import added_mib
+
 PROMPTS, RESPONSE, LONGER = 8, 96, 4
-WAYS = ("fused", "materialised")
-
-
-def resident_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak since the last reset) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
-
-
-def reset_peak() -> None:
-    # proc(5): writing 5 resets the high-water mark of the resident set.
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def materialised(
-    student: torch.Tensor, weight: torch.Tensor, teacher: torch.Tensor, teacher_weight: torch.Tensor
-) -> torch.Tensor:
-    """The textbook: both logits, both log-softmaxes, reverse KL; autograd keeps what it needs."""
-    log_q = (student @ weight.T).log_softmax(-1)
-    with torch.no_grad():
-        log_p = (teacher @ teacher_weight.T).log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+WAYS = ("fused", "materialized")
 
 
 def measure(way: str, response_tokens: int) -> dict[str, float]:
@@ -86,23 +65,22 @@ def measure(way: str, response_tokens: int) -> dict[str, float]:
     teacher_weight = weight.detach().clone()
     n = len(student)
     token_weight = torch.full((n,), 1.0 / n)
-    before = resident_mib("VmRSS")
-    reset_peak()
-    if way == "fused":
-        loss, _ = distillation_loss(
-            student,
-            Head(weight=weight),
-            teacher,
-            Head(weight=teacher_weight),
-            token_weight,
-            config.loss,
-        )
-    else:
-        loss = materialised(student, weight, teacher, teacher_weight)
-    loss.backward()
-    added = resident_mib("VmHWM") - before
+
+    def call() -> torch.Tensor:
+        if way == "fused":
+            heads = Head(weight=weight), Head(weight=teacher_weight)
+            loss, _ = distillation_loss(
+                student, heads[0], teacher, heads[1], token_weight, config.loss
+            )
+        else:
+            loss = materialized(student, weight, teacher, teacher_weight)
+        loss.backward()
+        losses.append(float(loss.detach()))
+
+    losses: list[float] = []
+    added = added_mib(call)
     returned = (weight.numel() + student.numel()) * 4 / 2**20
-    return {"loss": float(loss), "rows": n, "added_mib": added, "gradients_mib": returned}
+    return {"loss": losses[0], "rows": n, "added_mib": added, "gradients_mib": returned}
 
 
 def main() -> None:
@@ -115,7 +93,7 @@ def main() -> None:
     if arguments.way:
         print(json.dumps(measure(arguments.way, arguments.response)))
         return
-    print("response  rows   fused MiB  materialised MiB  ratio   (of which gradients returned)")
+    print("response  rows   fused MiB  materialized MiB  ratio   (of which gradients returned)")
     for response in (RESPONSE, RESPONSE * LONGER):
         found = {}
         for way in WAYS:

@@ -9,14 +9,15 @@ On a CPU the peak of resident memory, from the kernel; on a GPU the allocator's.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import multiprocessing
+import multiprocessing.context
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.contenders import Contender, contenders
+from benchmarks.contenders import PEER_MODULES, Contender, contenders, default_device
 from benchmarks.inputs import Shape, inputs
 from benchmarks.resident import added_mib
 from benchmarks.speed import FULL, QUICK
@@ -94,41 +95,46 @@ def measure_here(contender: Contender, shape: Shape, trainable: bool, device: to
 
 def measure(name: str, shape: Shape, trainable: bool) -> Peak | str:
     """In a fresh process; a string says why there is no figure."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--only", name]
-    command += ["--tokens", str(shape.tokens), "--dim", str(shape.dim)]
-    command += ["--vocab-size", str(shape.vocab_size)]
-    command += [] if trainable else ["--frozen"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        return f"{name}: exit status {done.returncode}: {last[0]}"
-    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+    with ProcessPoolExecutor(1, mp_context=_processes()) as fresh:
+        try:
+            return fresh.submit(_named, name, shape, trainable).result()
+        except BrokenProcessPool:
+            return f"{name}: its process was killed, probably for want of memory"
+        except Exception as error:
+            return f"{name}: {type(error).__name__}: {error}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _processes() -> multiprocessing.context.BaseContext:
+    """Processes forked from one that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.inputs", *PEER_MODULES])
+    return context
+
+
+def _named(name: str, shape: Shape, trainable: bool) -> Peak:
+    device = default_device()
+    chosen = next(c for c in contenders(device)[0] if c.name == name)
+    return measure_here(chosen, shape, trainable, device)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} instead of {FULL}")
-    for hidden, kind in (("--only", str), ("--tokens", int), ("--dim", int), ("--vocab-size", int)):
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
-    parser.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)
-    return parser
+    measure_all(QUICK if parser.parse_args().quick else FULL)
 
 
-def main() -> None:
-    options = _parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    running, _ = contenders(device)
-    if options.only:
-        shape = Shape(tokens=options.tokens, dim=options.dim, vocab_size=options.vocab_size)
-        chosen = next(c for c in running if c.name == options.only)
-        print(json.dumps(asdict(measure_here(chosen, shape, not options.frozen, device))))
-        return
-    shape = QUICK if options.quick else FULL
-    for contender in running:
+def measure_all(shape: Shape) -> list[Peak]:
+    """Every contender, trainable head and frozen; prints each line."""
+    found = []
+    for contender in contenders(default_device())[0]:
         for trainable in (True, False):
-            print(measure(contender.name, shape, trainable), flush=True)
+            peak = measure(contender.name, shape, trainable)
+            print(peak, flush=True)
+            if isinstance(peak, Peak):
+                found.append(peak)
+    return found
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.contenders import Contender, contenders
+from benchmarks.contenders import Contender, contenders, default_device
 from benchmarks.inputs import Shape, inputs
 from opsdc_kernels.testing import Case
 
@@ -52,7 +52,7 @@ def measure(
     running = [c for c in contenders(device)[0] if compiled or not c.compiled]
     found = []
     for mode in MODES:
-        calls = {c.name: _call(c, case, mode) for c in running if _has(c, mode)}
+        calls = {c.name: call_of(c, case, mode) for c in running if _has(c, mode)}
         for timing in _interleaved(calls, case, mode, repeats):
             print(timing, flush=True)
             found.append(timing)
@@ -64,7 +64,7 @@ def _has(contender: Contender, mode: str) -> bool:
     return mode == MODES[0] or not contender.cross_entropy
 
 
-def _call(contender: Contender, case: Case, mode: str) -> Callable[[], None]:
+def call_of(contender: Contender, case: Case, mode: str) -> Callable[[], None]:
     hidden = case.student_hidden.detach().clone().requires_grad_(mode != "forward only")
     weight = case.student_weight.detach().clone().requires_grad_(mode == "trainable head")
     assert case.teacher_weight is not None
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="(default %(default)s)")
     parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     measure(
         QUICK if options.quick else FULL,
         device,

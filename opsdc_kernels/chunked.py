@@ -71,10 +71,12 @@ def run_chunks(
         per_token=student.new_zeros(n_tokens, dtype=dtype),
         statistics=_empty_statistics(problem),
         hidden_gradient=student.new_zeros(n_tokens, dim, dtype=dtype) if needs.hidden else None,
-        weight_gradient=student.new_zeros(full_size, dim, dtype=dtype) if needs.weight else None,
+        weight_gradient=student.new_empty(full_size, dim, dtype=dtype) if needs.weight else None,
         bias_gradient=student.new_zeros(full_size, dtype=dtype) if needs.bias else None,
     )
     kept = n_tokens if kept_K is None else kept_K.shape[0]
+    if result.weight_gradient is not None:
+        result.weight_gradient[size if kept else 0 :].zero_()  # the first chunk writes the rest
     if kept == 0:
         return result
     operand = gemm.operand_dtype(weight, dtype)
@@ -119,7 +121,10 @@ def run_chunks(
         if result.weight_gradient is not None:
             hidden_CD = student[tokens].to(dtype).mul(scale_C1 if lift is None else scale_C1 * lift)
             gemm.add_weight_gradient(
-                result.weight_gradient[:size], tile.values, hidden_CD.to(tile_dtype)
+                result.weight_gradient[:size],
+                tile.values,
+                hidden_CD.to(tile_dtype),
+                first=start == 0,
             )
     if lift is not None and result.weight_gradient is not None:
         result.weight_gradient.div_(lift)

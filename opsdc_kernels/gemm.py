@@ -35,14 +35,19 @@ def hidden_gradient_into(out_CD: Tensor, tile_CV: Tensor, weight_VD: Tensor) -> 
         out_CD.addmm_(tile_CV[:, columns].to(block.dtype), block)
 
 
-def add_weight_gradient(out_VD: Tensor, tile_CV: Tensor, hidden_CD: Tensor) -> None:
-    """out += tileᵀ · hidden."""
+def add_weight_gradient(
+    out_VD: Tensor, tile_CV: Tensor, hidden_CD: Tensor, *, first: bool = False
+) -> None:
+    """out += tileᵀ · hidden; `first`: out is not initialized yet, and is not read."""
+    beta = 0 if first else 1
     if tile_CV.dtype == out_VD.dtype:
-        out_VD.addmm_(tile_CV.T, hidden_CD)
+        out_VD.addmm_(tile_CV.T, hidden_CD, beta=beta)
     elif tile_CV.device.type == "cpu":
-        out_VD.addmm_(tile_CV.T.to(out_VD.dtype), hidden_CD.to(out_VD.dtype))
+        out_VD.addmm_(tile_CV.T.to(out_VD.dtype), hidden_CD.to(out_VD.dtype), beta=beta)
     else:
-        torch.ops.aten.addmm.dtype_out(out_VD, tile_CV.T, hidden_CD, out_VD.dtype, out=out_VD)
+        torch.ops.aten.addmm.dtype_out(
+            out_VD, tile_CV.T, hidden_CD, out_VD.dtype, beta=beta, out=out_VD
+        )
 
 
 def operand_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -271,10 +271,10 @@ def last_column_dropped():
 def last_chunk_dropped_in_dw():
     original, calls = chunked.gemm.add_weight_gradient, []
 
-    def mutant(out, values, hidden):
+    def mutant(out, values, hidden, *, first):
         calls.append(len(values))
         if sum(calls) % N:
-            original(out, values, hidden)
+            original(out, values, hidden, first=first)
 
     return {(chunked.gemm, "add_weight_gradient"): mutant}
 
@@ -283,8 +283,8 @@ def bf16_weight_gradient():
     """dW summed in bf16 over the chunks."""
     original = chunked.gemm.add_weight_gradient
 
-    def mutant(out, values, hidden):
-        original(out, values, hidden)
+    def mutant(out, values, hidden, *, first):
+        original(out, values, hidden, first=first)
         out.copy_(out.bfloat16())
 
     return {(chunked.gemm, "add_weight_gradient"): mutant}
