@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -92,7 +93,14 @@ def linear_divergence(
         logit_scale, logit_softcap: one value for both, or a (student, teacher) pair.
         target_ids: [N] or [B, T] int64; adds their log-probabilities to the statistics.
         return_stats: also return `DivergenceStats`.
-        process_group: vocabulary-parallel heads; not available yet.
+        process_group: the `torch.distributed` group over whose ranks the vocabulary is sharded:
+            weights and biases are this rank's rows of the heads, in rank order, of any number and
+            cut alike for student and teacher; everything else is the same on all ranks, and
+            `target_ids` and `vocab_size` count over all shards. Loss and statistics are those of
+            the whole vocabulary, the hidden states receive the whole gradient on every rank
+            (backpropagate the same loss on all of them), the weights that of their rows. Weights
+            may be DTensors sharded by rows over this group. One more synchronization of the
+            device. See `opsdc_kernels.vocab_parallel`, also for what it communicates.
         backend: ``"chunked"`` (every device, 4 GEMM units with a trainable head, 3 frozen),
             ``"fused"`` (Triton, no [N, V] scratch in the forward pass), ``"reference"`` (eager,
             materializes the logits, differentiable twice) or ``"auto"``: see `opsdc_kernels.plan`.
@@ -108,13 +116,8 @@ def linear_divergence(
     Raises:
         TypeError: a tensor argument is no tensor or has the wrong dtype.
         ValueError: shapes, devices or options do not fit; the message names argument and remedy.
-        NotImplementedError: `process_group` or `skip_tolerance` is given.
+        NotImplementedError: `skip_tolerance` is given.
     """
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group: heads sharded over the vocabulary are not supported yet; pass None and "
-            "the whole weight"
-        )
     if skip_tolerance is not None:
         raise NotImplementedError(
             f"skip_tolerance={skip_tolerance!r} is not supported yet; pass None: exact results"
@@ -133,18 +136,19 @@ def linear_divergence(
         raise ValueError(f"temperature={temperature!r} must be finite and above 0")
     if target_ids is not None and not return_stats:
         raise ValueError("target_ids only adds to the statistics; pass return_stats=True too")
+    group = _group(process_group, backend)
 
     shared = teacher_weight is None or teacher_weight is student_weight
     weights = _tensors(
         student_hidden=student_hidden,
-        student_weight=student_weight,
+        student_weight=_shard("student_weight", student_weight, process_group),
         teacher_hidden=teacher_hidden,
-        teacher_weight=None if shared else teacher_weight,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
+        teacher_weight=None if shared else _shard("teacher_weight", teacher_weight, process_group),
+        student_bias=_shard("student_bias", student_bias, process_group),
+        teacher_bias=_shard("teacher_bias", teacher_bias, process_group),
     )
     leading = student_hidden.shape[:-1]
-    size = _check_shapes(weights, vocab_size)
+    size = _check_shapes(weights, vocab_size, sharded=group is not None)
     scale = _pair("logit_scale", logit_scale)
     softcap = _pair("logit_softcap", logit_softcap)
     for value in scale:
@@ -176,6 +180,7 @@ def linear_divergence(
         reduction=reduction,
         return_stats=return_stats,
         workspace_bytes=_budget(workspace_bytes, weights, size),
+        process_group=group,
     )
     loss, statistics = _run(problem, backend)
     if reduction == "none":
@@ -210,6 +215,8 @@ def _run(problem: Problem, backend: str) -> tuple[Tensor, tuple[Tensor, ...] | N
     trainable = (problem.student_hidden, problem.student_weight, problem.student_bias)
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trainable)
     name, _ = plan.choose_backend(backend, problem.student_hidden.device, gradient)
+    if problem.process_group is not None:
+        name = "chunked"
     if name == "reference":
         from opsdc_kernels.reference import reference_divergence
 
@@ -236,6 +243,49 @@ def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
 
 
+def _group(group: Any, backend: str) -> str | None:
+    """The group's name, or None where there is nothing to share."""
+    if group is None:
+        return None
+    from torch.distributed import ProcessGroup, is_available
+
+    if not is_available() or not isinstance(group, ProcessGroup):
+        raise TypeError(
+            f"process_group={group!r} is no torch.distributed.ProcessGroup that this rank is in; "
+            "give torch.distributed.group.WORLD, new_group(...) or a device mesh's get_group()"
+        )
+    if group.size() == 1:
+        return None
+    if backend not in ("auto", "chunked"):
+        raise ValueError(
+            f'backend="{backend}" takes no process_group; use backend="chunked", or gather the head'
+        )
+    return group.group_name
+
+
+def _shard(name: str, x: Any, group: Any) -> Any:
+    """This rank's rows of a DTensor, where an explicit group says that they are vocabulary."""
+    if group is None or not hasattr(x, "device_mesh"):
+        return x
+    from torch.distributed import get_process_group_ranks
+    from torch.distributed.tensor import Shard
+
+    mesh = x.device_mesh
+    if mesh.ndim != 1 or tuple(x.placements) != (Shard(0),):
+        raise ValueError(
+            f"{name} is a DTensor of placements {tuple(x.placements)} on a mesh of {mesh.ndim} "
+            "dimensions; it must be sharded by rows, Shard(0), over process_group alone: gather "
+            "its other dimensions first"
+        )
+    ranks, own = get_process_group_ranks(mesh.get_group()), get_process_group_ranks(group)
+    if ranks != own:
+        raise ValueError(
+            f"{name} is sharded over the ranks {ranks} and process_group holds {own}; pass the "
+            "weight's own group, weight.device_mesh.get_group()"
+        )
+    return x.to_local()
+
+
 def _tensors(**tensors: Tensor | None) -> dict[str, Any]:
     """Dtype, device, gradient and kind of every tensor; cast as `F.linear` would under autocast."""
     for name, x in tensors.items():
@@ -247,8 +297,9 @@ def _tensors(**tensors: Tensor | None) -> dict[str, Any]:
         if hasattr(x, "device_mesh"):
             raise ValueError(
                 f"{name} is a DTensor: whether its shards hold vocabulary or parameters of other "
-                "tokens cannot be told; gather it with .full_tensor(), or call from inside the "
-                "wrapped module where it is plain"
+                "tokens cannot be told; gather it with .full_tensor(), call from inside the "
+                "wrapped module where it is plain, or pass process_group= for a head whose rows "
+                "are the vocabulary's"
             )
         if name.startswith("teacher") and x.requires_grad:
             raise ValueError(
@@ -274,8 +325,8 @@ def _tensors(**tensors: Tensor | None) -> dict[str, Any]:
     raise TypeError(f"the dtypes differ ({dtypes}); cast to one dtype, or use autocast")
 
 
-def _check_shapes(tensors: dict[str, Any], vocab_size: int | None) -> int:
-    """Shapes agree; the number of columns to score."""
+def _check_shapes(tensors: dict[str, Any], vocab_size: int | None, *, sharded: bool) -> int:
+    """Shapes agree; the number of columns to score, 0 for all that shards hold together."""
     student, teacher = tensors["student_hidden"], tensors["teacher_hidden"]
     for name, x in (("student_hidden", student), ("teacher_hidden", teacher)):
         if x.dim() not in (2, 3):
@@ -305,8 +356,10 @@ def _check_shapes(tensors: dict[str, Any], vocab_size: int | None) -> int:
                 f"student_weight has {sizes[0]} rows and teacher_weight {sizes[1]}; if the larger "
                 "is padding, pass vocab_size= to score only the first columns of both"
             )
+        if sharded:
+            return 0
         vocab_size = sizes[0]
-    if not 1 <= vocab_size <= min(sizes):
+    if not 1 <= vocab_size <= (math.inf if sharded else min(sizes)):
         raise ValueError(f"vocab_size={vocab_size} must be between 1 and {min(sizes)}")
     return vocab_size
 
@@ -362,5 +415,6 @@ def _budget(workspace_bytes: int | None, tensors: dict[str, Any], size: int) -> 
     student = tensors["student_hidden"]
     dims = (student.shape[-1], tensors["teacher_hidden"].shape[-1])
     if workspace_bytes is not None:
+        size = min(size or sys.maxsize, max(len(tensors["student_weight"]), 1))
         plan.chunk_rows(1, size, dims, student.dtype, student.device, workspace_bytes)
     return workspace_bytes

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from opsdc_kernels import gemm, plan, rows
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import Rows
 from opsdc_kernels.tile import hidden_gradient, operand_scale, rounded_tile
+
+if TYPE_CHECKING:
+    from opsdc_kernels.vocab_parallel import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +61,15 @@ def run_chunks(
     row_weight_N: Tensor | None,
     kept_K: Tensor | None,
     tile_dtype: torch.dtype | None = None,
+    shard: Shard | None = None,
 ) -> Result:
-    """One pass over the tokens `kept_K` (None: all).
+    """One pass over the tokens `kept_K` (None: all), over the columns of `shard` (None: all).
 
     `row_weight_N` scales each token's gradient, not its value (None: 1). `tile_dtype` is the
     dtype of the gradient tile that enters the GEMMs; None: the operands' own.
     """
+    if shard is not None:
+        problem = shard.localize(problem)
     student, size, dtype = problem.student_hidden, problem.vocab_size, problem.dtype
     weight = problem.student_weight.detach()[:size]
     n_tokens, dim = student.shape
@@ -88,14 +95,17 @@ def run_chunks(
         every = slice(None) if kept_K is None else kept_K
         weights = None if row_weight_N is None else row_weight_N[every]
         lift = operand_scale(student[every], weights, problem.logit_factor)
-    height = plan.chunk_rows(
-        kept,
-        size,
-        (dim, problem.teacher_hidden.shape[1]),
-        student.dtype,
-        student.device,
-        problem.workspace_bytes,
-    )
+    if shard is None:
+        height = plan.chunk_rows(
+            kept,
+            size,
+            (dim, problem.teacher_hidden.shape[1]),
+            student.dtype,
+            student.device,
+            problem.workspace_bytes,
+        )
+    else:
+        height = plan.equal_rows(kept, shard.chunk_rows)
     buffer = student.new_empty(2 * height, size, dtype=dtype)
 
     for start in range(0, kept, height):
@@ -103,8 +113,8 @@ def run_chunks(
         tokens = slice(start, stop) if kept_K is None else kept_K[start:stop]
         s_CV, other_CV = buffer[: stop - start], buffer[stop - start : 2 * (stop - start)]
         _logits_into(buffer[: 2 * (stop - start)], problem, weight, tokens, operand)
-        scale_C1 = _row_passes(problem, s_CV, other_CV, tokens, bool(needs), result)
-        if not needs:
+        scale_C1 = _row_passes(problem, s_CV, other_CV, tokens, bool(needs), result, shard)
+        if not needs or size == 0:
             continue
         if row_weight_N is not None:
             scale_C1 = scale_C1 * row_weight_N[tokens, None]
@@ -128,6 +138,8 @@ def run_chunks(
             )
     if lift is not None and result.weight_gradient is not None:
         result.weight_gradient.div_(lift)
+    if shard is not None and result.hidden_gradient is not None:
+        shard.add_up_(result.hidden_gradient)
     return result
 
 
@@ -162,10 +174,21 @@ def _row_passes(
     tokens: slice | Tensor,
     gradient: bool,
     result: Result,
+    shard: Shard | None,
 ) -> Tensor:
     """Fills in the values of these tokens; leaves dZ in s_CV, up to the factor returned [C, 1]."""
-    row_function, step = _row_function(s_CV)
     targets = None if problem.target_ids is None else problem.target_ids[tokens]
+    if shard is not None:
+        from opsdc_kernels.vocab_parallel import sharded_rows_
+
+        value, statistics, factor = sharded_rows_(
+            s_CV, other_CV, problem, shard, gradient=gradient, target_ids_C=targets
+        )
+        result.per_token[tokens] = value
+        for statistic, found in zip(result.statistics, statistics, strict=True):
+            statistic[tokens] = found
+        return torch.full_like(value, factor)[:, None]
+    row_function, step = _row_function(s_CV)
     blocks: list[Rows] = []
     for start in range(0, s_CV.shape[0], step):
         block = slice(start, start + step)

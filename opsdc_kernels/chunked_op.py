@@ -9,13 +9,16 @@ backward, runs the chunks a second time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from opsdc_kernels.chunked import Needs, run_chunks
 from opsdc_kernels.problem import Problem, mean_factor, reduce_tokens
+
+if TYPE_CHECKING:
+    from opsdc_kernels.vocab_parallel import Shard
 
 NO_DOUBLE_BACKWARD = (
     "the gradient of the chunked backend cannot be differentiated again; "
@@ -61,12 +64,14 @@ def _pack(problem: Problem) -> tuple[Any, ...]:
         problem.reduction,
         problem.return_stats,
         problem.workspace_bytes,
+        problem.process_group,
     )
 
 
 def _unpack(*arguments: Any) -> Problem:
     tensors, rest = arguments[: len(TENSORS)], arguments[len(TENSORS) :]
-    divergence, beta, temperature, scale, softcap, own_bias, size, reduction, stats, budget = rest
+    divergence, beta, temperature, scale, softcap, own_bias, size, reduction = rest[:8]
+    stats, budget, group = rest[8:]
     return Problem(
         **dict(zip(TENSORS, tensors, strict=True)),
         divergence=divergence,
@@ -79,11 +84,21 @@ def _unpack(*arguments: Any) -> Problem:
         reduction=reduction,
         return_stats=stats,
         workspace_bytes=budget,
+        process_group=group,
     )
 
 
 def _recomputes(reduction: str, needs: Sequence[bool]) -> bool:
     return reduction == "none" and (needs[1] or needs[2])
+
+
+def _shard(problem: Problem, needs: Sequence[bool]) -> tuple[Shard | None, Problem]:
+    """This rank's part of a sharded vocabulary, and the problem with the whole one's size."""
+    if problem.process_group is None:
+        return None, problem
+    from opsdc_kernels.vocab_parallel import agree
+
+    return agree(problem, tuple(needs))
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -110,6 +125,7 @@ def _forward(
     reduction: str,
     return_stats: bool,
     workspace_bytes: int | None,
+    process_group: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, per token [N], statistics [5 | 7, N] or empty, dH, dW, db or empty each)."""
@@ -117,8 +133,10 @@ def _forward(
         student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
         token_weight, target_ids, divergence, beta, temperature, logit_scale, logit_softcap,
         own_teacher_bias, vocab_size, reduction, return_stats, workspace_bytes,
+        process_group,
     )  # fmt: skip
     wanted = Needs(*([False] * 3 if _recomputes(reduction, needs) else needs))
+    shard, problem = _shard(problem, needs)
     kept = problem.kept_rows()
     with torch.autocast(student_hidden.device.type, enabled=False):
         row_weight = None if reduction == "none" else token_weight
@@ -129,7 +147,7 @@ def _forward(
                 row_weight = student_hidden.new_full((n_tokens,), share, dtype=problem.dtype)
             else:
                 row_weight = token_weight * mean_factor(token_weight)
-        result = run_chunks(problem, wanted, row_weight, kept)
+        result = run_chunks(problem, wanted, row_weight, kept, shard=shard)
         loss = reduce_tokens(result.per_token, token_weight, reduction)
     if reduction == "none":
         loss = loss.clone()  # outputs of an operator must not alias
@@ -232,16 +250,18 @@ def _recompute(
     reduction: str,
     return_stats: bool,
     workspace_bytes: int | None,
+    process_group: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dH, dW, db or empty each) of Σ upstream·divergence, by a second run over the chunks."""
     problem = _unpack(
         student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
         token_weight, None, divergence, beta, temperature, logit_scale, logit_softcap,
-        own_teacher_bias, vocab_size, reduction, False, workspace_bytes,
+        own_teacher_bias, vocab_size, reduction, False, workspace_bytes, process_group,
     )  # fmt: skip
+    shard, problem = _shard(problem, needs)
     with torch.autocast(student_hidden.device.type, enabled=False):
-        result = run_chunks(problem, Needs(*needs), upstream, problem.kept_rows())
+        result = run_chunks(problem, Needs(*needs), upstream, problem.kept_rows(), shard=shard)
     pairs = (
         (result.hidden_gradient, student_hidden),
         (result.weight_gradient, student_weight),

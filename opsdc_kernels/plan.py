@@ -152,6 +152,11 @@ def chunk_rows(
             f"{scratch_bytes(1, vocab_size, dims, dtype, device)} that one row of {vocab_size} "
             "columns takes; give more, or None for the default"
         )
+    return equal_rows(tokens, rows)
+
+
+def equal_rows(tokens: int, rows: int) -> int:
+    """Rows per chunk of as many, about equal chunks as chunks of `rows` would be."""
     chunks = max(-(-tokens // rows), 1)
     return max(-(-tokens // chunks), 1)
 

@@ -42,10 +42,13 @@ class Problem:
     own_teacher_bias: bool
     """A shared head whose teacher has a bias of its own (possibly none) is not one function."""
     vocab_size: int
-    """Columns scored: the first `vocab_size` rows of both weights."""
+    """Columns scored: the first `vocab_size` rows of both weights. With a `process_group` those of
+    all shards together, and 0 for all of them."""
     reduction: str
     return_stats: bool
     workspace_bytes: int | None
+    process_group: str | None = None
+    """Name of the group over whose ranks the vocabulary is sharded."""
 
     @property
     def shared_logits(self) -> bool:

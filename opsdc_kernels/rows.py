@@ -44,7 +44,7 @@ def divergence_rows_(
     if buffers is None:
         buffers = student_BV.new_empty(plan.CPU_BUFFERS, *student_BV.shape)
     difference, *free = buffers[:, : student_BV.shape[0]]
-    s, t, d, slope = _transform_(student_BV, other_BV, problem, difference)
+    s, t, d, slope = transform_(student_BV, other_BV, problem, difference)
     kind, beta = problem.divergence, problem.beta
     fast = None
     if s.device.type == "cpu" and not _masked_by_shared_bias(problem):
@@ -97,12 +97,13 @@ def _masked_by_shared_bias(problem: Problem) -> bool:
     return not bool(torch.isfinite(bias[: problem.vocab_size]).all())
 
 
-def _transform_(
-    x: Tensor, other: Tensor, problem: Problem, difference: Tensor
+def transform_(
+    x: Tensor, other: Tensor, problem: Problem, difference: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """(s, t, t − s, ds/dx up to scale/temperature) of eq. (1); t is None where s + d gives it.
 
-    t − s goes to `difference` where t is kept."""
+    t − s goes to `difference` where t is kept (None: a new tensor). `x` and `other` are
+    overwritten, `x` by s where the student has no soft-cap, else by what `capped` makes s of."""
     size, temperature = problem.vocab_size, problem.temperature
     (scale, other_scale), (cap, other_cap) = problem.logit_scale, problem.logit_softcap
 
@@ -111,15 +112,11 @@ def _transform_(
             x.add_(bias[:size])
         return x if scale == 1.0 else x.mul_(scale)
 
-    def capped(x: Tensor, cap: float | None) -> Tensor:
-        x = x if cap is None else torch.tanh(x / cap).mul_(cap)
-        return x if temperature == 1.0 else x.div_(temperature)
-
     affine_(x, problem.student_bias, scale)
-    slope = None if cap is None else torch.cosh(x / cap).pow_(-2)
-    s = capped(x, cap)
+    slope = None if cap is None else slope_of(x, cap)
+    s = capped(x, cap, temperature)
     if not problem.shared_logits:
-        t = capped(affine_(other, problem.teacher_bias, other_scale), other_cap)
+        t = capped(affine_(other, problem.teacher_bias, other_scale), other_cap, temperature)
         return s, t, torch.sub(t, s, out=difference), slope
     delta = affine_(other, None, scale)
     if cap is None:
@@ -128,4 +125,15 @@ def _transform_(
     x_t = x + delta
     both = torch.tanh(x / cap) * torch.tanh(x_t / cap)
     d = torch.tanh(delta / cap).mul_(cap / temperature).mul_(1 - both)
-    return s, capped(x_t, cap), d, slope
+    return s, capped(x_t, cap, temperature), d, slope
+
+
+def capped(x: Tensor, cap: float | None, temperature: float) -> Tensor:
+    """Soft-cap and temperature of eq. (1); in place where there is no cap."""
+    x = x if cap is None else torch.tanh(x / cap).mul_(cap)
+    return x if temperature == 1.0 else x.div_(temperature)
+
+
+def slope_of(x: Tensor, cap: float) -> Tensor:
+    """The derivative of the soft-cap."""
+    return torch.cosh(x / cap).pow_(-2)

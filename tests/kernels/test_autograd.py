@@ -21,7 +21,7 @@ def arguments(reduction, stats, weight, divergence="reverse_kl", needs=(True, Tr
     ids = torch.randint(0, V, (N,)) if stats else None
     return (
         h, w, ht, None, bias, bias.detach(), weight, ids, divergence, 0.5, 1.0, [1.0, 1.0],
-        [0.0, 0.0], False, V, reduction, stats, None, list(needs),
+        [0.0, 0.0], False, V, reduction, stats, None, None, list(needs),
     )  # fmt: skip
 
 

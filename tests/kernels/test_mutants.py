@@ -224,12 +224,12 @@ def no_temperature():
 
 
 def no_softcap_slope():
-    original = rows._transform_
+    original = rows.transform_
 
     def mutant(*args):
         return *original(*args)[:3], None
 
-    return {(rows, "_transform_"): mutant}
+    return {(rows, "transform_"): mutant}
 
 
 def no_temperature_in_backward():
@@ -238,14 +238,15 @@ def no_temperature_in_backward():
 
 def phantom_vocabulary_tail():
     def mutant(problem, *args, **options):
-        return run_chunks(replace(problem, vocab_size=problem.student_weight.shape[0]), *args)
+        whole = replace(problem, vocab_size=problem.student_weight.shape[0])
+        return run_chunks(whole, *args, **options)
 
     return {(chunked_op, "run_chunks"): mutant}
 
 
 def on_result(change):
-    def mutant(problem, *args):
-        result = run_chunks(problem, *args)
+    def mutant(problem, *args, **options):
+        result = run_chunks(problem, *args, **options)
         change(result, problem, *args)
         return result
 
@@ -291,10 +292,10 @@ def bf16_weight_gradient():
 
 
 def mask_off_by_one():
-    def mutant(problem, needs, row_weight, kept):
+    def mutant(problem, needs, row_weight, kept, **options):
         if kept is not None:
             kept = (kept + 1) % problem.student_hidden.shape[0]
-        return run_chunks(problem, needs, row_weight, kept)
+        return run_chunks(problem, needs, row_weight, kept, **options)
 
     return {(chunked_op, "run_chunks"): mutant}
 
@@ -307,8 +308,8 @@ def mean_over_all_tokens():
 
 
 def weights_ignored_in_the_gradient():
-    def mutant(problem, needs, row_weight, kept):
-        return run_chunks(problem, needs, None, kept)
+    def mutant(problem, needs, row_weight, kept, **options):
+        return run_chunks(problem, needs, None, kept, **options)
 
     return {(chunked_op, "run_chunks"): mutant}
 

@@ -1,0 +1,476 @@
+r"""Heads sharded over the vocabulary: every rank of a process group holds some rows of W.
+
+Hidden states, token weights and targets are the same on all ranks; the columns of the logits are
+not. A shard is one column of a small vocabulary of shards, and the chain rule of the divergence
+puts them together. With S_g = log Σ_{v∈g} e^s, the shard's own distributions q_g and p_g, and
+D_g = log Σ_{v∈g} e^t − S_g = E_{q_g}[d] + KL(q_g‖p_g)::
+
+    π = softmax(S),  ρ = softmax(S + D),  q = π_g·q_g,  p = ρ_g·p_g on shard g
+    KL(q‖p) = KL(π‖ρ) + Σ_g π_g·KL(q_g‖p_g)                                                   (1)
+    KL(p‖q) = KL(ρ‖π) + Σ_g ρ_g·KL(p_g‖q_g)                                                   (2)
+    H(q)    = H(π)    + Σ_g π_g·H(q_g)                                                        (3)
+
+Every term is ≥ 0 and centred, so nothing is lost against the unsharded forms of `reference`; a
+shard without columns has π_g = ρ_g = 0. The JSD's integrand needs log(p/q) first, and that needs
+S and D of all shards: its sums take a second exchange.
+
+Communication per chunk: one all-gather of a few float64 numbers per token, two for the JSD, put
+together on every rank in rank order: the loss and the statistics are the same bits on all of them.
+Then one all-reduce of dH per call, over all tokens. dW stays where W is. `bytes_per_token` counts.
+Before the first chunk one all-gather of `HEADER_BYTES` tells the sizes of the shards, the smallest
+workspace, and whether the ranks make the same call: a mistake raises on all of them instead of
+hanging. That all ranks hold the *same* hidden states is not checked; different ones (data
+parallelism: an FSDP shard of W looks the same as a vocabulary shard) give wrong numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opsdc_kernels import plan
+from opsdc_kernels.problem import Problem
+from opsdc_kernels.reference import (
+    excess,
+    log_mean_exp,
+    log_mixture,
+    weighted_excess,
+)
+from opsdc_kernels.rows import capped, slope_of, transform_
+from opsdc_kernels.rows_exact import divergence_and_gradient
+
+HEADER = ("tokens", "tokens with weight", "options", "student rows", "teacher rows", "chunk rows")
+HEADER_BYTES = 8 * len(HEADER)
+"""What each rank contributes to the exchange before the first chunk."""
+
+
+def bytes_per_token(
+    *,
+    divergence: str,
+    student_dim: int,
+    gradient: bool = True,
+    return_stats: bool = False,
+    target_ids: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Bytes that each rank hands to collectives per token, beside `HEADER_BYTES` per call.
+
+    Args:
+        divergence, return_stats, target_ids (whether given): as in `linear_divergence`.
+        student_dim: columns of the student's hidden states.
+        gradient: whether these ask for a gradient.
+        dtype: of the hidden states.
+
+    The gathered part is received from every other rank; of the gradient, 4 bytes a number (8 for
+    float64), a ring all-reduce sends and receives less than twice as much. ``reduction="none"``
+    with a trainable head gathers once more in backward, without statistics.
+    """
+    gathered = len(Summary._fields) + 2 * (divergence == "jsd")
+    gathered += return_stats * (5 + 2 * target_ids)
+    wide = 8 if dtype == torch.float64 else 4
+    return 8 * gathered + gradient * wide * student_dim
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shard:
+    """This rank's part of the vocabulary, and what all ranks agreed on."""
+
+    group: Any
+    first: int
+    """Id of the first column."""
+    size: int
+    """Columns scored here; may be 0."""
+    chunk_rows: int
+    """The most that fits every rank's workspace."""
+
+    def localize(self, problem: Problem) -> Problem:
+        """The same problem over this rank's columns; targets of others lie outside of them."""
+        ids = problem.target_ids
+        ids = None if ids is None else ids - self.first
+        return dataclasses.replace(problem, vocab_size=self.size, target_ids=ids)
+
+    def gather(self, ours: Tensor) -> Tensor:
+        """[R, *ours.shape] in rank order, the same on all ranks."""
+        return _gather(ours, self.group)
+
+    def add_up_(self, gradient: Tensor) -> None:
+        """The sum over all ranks, in place."""
+        dist.all_reduce(gradient, group=self.group)
+
+
+def agree(problem: Problem, needs: tuple[bool, ...]) -> tuple[Shard, Problem]:
+    """This rank's shard, and the problem with `vocab_size` that of all shards together. With the
+    device this synchronizes once.
+
+    Raises:
+        ValueError: the ranks differ in tokens or options, student and teacher are cut at different
+            columns, or `vocab_size` is more than all shards hold; on every rank alike.
+    """
+    assert problem.process_group is not None
+    group = dist.distributed_c10d._resolve_process_group(problem.process_group)  # type: ignore[arg-type]
+    hidden, weight = problem.student_hidden, problem.token_weight
+    n_tokens, dim = hidden.shape
+    rows = problem.student_weight.shape[0]
+    dims = (dim, problem.teacher_hidden.shape[1])
+    options = (
+        dims, hidden.dtype, needs, problem.teacher_weight is None, problem.target_ids is None,
+        problem.student_bias is None, problem.teacher_bias is None, problem.divergence,
+        problem.beta, problem.temperature, problem.logit_scale, problem.logit_softcap,
+        problem.own_teacher_bias, problem.vocab_size, problem.reduction, problem.return_stats,
+    )  # fmt: skip
+    header = torch.tensor(
+        [
+            n_tokens,
+            n_tokens,
+            zlib.crc32(repr(options).encode()),
+            rows,
+            rows if problem.teacher_weight is None else problem.teacher_weight.shape[0],
+            plan.chunk_rows(
+                n_tokens, max(rows, 1), dims, hidden.dtype, hidden.device, problem.workspace_bytes
+            ),
+        ],
+        device=hidden.device,
+    )
+    if weight is not None:
+        header[1] = torch.count_nonzero(weight)
+    table = _gather(header, group).tolist()
+    columns = dict(zip(HEADER, zip(*table, strict=True), strict=True))
+    for what in ("tokens", "tokens with weight"):
+        if len(set(columns[what])) > 1:
+            raise ValueError(
+                f"process_group: the ranks hold {columns[what]} {what}; a vocabulary-parallel loss "
+                "needs the same tokens on all ranks (data-parallel ranks belong to other groups)"
+            )
+    if len(set(columns["options"])) > 1:
+        raise ValueError(
+            "process_group: the ranks call with different options, dtypes, hidden sizes or "
+            "gradients asked for; make the same call on all of them"
+        )
+    total = min(sum(columns["student rows"]), sum(columns["teacher rows"]))
+    scored = problem.vocab_size or total
+    if scored > total or total == 0:
+        raise ValueError(f"vocab_size={scored} must be between 1 and {total}, that of all shards")
+    student, teacher = (_cuts(columns[f"{x} rows"], scored) for x in ("student", "teacher"))
+    if student != teacher:
+        raise ValueError(
+            f"process_group: the student's head is cut at columns {student} and the teacher's at "
+            f"{teacher}; shard both alike, and pass vocab_size= where one is padded"
+        )
+    rank = dist.get_rank(group)
+    first, stop = student[rank], student[rank + 1]
+    shard = Shard(group, first, stop - first, min(columns["chunk rows"]))
+    return shard, dataclasses.replace(problem, vocab_size=scored)
+
+
+def _cuts(rows: tuple[int, ...], scored: int) -> list[int]:
+    """First scored column of each shard, and the end."""
+    return [min(sum(rows[:rank]), scored) for rank in range(len(rows) + 1)]
+
+
+def _gather(ours: Tensor, group: Any) -> Tensor:
+    everyone = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, ours, group=group)
+    return torch.stack(everyone)
+
+
+class Summary(NamedTuple):
+    """A shard's columns of each row, float64: [C] of one rank, [R, C] of all.
+
+    "Inside" are the columns where both logits are finite, see `reference`.
+    """
+
+    inside: Tensor
+    """S = log Σ e^s inside."""
+    mean: Tensor
+    """E_{q_g}[d] inside; 0 without columns, as the two divergences."""
+    reverse: Tensor
+    """KL(q_g‖p_g) inside."""
+    forward: Tensor
+    """KL(p_g‖q_g) inside, where that is the divergence asked for, else 0."""
+    only_student: Tensor
+    """log Σ e^s where the teacher's logit is −inf."""
+    only_teacher: Tensor
+    """log Σ e^t where the student's logit is −inf."""
+
+
+class Whole(NamedTuple):
+    """All columns of each row, float64 [C]."""
+
+    inside: Tensor
+    """log Σ e^s inside."""
+    mean: Tensor
+    """E_q[d] inside."""
+    log_ratio: Tensor
+    """log Σ e^t − log Σ e^s inside."""
+    outside_q: Tensor
+    """Mass of the student's distribution outside."""
+    outside_p: Tensor
+    log_share_q: Tensor
+    """log(1 − outside_q)."""
+    log_share_p: Tensor
+    value: Tensor
+    """The divergence; of the JSD the part outside."""
+
+
+class Row(NamedTuple):
+    """What the gradient pass needs beside s and c, per row [B, 1] in the dtype of the logits."""
+
+    peak: Tensor
+    """Of the shard."""
+    log_peak: Tensor
+    """log q of a column at the peak, over all columns."""
+    log_peak_inside: Tensor
+    """The same over the columns inside."""
+    to_mean: Tensor
+    """E_q[d] − E_{q_g}[d]."""
+    to_log_ratio: Tensor
+    """r = log(p/q) is c less this, c = d − E_{q_g}[d]."""
+
+
+def sharded_rows_(
+    s_CV: Tensor,
+    other_CV: Tensor,
+    problem: Problem,
+    shard: Shard,
+    *,
+    gradient: bool,
+    target_ids_C: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...], float]:
+    """As `rows.divergence_rows_`, of a whole chunk and this rank's columns: (divergence [C],
+    statistics [C] each, factor of the gradient left in `s_CV`). `problem` is the localized one."""
+    height, device, dtype = s_CV.shape[0], s_CV.device, s_CV.dtype
+    step = plan.block_rows(max(shard.size, 1), device)
+    blocks = [slice(start, min(start + step, height)) for start in range(0, height, step)]
+    found = [
+        _summarize_(
+            s_CV[block],
+            other_CV[block],
+            problem,
+            None if target_ids_C is None else target_ids_C[block],
+        )
+        for block in blocks
+    ]
+    peak = torch.cat([x[2] for x in found])
+    ours = torch.cat([torch.stack((*summary, *extra)) for summary, extra, _ in found], 1)
+    everyone = shard.gather(ours).unbind(1)
+    count = len(Summary._fields)
+    parts, extra = Summary(*everyone[:count]), everyone[count:]
+    whole = _merge(parts, problem)
+    statistics = _merge_statistics(parts, extra) if problem.return_stats else ()
+    value = whole.value
+    if gradient or problem.divergence == "jsd":
+        rows = _rows(whole, Summary(*ours[:count]), peak, dtype)
+        blockwise = [
+            (s_CV[block], other_CV[block], Row(*(x[block] for x in rows))) for block in blocks
+        ]
+        if problem.divergence == "jsd":
+            sums = torch.cat([_jsd_sums_(*x, problem) for x in blockwise], 1)
+            from_student, from_teacher = shard.gather(sums).sum(0)
+            value = value + (1 - problem.beta) * from_student + problem.beta * from_teacher
+            centre = from_student + problem.beta * whole.outside_p
+            centre = centre + whole.outside_q * excess(_log_only_student(problem, centre))
+            centre = centre.to(dtype)[:, None]
+        if gradient:
+            for block, x in zip(blocks, blockwise, strict=True):
+                _gradient_(*x, problem, centre[block] if problem.divergence == "jsd" else None)
+    return value.to(dtype), tuple(x.to(dtype) for x in statistics), problem.logit_factor
+
+
+def _summarize_(
+    student_BV: Tensor, other_BV: Tensor, problem: Problem, target_ids_B: Tensor | None
+) -> tuple[Summary, list[Tensor], Tensor]:
+    """(summary, what the statistics need, peak [B]). Leaves in `other_BV` c = d − E_{q_g}[d], −inf
+    where only the student's logit is finite, and in `student_BV` what `_student_logits` takes."""
+    s, t, d, _ = transform_(student_BV, other_BV, problem, None)
+    t = s + d if t is None else t
+    no_student, no_teacher = torch.isneginf(s), torch.isneginf(t)
+    outside = no_student | no_teacher
+    inside = s.masked_fill(outside, -math.inf)
+    peak = _peak(inside)
+    absent = torch.isneginf(peak)
+    peak = peak.masked_fill(absent, 0.0)
+    below = inside - peak[:, None]
+    total = below.exp().sum(1).masked_fill(absent, 1.0)
+    log_q = below.sub_(total.log()[:, None])
+    q = log_q.exp()
+    c, mean = d.masked_fill(outside, 0.0), torch.zeros_like(peak, dtype=torch.float64)
+    for _ in range(2):  # the second mean removes the rounding error of the first
+        rest = (q * c).sum(1)
+        mean += rest
+        c = (c - rest[:, None]).masked_fill_(outside, 0.0)
+    log_ratio = log_mean_exp(log_q, c, outside)
+    forward = torch.zeros_like(peak)
+    if problem.divergence == "forward_kl":
+        r = (c - log_ratio).masked_fill_(outside, 0.0)
+        forward = weighted_excess(log_q + r, -r, log_q).sum(1)
+    extra = _statistics(s, t, target_ids_B) if problem.return_stats else []
+    summary = Summary(
+        inside=(peak.double() + total.double().log()).masked_fill(absent, -math.inf),
+        mean=mean,
+        reverse=log_ratio.squeeze(1).double(),
+        forward=forward.double(),
+        only_student=torch.logsumexp(s.masked_fill(~no_teacher, -math.inf), 1).double(),
+        only_teacher=torch.logsumexp(t.masked_fill(~no_student, -math.inf), 1).double(),
+    )
+    other_BV.copy_(c.masked_fill_(no_teacher, -math.inf))
+    return summary, extra, peak
+
+
+def _peak(logits_BV: Tensor) -> Tensor:
+    if logits_BV.shape[1] == 0:
+        return logits_BV.new_full(logits_BV.shape[:1], -math.inf)
+    return logits_BV.amax(1)
+
+
+def _statistics(s: Tensor, t: Tensor, target_ids_B: Tensor | None) -> list[Tensor]:
+    """The shard's entropies, peaks, the teacher's logit at the student's peak, targets' logits;
+    −inf for what lies in other shards."""
+    nowhere = s.new_full(s.shape[:1], -math.inf)
+    at_peak = nowhere
+    if s.shape[1]:
+        at_peak = t.gather(1, s.argmax(1, keepdim=True)).squeeze(1)
+    found = [_entropy(s), _entropy(t), _peak(s), at_peak, _peak(t)]
+    if target_ids_B is not None:
+        here = (target_ids_B >= 0) & (target_ids_B < s.shape[1])
+        at = target_ids_B.clamp(0, max(s.shape[1] - 1, 0))[:, None]
+        for logits in (s, t):
+            taken = logits.gather(1, at).squeeze(1) if s.shape[1] else nowhere
+            found.append(torch.where(here, taken, nowhere))
+    return [x.double() for x in found]
+
+
+def _entropy(logits_BV: Tensor) -> Tensor:
+    """log Σ e^x − E[x], x from the peak: two terms ≥ 0. 0 without columns."""
+    peak = _peak(logits_BV)
+    absent = torch.isneginf(peak)
+    below = logits_BV - peak.masked_fill(absent, 0.0)[:, None]
+    weight = below.exp()
+    total = weight.sum(1).masked_fill_(absent, 1.0)
+    return total.log() - (weight * below.masked_fill_(torch.isneginf(below), 0.0)).sum(1) / total
+
+
+def _merge(parts: Summary, problem: Problem) -> Whole:
+    """Equations (1) and (2), and the masses outside."""
+    S = parts.inside.T
+    D = (parts.mean + parts.reverse).T
+    log_p = S + D
+    reverse = divergence_and_gradient(S, log_p, D, "reverse_kl", 0.5, None)
+    pi, rho = torch.softmax(S, 1), torch.softmax(log_p, 1)
+    inside = torch.logsumexp(S, 1)
+    log_ratio = (pi * D).sum(1) + reverse
+    only_student = torch.logsumexp(parts.only_student, 0) - inside
+    only_teacher = torch.logsumexp(parts.only_teacher, 0) - (inside + log_ratio)
+    log_share_q, log_share_p = (_log_sigmoid(-x) for x in (only_student, only_teacher))
+    outside_q, outside_p = torch.sigmoid(only_student), torch.sigmoid(only_teacher)
+    if problem.divergence == "reverse_kl":
+        value = reverse + (pi * parts.reverse.T).sum(1) - log_share_p
+        value = value.masked_fill(outside_q > 0, math.inf)
+    elif problem.divergence == "forward_kl":
+        value = divergence_and_gradient(S, log_p, D, "forward_kl", 0.5, None)
+        value = value + (rho * parts.forward.T).sum(1) - log_share_q
+        value = value.masked_fill(outside_p > 0, math.inf)
+    else:
+        beta = problem.beta
+        value = -(1 - beta) * math.log1p(-beta) * outside_q - beta * math.log(beta) * outside_p
+    mean = (pi * parts.mean.T).sum(1)
+    return Whole(inside, mean, log_ratio, outside_q, outside_p, log_share_q, log_share_p, value)
+
+
+def _log_sigmoid(x: Tensor) -> Tensor:
+    return torch.nn.functional.logsigmoid(x)
+
+
+def _merge_statistics(parts: Summary, extra: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Equation (3); in the order of `DivergenceStats` after the divergence."""
+    entropy_s, entropy_t, peak_s, t_at_peak, peak_t, *targets = extra
+    log_s = torch.logaddexp(parts.inside, parts.only_student)
+    log_t = torch.logaddexp(parts.inside + parts.mean + parts.reverse, parts.only_teacher)
+    lse_s, lse_t = torch.logsumexp(log_s, 0), torch.logsumexp(log_t, 0)
+
+    def entropy(logits: Tensor, within: Tensor) -> Tensor:
+        pi = torch.softmax(logits, 0)
+        between = torch.where(pi > 0, pi * torch.log_softmax(logits, 0), 0.0)
+        return (pi * within - between).sum(0)
+
+    # The first of equal peaks: as in a row that is not cut.
+    at_peak = t_at_peak.gather(0, peak_s.argmax(0, keepdim=True)).squeeze(0)
+    agreement = (at_peak == peak_t.amax(0)).double()
+    found = (lse_s, lse_t, entropy(log_s, entropy_s), entropy(log_t, entropy_t), agreement)
+    at_target = (x.amax(0) - lse for x, lse in zip(targets, (lse_s, lse_t), strict=False))
+    return (*found, *at_target)
+
+
+def _rows(whole: Whole, ours: Summary, peak: Tensor, dtype: torch.dtype) -> Row:
+    """Differences of float64 numbers, rounded once."""
+    log_peak_inside = peak.double() - whole.inside
+    shares = whole.log_share_q - whole.log_share_p
+    columns = (
+        peak,
+        log_peak_inside + whole.log_share_q,
+        log_peak_inside,
+        whole.mean - ours.mean,
+        whole.log_ratio - ours.mean + shares,
+    )
+    return Row(*(x.to(dtype)[:, None] for x in columns))
+
+
+def _student_logits(x_BV: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """(s, ds/dx up to scale/temperature), as `rows.transform_` made them."""
+    cap = problem.logit_softcap[0]
+    if cap is None:
+        return x_BV, None
+    return capped(x_BV, cap, problem.temperature), slope_of(x_BV, cap)
+
+
+def _log_only_student(problem: Problem, like: Tensor) -> Tensor:
+    """a = log(m̄/q) where the teacher has no mass."""
+    return torch.full_like(like, math.log1p(-problem.beta))
+
+
+def _jsd_sums_(student_BV: Tensor, c_BV: Tensor, row: Row, problem: Problem) -> Tensor:
+    """Σ q·f(a) and Σ p·f(b) over the columns inside, float64 [2, B]; `c_BV` becomes a."""
+    beta = problem.beta
+    s, _ = _student_logits(student_BV, problem)
+    no_student, no_teacher = torch.isneginf(s), torch.isneginf(c_BV)
+    outside = no_student | no_teacher
+    log_q = (s - row.peak + row.log_peak).masked_fill_(outside, -math.inf)
+    r = (c_BV - row.to_log_ratio).masked_fill_(outside, 0.0)
+    log_p = log_q + r
+    a, b = log_mixture(r, beta), log_mixture(-r, 1 - beta)
+    log_m = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
+    from_student = weighted_excess(log_q, a, log_m).sum(1)
+    from_teacher = weighted_excess(log_p, b, log_m).sum(1)
+    torch.where(no_teacher, _log_only_student(problem, a), a, out=c_BV)
+    return torch.stack((from_student, from_teacher)).double()
+
+
+def _gradient_(
+    student_BV: Tensor, c_BV: Tensor, row: Row, problem: Problem, centre_B1: Tensor | None
+) -> None:
+    """Equations (8) to (10) of `reference`; dZ goes to `student_BV`. For the JSD `c_BV` is a."""
+    s, slope = _student_logits(student_BV, problem)
+    log_q = s - row.peak
+    if centre_B1 is not None:
+        dz = log_q.add_(row.log_peak).exp_().mul_(c_BV.add_(centre_B1)).mul_(problem.beta - 1)
+    else:
+        no_teacher = torch.isneginf(c_BV)
+        outside = no_teacher | torch.isneginf(s)
+        if problem.divergence == "reverse_kl":
+            c = c_BV.sub_(row.to_mean).masked_fill_(outside, 0.0)
+            q = log_q.add_(row.log_peak_inside).masked_fill_(outside, -math.inf).exp_()
+            dz = q.mul_(c).neg_()
+        else:
+            log_q = log_q.add_(row.log_peak)
+            q = log_q.exp()
+            r = c_BV.sub_(row.to_log_ratio)
+            far = q - torch.exp(log_q + r)  # where e^r alone could overflow
+            dz = torch.where(r > 1, far, -q * torch.expm1(r.clamp(max=1.0)))
+    if slope is not None:
+        dz.mul_(slope)
+    student_BV.copy_(dz)
