@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from opsdc_kernels import plan
 from opsdc_kernels.problem import Problem
@@ -366,7 +367,7 @@ def _merge(parts: Summary, problem: Problem) -> Whole:
     log_ratio = (pi * D).sum(1) + reverse
     only_student = torch.logsumexp(parts.only_student, 0) - inside
     only_teacher = torch.logsumexp(parts.only_teacher, 0) - (inside + log_ratio)
-    log_share_q, log_share_p = (_log_sigmoid(-x) for x in (only_student, only_teacher))
+    log_share_q, log_share_p = (logsigmoid(-x) for x in (only_student, only_teacher))
     outside_q, outside_p = torch.sigmoid(only_student), torch.sigmoid(only_teacher)
     if problem.divergence == "reverse_kl":
         value = reverse + (pi * parts.reverse.T).sum(1) - log_share_p
@@ -380,10 +381,6 @@ def _merge(parts: Summary, problem: Problem) -> Whole:
         value = -(1 - beta) * math.log1p(-beta) * outside_q - beta * math.log(beta) * outside_p
     mean = (pi * parts.mean.T).sum(1)
     return Whole(inside, mean, log_ratio, outside_q, outside_p, log_share_q, log_share_p, value)
-
-
-def _log_sigmoid(x: Tensor) -> Tensor:
-    return torch.nn.functional.logsigmoid(x)
 
 
 def _merge_statistics(parts: Summary, extra: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -491,3 +491,56 @@ def test_dtensor_weights_need_the_group(ranks):
         assert "process_group=" in no_group
         assert "Shard(0)" in replicated
         assert "ranks [0, 1]" in other_group
+
+
+def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=102, hidden_size=24, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def backward_through(model, group=None):
+    hidden = model.model(torch.arange(20).reshape(2, 10)).last_hidden_state
+    loss = linear_divergence(
+        hidden, model.lm_head.weight, 1.1 * hidden.detach(), process_group=group
+    )
+    loss.backward()
+    return loss.detach()
+
+
+def tensor_parallel(group, folder):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    rank = str(group.rank())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", str(WORLD))):
+            patch.setenv(name, value)
+        plan = DistributedConfig(tp_plan="auto", tp_size=WORLD)
+        model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=plan)
+    weight = model.lm_head.weight
+    assert weight.to_local().shape[0] == weight.shape[0] // WORLD
+    loss = backward_through(model, weight.device_mesh.get_group())
+    gradients = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in model.named_parameters()
+    }
+    return loss, gradients
+
+
+def test_composes_with_a_tensor_parallel_model(ranks, tmp_path):
+    """Backbone and head by transformers' own plan: every gradient is that of the plain model."""
+    pytest.importorskip("transformers.distributed")
+    plain = tiny_llama()
+    plain.save_pretrained(tmp_path)
+    want = backward_through(plain)
+    for loss, gradients in ranks(tensor_parallel, WORLD, folder=str(tmp_path)):
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+        for name, parameter in plain.named_parameters():
+            error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
+            assert float(error) < 3e-5, name
