@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu check format bench clean
+.PHONY: help install demo test test-slow test-gpu chaos fuzz check format bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ test-slow: $(STAMP)  ## the long ones
 
 test-gpu: $(STAMP)  ## those that need a GPU
 	$(BIN)/python -m pytest --slow -m gpu tests
+
+chaos: $(STAMP)  ## 200 kills, 100 stops and a soak (~20 min)
+	$(BIN)/python -m pytest --slow -m chaos tests
+
+fuzz: $(STAMP)  ## malformed settings and data, 8 more seeds
+	$(BIN)/python -m pytest --slow -m fuzz tests
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -168,7 +168,7 @@ def verify(folder: Path) -> str | None:
             if name.endswith(".index.json"):
                 # Libraries join these names to the folder as they are.
                 for shard in json.loads(path.read_text("utf-8"))["weight_map"].values():
-                    if str(Path(name).with_name(shard)) not in files or "/" in shard:
+                    if Path(shard).name != shard or str(Path(name).parent / shard) not in files:
                         return f"{name} names a file outside the checkpoint: {shard!r}"
         foreign = sorted(present - {*files, _MANIFEST})
         if foreign:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from opsdc import checkpoint
 from opsdc.batch import Pair, token_batch
 from opsdc.config import OPSDCConfig
-from opsdc.errors import ModelError
+from opsdc.errors import CheckpointError, ModelError
 from opsdc.model import check_head, hidden_states, read_head, unwrap
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, autocast, backward, teacher_hidden_states
+from opsdc_kernels.plan import estimate
 
 # Attention kernels that skip the blocks of other sequences; the rest would pay T² for a packed row.
 _VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
@@ -79,6 +83,79 @@ def same_prompt_divergence(
     return float(torch.cat([s.divergence for s in stats]).mean())
 
 
+def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
+    """Room for the checkpoints that are kept and the one being written, as a line.
+
+    Raises CheckpointError where there is less: a run would find out hours later.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = trained if hasattr(model, "peft_config") else list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in own)
+    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
+    size = weights * (1 if teacher.is_student else 2) + moments
+    saves = -(-config.train.steps // config.train.save_every) if config.train.save_every else 1
+    folder = Path(config.output_dir) / "checkpoints"
+    wanted = min(config.train.keep + 1, saves)
+    needed = size * max(wanted - len(checkpoint.listing(folder)), 1)
+    # The folder itself comes with the first checkpoint.
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    line = (
+        f"disk: {needed / 2**30:.2f} GiB for checkpoints of {size / 2**30:.2f} GiB, "
+        f"{free / 2**30:.2f} GiB free in {there}"
+    )
+    if needed > free:
+        raise CheckpointError(
+            f"{line}: too little; free some, lower train.keep, or name another output_dir"
+        )
+    return line
+
+
+def memory_room(model: Any, config: OPSDCConfig) -> str:
+    """What training takes beside the weights, without activations, against what is free: a line.
+
+    Only a warning: activations depend on attention and checkpointing, and free memory on others.
+    """
+    head = read_head(model).weight
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    vocab_size, dim = head.shape
+    plan = estimate(
+        # A forward holds at most so many response tokens.
+        tokens=config.train.max_tokens_per_micro_batch,
+        vocab_size=vocab_size,
+        student_dim=dim,
+        dtype=getattr(torch, config.model.dtype),
+        device=head.device,
+        trainable_head=head.requires_grad,
+        divergence=config.loss.divergence,
+        backend=config.loss.backend,
+        workspace_bytes=config.loss.workspace_bytes,
+    )
+    # Gradients and two moments in float32.
+    needed = 12 * trained + plan.peak_bytes
+    free = _free_bytes(head.device)
+    line = (
+        f"memory: {needed / 2**30:.2f} GiB for gradients, moments and the loss beside activations, "
+        + ("free unknown" if free is None else f"{free / 2**30:.2f} GiB free")
+    )
+    if free is not None and needed > free:
+        return (
+            f"warning: {line}; lower train.max_tokens_per_micro_batch or loss.workspace_bytes, or "
+            "train an adapter (model.lora)"
+        )
+    return line
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)
+
+
 def run(
     model: Any,
     teacher: Teacher,
@@ -104,6 +181,8 @@ def run(
     lines = [
         f"head: the model's own logits to {difference:.1e}",
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
+        disk_room(model, teacher, config),
+        memory_room(model, config),
     ]
     if not teacher_is_student:
         return layout, lines

@@ -1,9 +1,12 @@
+import hashlib
 import json
+import pickle
 import random
-import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tests_tiny import tiny_model
 
 from opsdc import checkpoint
@@ -76,37 +79,36 @@ def test_keeps_the_newest_and_leaves_nothing_aside(tmp_path):
 
 
 def test_every_damage_is_found_and_the_one_before_is_used(tmp_path, capsys):
+    """300 flipped bits and 300 truncations in all files, each file missing, one too many."""
     good, _ = write(tmp_path, 1)
     bad, _ = write(tmp_path, 2)
-    whole = tmp_path / "whole"
-    shutil.copytree(bad, whole)
     rng = random.Random(0)
     files = sorted(p.relative_to(bad) for p in bad.rglob("*") if p.is_file())
+    assert len(files) >= 8
 
-    def damaged(change):
-        shutil.rmtree(bad)
-        shutil.copytree(whole, bad)
-        name = rng.choice(files)
-        change(bad / name)
+    def found(name):
         assert checkpoint.newest_good(tmp_path) == good, name
         assert "step-000002 is damaged" in capsys.readouterr().err
 
-    def flip(path):
-        data = bytearray(path.read_bytes())
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        path.write_bytes(data)
-
-    def cut(path):
-        path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
-
-    for _ in range(40):
-        damaged(flip)
-        damaged(cut)
+    for i in range(300):
+        name = files[i % len(files)]
+        path, whole = bad / name, (bad / name).read_bytes()
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        found(name)
+        path.write_bytes(whole[: rng.randrange(len(whole))])
+        found(name)
+        path.write_bytes(whole)
     for name in files:
-        shutil.rmtree(bad)
-        shutil.copytree(whole, bad)
+        whole = (bad / name).read_bytes()
         (bad / name).unlink()
-        assert checkpoint.newest_good(tmp_path) == good
+        found(name)
+        (bad / name).write_bytes(whole)
+    (bad / "model" / "adapter_config.json").write_text("{}")
+    found("one too many")
+    (bad / "model" / "adapter_config.json").unlink()
+    assert checkpoint.newest_good(tmp_path) == bad
 
 
 def test_all_damaged_is_an_error_and_none_is_a_fresh_start(tmp_path):
@@ -117,20 +119,168 @@ def test_all_damaged_is_an_error_and_none_is_a_fresh_start(tmp_path):
         checkpoint.newest_good(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a/../../x"])
+EVIL_NAMES = [
+    "../../x",
+    "/etc/passwd",
+    "a/../../x",
+    "..",
+    ".",
+    "",
+    "model/../../step-000003/state.json",
+    "C:\\\\x",
+    "~/x",
+    "x\0y",
+    "model",
+    "．．/x",
+    "state.json/",
+    "x" * 5000,
+]
+
+
+@pytest.mark.parametrize("name", EVIL_NAMES)
 def test_names_outside_the_folder_are_refused(tmp_path, name):
     folder, _ = write(tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"sha256": "0", "bytes": 1}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "x").write_text("1")
+    edit_manifest(folder, lambda m: m["files"].update({name: {"sha256": "0", "bytes": 1}}))
     assert "outside the checkpoint" in checkpoint.verify(folder)
+
+
+def edit_manifest(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def sealed(folder):
+    """A manifest that fits whatever is in the folder: what somebody who means harm would write."""
+
+    def describe(manifest):
+        manifest["files"] = {
+            str(p.relative_to(folder)): {
+                "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+                "bytes": p.stat().st_size,
+            }
+            for p in folder.rglob("*")
+            if p.is_file() and p.name != "manifest.json"
+        }
+
+    edit_manifest(folder, describe)
+
+
+class Marker:
+    """Leaves a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def as_pickle(folder, marker):
+    (folder / "model" / "model.safetensors").unlink()
+    torch.save(Marker(marker), folder / "model" / "pytorch_model.bin")
+
+
+def as_pickle_named_safetensors(folder, marker):
+    (folder / "optimizer.safetensors").write_bytes(pickle.dumps(Marker(marker)))
+    (folder / "model" / "model.safetensors").write_bytes(pickle.dumps(Marker(marker)))
+
+
+def as_remote_code(folder, marker):
+    path = folder / "model" / "config.json"
+    settings = json.loads(path.read_text())
+    settings["auto_map"] = {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}
+    path.write_text(json.dumps(settings))
+    (folder / "model" / "evil.py").write_text(f"open({str(marker)!r}, 'w')")
+
+
+def as_index_outside(folder, marker):
+    (folder / "model" / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../../elsewhere.safetensors"}}
+    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def as_link(folder, marker):
+    (folder / "model" / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    link = folder / "model" / "model.safetensors"
+    link.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def as_link_to_a_folder(folder, marker):
+    (folder / "model").rename(folder.parent / "elsewhere")
+    (folder / "model").symlink_to(folder.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        as_pickle,
+        as_pickle_named_safetensors,
+        as_remote_code,
+        as_index_outside,
+        as_link,
+        as_link_to_a_folder,
+    ],
+)
+def test_a_checkpoint_made_to_harm_runs_nothing(tmp_path, attack):
+    folder, parts = write(tmp_path / "root")
+    marker = tmp_path / "marker"
+    attack(folder, marker)
+    sealed(folder)
+    problem = checkpoint.verify(folder)
+    if problem is None:
+        # Sealed and of an innocent kind: then loading must fail without running it.
+        with pytest.raises(CheckpointError, match="does not fit"):
+            checkpoint.restore(folder, *parts)
+    assert not marker.exists()
+    assert (problem is None) == (attack is as_pickle_named_safetensors)
+
+
+def test_what_its_loaders_would_unpickle_is_not_even_looked_at(tmp_path):
+    """The same without our check: the loaders themselves are told to take safetensors only."""
+    folder, parts = write(tmp_path / "root")
+    marker = tmp_path / "marker"
+    as_pickle(folder, marker)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        checkpoint.restore(folder, *parts)
+    assert not marker.exists()
+
+
+def test_another_models_checkpoint_is_refused_by_name(tmp_path):
+    folder, _ = write(tmp_path)
+    model = tiny_model(hidden_size=16)
+    teacher = Teacher(model, TeacherConfig())
+    with pytest.raises(CheckpointError, match=r"does not fit.*shape"):
+        checkpoint.restore(folder, model, teacher, torch.optim.AdamW(model.parameters()))
+
+
+def test_checkpoints_of_an_abandoned_future_do_not_push_good_ones_out(tmp_path, capsys):
+    """Steps 7 and 8 are damaged, the run goes on from 2: it must always have two that are good."""
+    for step in (2, 7, 8):
+        write(tmp_path, step, keep=9)
+    for step in (7, 8):
+        (tmp_path / f"step-{step:06d}" / "state.json").write_text("{}")
+    assert checkpoint.newest_good(tmp_path).name == "step-000002"
+    write(tmp_path, 3)
+    assert [p.name for p in checkpoint.listing(tmp_path)] == ["step-000003", "step-000002"]
+    assert checkpoint.newest_good(tmp_path).name == "step-000003"
+
+
+def test_only_our_own_names_are_checkpoints(tmp_path):
+    write(tmp_path, 3)
+    for name in ("step-000004.bak", "step-x", "step-9", "step-0000005 copy"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-1000000").mkdir()
+    assert [p.name for p in checkpoint.listing(tmp_path)] == ["step-1000000", "step-000003"]
 
 
 def test_a_folder_that_cannot_be_written_keeps_what_was_there(tmp_path, monkeypatch):
     before, _ = write(tmp_path, 1)
 
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        # What safetensors makes of a full disk is no OSError.
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):

@@ -2,10 +2,10 @@ import pytest
 import torch
 from tests_tiny import tiny_model
 
-from opsdc import preflight
+from opsdc import checkpoint, preflight
 from opsdc.batch import Pair
 from opsdc.config import OPSDCConfig, TeacherConfig
-from opsdc.errors import ModelError
+from opsdc.errors import CheckpointError, ModelError
 from opsdc.teacher import Teacher
 
 SEQUENCES = [[1, 30, 31, 32], [5, 40], [9, 50, 51, 52, 53]]
@@ -50,6 +50,8 @@ def test_all_checks_pass_on_a_sound_model_and_say_one_line_each():
     assert [line.split(":")[0] for line in lines] == [
         "head",
         "layout",
+        "disk",
+        "memory",
         "same prompt on both sides",
     ]
     assert all(p.grad is None for p in model.parameters())
@@ -66,3 +68,45 @@ def test_dropout_is_found_by_the_same_prompt_check():
             pad_id=0,
             teacher_is_student=True,
         )
+
+
+def test_the_disk_must_hold_the_checkpoints(tmp_path, monkeypatch):
+    model = tiny_model()
+    teacher = Teacher(model, TeacherConfig())
+    settings = OPSDCConfig.from_dict({"output_dir": str(tmp_path / "a" / "run")})
+    # What one really takes: the weights of both and two moments, and some headers.
+    folder = checkpoint.save(
+        tmp_path, 1, model, teacher, stepped(model), {"teacher_version": 0}, keep=1
+    )
+    size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
+    for free, fits in ((2.7 * size, False), (3.3 * size, True)):
+        usage = type("usage", (), {"free": free})
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            assert str(tmp_path) in preflight.disk_room(model, teacher, settings)
+        else:
+            with pytest.raises(CheckpointError, match=r"lower train\.keep"):
+                preflight.disk_room(model, teacher, settings)
+
+
+def stepped(model):
+    optimizer = torch.optim.AdamW(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    return optimizer
+
+
+def test_too_little_memory_is_a_warning_with_the_remedy(monkeypatch):
+    model = tiny_model()
+    trained = sum(p.numel() for p in model.parameters())
+    for free, warns in ((12 * trained, True), (1 << 40, False), (None, False)):
+        monkeypatch.setattr(preflight, "_free_bytes", lambda device, free=free: free)
+        line = preflight.memory_room(model, config())
+        assert line.startswith("warning") == warns
+        assert ("max_tokens_per_micro_batch" in line) == warns
+
+
+def test_free_memory_is_read_from_the_system():
+    free = preflight._free_bytes(torch.device("cpu"))
+    assert free is None or 1 << 20 < free < 1 << 50

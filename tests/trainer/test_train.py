@@ -1,6 +1,7 @@
 """Whole runs on the tiny model: the record, resuming, what a run leaves, what it refuses."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -231,6 +232,52 @@ def test_prompts_above_the_limit_are_dropped_and_counted(make_config, tmp_path, 
 def test_too_few_problems_for_a_step(make_config):
     with pytest.raises(DataError, match=r"rollout\.prompts_per_step"):
         OPSDCTrainer(None, make_config(**{"rollout.prompts_per_step": 40}))
+
+
+@pytest.mark.parametrize("place", ["rollout", "hidden states", "gradient"])
+def test_one_sick_step_leaves_parameters_and_moments_untouched(make_config, monkeypatch, place):
+    """NaN once, in step 2: the bits before and after it are the same, and the run goes on."""
+    from opsdc import train, update
+
+    states, calls = [], [0]
+    real_update, real_hidden = train.update, update.hidden_states
+
+    def bits(model, optimizer):
+        moments = (
+            v.clone() for p in model.parameters() for v in optimizer.state.get(p, {}).values()
+        )
+        return [p.detach().clone() for p in model.parameters()], list(moments)
+
+    def watched(model, teacher, pairs, optimizer, *rest, **keywords):
+        calls[0] += 1
+        before = bits(model, optimizer)
+        result = real_update(model, teacher, pairs, optimizer, *rest, **keywords)
+        states.append((result.skipped, before, bits(model, optimizer)))
+        return result
+
+    monkeypatch.setattr(train, "update", watched)
+    trainer = OPSDCTrainer(None, make_config(**{"eval.problems": 0, "train.steps": 4}))
+    if place == "hidden states":
+        monkeypatch.setattr(
+            update,
+            "hidden_states",
+            lambda m, b: real_hidden(m, b) * (math.nan if calls[0] == 2 else 1.0),
+        )
+    elif place == "gradient":
+        weight = trainer.model.model.layers[0].mlp.up_proj.weight
+        weight.register_hook(lambda grad: grad * (math.nan if calls[0] == 2 else 1.0))
+    else:
+        # The sampler's own logits: whatever it makes of them, the step must not poison the model.
+        head = trainer.model.lm_head
+        sick = lambda m, i, z: z * math.nan if calls[0] == 1 and not m.training else z  # noqa: E731
+        head.register_forward_hook(sick)
+    trainer.train()
+    skipped = [s for s, _, _ in states]
+    assert skipped == [False, place != "rollout", False, False]
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    if place != "rollout":
+        _, before, after = states[1]
+        assert all(torch.equal(a, b) for a, b in zip(before[0] + before[1], after[0] + after[1]))
 
 
 def test_three_sick_steps_in_a_row_stop_the_run(make_config, tmp_path):
