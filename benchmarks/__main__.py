@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks import accuracy, memory, phases, record, scaling, speed, tables
+from benchmarks import accuracy, memory, phases, record, scaling, speed, step, tables
 from benchmarks.contenders import contenders, default_device
 from opsdc_kernels import testing
 
@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         found["phases"] = _dicts(phases.measure(shape, repeats=repeats))
     _title(f"Peak memory beside inputs; {shape}")
     found["memory"] = _dicts(memory.measure_all(shape))
+    if device.type == "cpu" and not quick:
+        _title(f"A whole update of the demo model, {step.PROMPTS} × {step.RESPONSE} tokens")
+        found["step"] = _dicts(step.measure(repeats=3))
     _title("Errors against float64: loss, dH, dW")
     found["accuracy"] = _dicts(accuracy.measure(device, quick=quick))
     _title("Scaling")

@@ -95,7 +95,7 @@ def measure_here(contender: Contender, shape: Shape, trainable: bool, device: to
 
 def measure(name: str, shape: Shape, trainable: bool) -> Peak | str:
     """In a fresh process; a string says why there is no figure."""
-    with ProcessPoolExecutor(1, mp_context=_processes()) as fresh:
+    with ProcessPoolExecutor(1, mp_context=fresh_processes()) as fresh:
         try:
             return fresh.submit(_named, name, shape, trainable).result()
         except BrokenProcessPool:
@@ -104,7 +104,7 @@ def measure(name: str, shape: Shape, trainable: bool) -> Peak | str:
             return f"{name}: {type(error).__name__}: {error}"
 
 
-def _processes() -> multiprocessing.context.BaseContext:
+def fresh_processes() -> multiprocessing.context.BaseContext:
     """Processes forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.inputs", *PEER_MODULES])

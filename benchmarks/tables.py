@@ -27,7 +27,14 @@ OURS = "ours, chunked"
 def render(found: dict[str, Any]) -> str:
     """Markdown of one record."""
     return "\n\n".join(
-        [_speed(found), _accuracy(found), _scaling(found), *_phases(found), _source(found)]
+        [
+            _speed(found),
+            _accuracy(found),
+            _scaling(found),
+            *_steps(found),
+            *_phases(found),
+            _source(found),
+        ]
     )
 
 
@@ -122,6 +129,24 @@ def _scaling(found: dict[str, Any]) -> str:
         fits = largest_tokens(points, name, 24.0)
         lines.append(f"| {name} | {slope:,.0f} | {slope / naive:.1%} | {fits:,.0f} |")
     return "\n".join(lines)
+
+
+def _steps(found: dict[str, Any]) -> list[str]:
+    if "step" not in found:
+        return []
+    lines = [
+        "One update of the demo model (full fine-tuning, 8 responses of 96 tokens), seconds by "
+        "phase; peak memory that loss and backward add:",
+        "",
+        "| loss | teacher | forward | loss | backward | whole | loss's share | MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["step"]:
+        phases = [row[name] for name in ("teacher", "forward", "loss", "backward")]
+        cells = [f"{x:.2f}" for x in (*phases, sum(phases))]
+        cells += [f"{row['loss'] / sum(phases):.0%}", f"{row['peak_mib']:.0f}"]
+        lines.append(f"| {row['contender']} | " + " | ".join(cells) + " |")
+    return ["\n".join(lines)]
 
 
 def _phases(found: dict[str, Any]) -> list[str]:
