@@ -13,7 +13,7 @@ import torch
 
 from opsdc_kernels.gemm import UPCAST_BLOCK_BYTES
 
-CPU_WORKSPACE_CAP_BYTES = 256 << 20
+CPU_WORKSPACE_CAP_BYTES = 192 << 20
 """More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""
 GPU_MINIMUM_CHUNK_ROWS = 512
 """Below this a GPU's GEMMs no longer run at their full rate."""
