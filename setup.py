@@ -11,7 +11,7 @@ EXTRAS = {
     "embedded": ["gguf>=0.17"],
     # Exactly: examples/trl_trainer.py replaces a private name of it.
     "trl": ["trl==1.16.0; python_version >= '3.11'"],
-    "vllm": ["vllm>=0.22"],
+    "vllm": ["vllm>=0.27,<0.33"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
 }
 IN_DEV = ("lora", "eval", "plot", "embedded", "trl", "bench")

@@ -1,4 +1,4 @@
-"""The command `opsdc`: train, eval, inspect, plot."""
+"""The command `opsdc`: train, eval, serve, inspect, plot."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ _EVAL_EPILOG = """\
   opsdc eval runs/demo                                   base, prompt-only and trained, anew
   opsdc eval runs/demo --eval.samples 4 --output_dir runs/demo/eval-4
   opsdc eval runs/demo --trained runs/demo/checkpoints/step-000008/model
+"""
+_SERVE_EPILOG = """\
+Start it with the run's own configuration, then the run with the same two settings and
+--rollout.engine vllm_server. The run pushes its weights through the folder, which both must see.
+
+  opsdc serve --config my.yaml --rollout.server_address 127.0.0.1:8123 --rollout.weights_dir /tmp/w
+  OPSDC_SERVER_KEY=... opsdc serve --config my.yaml --rollout.server_address 10.0.0.7:8123 ...
+
+Off loopback a key is needed, on both sides in the environment variable OPSDC_SERVER_KEY. It is sent
+as it is: use a network that you trust, or a tunnel.
 """
 _INSPECT_EPILOG = """\
   opsdc inspect                                          first held-out problem, demo model
@@ -99,6 +109,16 @@ def _parser() -> argparse.ArgumentParser:
         "--trained", type=Path, metavar="FOLDER", help="the trained model (default: RUN/model)"
     )
     _setting_flags(evaluate, only=("output_dir", "seed", "eval.", "data."))
+
+    serve = command(
+        "serve",
+        "sample for a run on another machine or GPU, with vLLM",
+        _SERVE_EPILOG,
+        _serve,
+        f"[--config FILE] --rollout.server_address HOST:PORT --rollout.weights_dir DIR {_ANY}",
+    )
+    _config_flag(serve)
+    _setting_flags(serve, only=("model.", "prompt.", "rollout.", "eval."))
 
     inspect = command(
         "inspect",
@@ -185,6 +205,7 @@ def _train(arguments: argparse.Namespace) -> int:
         trainer = OPSDCTrainer(None, config)
         if "stopped" not in trainer.train():
             report.print_report(Path(config.output_dir))
+        trainer.sampler.close()
     return 0
 
 
@@ -200,6 +221,14 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     evaluate_arms(config, arguments.trained or folder / "model")
     report.print_report(Path(config.output_dir))
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = OPSDCConfig.load(arguments.config, _overrides(arguments))
+    from opsdc.rollout.vllm_serve import serve_run
+
+    serve_run(config)
     return 0
 
 

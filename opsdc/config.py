@@ -83,7 +83,11 @@ class PromptConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
-    engine: Annotated[Literal["hf"], "hf: transformers' generate in this process"] = "hf"
+    engine: Annotated[
+        Literal["hf", "vllm", "vllm_server"],
+        "hf: transformers' generate in this process | vllm: vLLM in this process | vllm_server: "
+        "vLLM in a process of its own",
+    ] = "hf"
     prompts_per_step: Annotated[int, "problems per optimizer step; paper: 32"] = 32
     samples_per_prompt: Annotated[int, "responses per problem; paper: 1"] = 1
     max_new_tokens: Annotated[
@@ -93,6 +97,23 @@ class RolloutConfig:
     top_p: Annotated[float, "nucleus; paper: 1.0"] = 1.0
     batch_size: Annotated[int, "responses generated together (memory, not the result)"] = 32
     max_staleness: Annotated[int, "updates a response may lag behind the weights; 0: on-policy"] = 0
+    memory_share: Annotated[
+        float, "vllm, vllm_server: share of the device's memory for the engine's weights and cache"
+    ] = 0.3
+    timeout_s: Annotated[
+        float,
+        "vllm_server: longest that one request may take; a fault ends in an answer or an error "
+        "within twice this",
+    ] = 1800.0
+    server_address: Annotated[
+        str | None,
+        "vllm_server: host:port of a running `opsdc serve`; unset: the run starts its own on "
+        "loopback. Off loopback a key is needed, in the environment variable OPSDC_SERVER_KEY",
+    ] = None
+    weights_dir: Annotated[
+        str | None,
+        "vllm_server: folder, seen by both sides, for weights on their way; unset: a temporary one",
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -547,6 +568,23 @@ def _check(c: OPSDCConfig) -> None:
     for key, number in at_least_0.items():
         need(number >= 0, key, number, "at least 0")
     need(c.rollout.temperature > 0, "rollout.temperature", c.rollout.temperature, "above 0")
+    need(
+        0 < c.rollout.memory_share < 1, "rollout.memory_share", c.rollout.memory_share, "in (0, 1)"
+    )
+    need(c.rollout.timeout_s > 0, "rollout.timeout_s", c.rollout.timeout_s, "above 0")
+    address = c.rollout.server_address
+    need(
+        address is None or (":" in address and address.rpartition(":")[2].isdigit()),
+        "rollout.server_address",
+        address,
+        "host:port",
+    )
+    need(
+        address is None or c.rollout.weights_dir is not None,
+        "rollout.weights_dir",
+        c.rollout.weights_dir,
+        "a folder that the server at rollout.server_address sees as well",
+    )
     need(0 < c.rollout.top_p <= 1, "rollout.top_p", c.rollout.top_p, "in (0, 1]")
     need(0 < c.eval.top_p <= 1, "eval.top_p", c.eval.top_p, "in (0, 1]")
     need(c.optim.grad_clip > 0, "optim.grad_clip", c.optim.grad_clip, "above 0")
@@ -592,6 +630,16 @@ def ignored_settings(config: OPSDCConfig) -> list[str]:
         notes.append("guard.accuracy has no effect without eval.every and eval.problems")
     if c.loss.divergence != "jsd" and c.loss.beta != default.loss.beta:
         notes.append(f"loss.beta has no effect with loss.divergence {c.loss.divergence}")
+    users = {
+        "memory_share": ("vllm", "vllm_server"),
+        "timeout_s": ("vllm_server",),
+        "server_address": ("vllm_server",),
+        "weights_dir": ("vllm_server",),
+    }
+    for key, engines in users.items():
+        changed = getattr(c.rollout, key) != getattr(default.rollout, key)
+        if changed and c.rollout.engine not in engines:
+            notes.append(f"rollout.{key} has no effect with rollout.engine {c.rollout.engine}")
     if c.teacher.mode == "refresh" and c.teacher.refresh_steps >= c.train.steps:
         notes.append(
             f"teacher.refresh_steps ({c.teacher.refresh_steps}) is not below train.steps "

@@ -23,3 +23,11 @@ class CheckpointError(OPSDCError, OSError):
 
 class TrainingError(OPSDCError, RuntimeError):
     """Training cannot go on."""
+
+
+class RolloutError(OPSDCError, RuntimeError):
+    """The sampler gave no answer, or none that can be trained on."""
+
+
+class WeightSyncError(OPSDCError, RuntimeError):
+    """The sampler did not prove that it has the weights it was given."""

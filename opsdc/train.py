@@ -35,8 +35,8 @@ from opsdc.metrics import (
 )
 from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model, save_weights
 from opsdc.progress import Progress
-from opsdc.rollout import Request, Rollout, SamplingParams
-from opsdc.rollout.hf import HFSampler
+from opsdc.rollout import Request, Rollout, SamplingParams, check_batch
+from opsdc.rollout.start import start_sampler
 from opsdc.teacher import Teacher
 from opsdc.update import UpdateResult, update
 from opsdc.versions import versions
@@ -98,7 +98,9 @@ class OPSDCTrainer:
             weight_decay=config.optim.weight_decay,
         )
         self.learning_rate = _schedule(self.optimizer, config)
-        self.sampler = HFSampler(self.model, self.tokenizer, seed=config.seed)
+        self.sampler = start_sampler(
+            config, self.model, self.tokenizer, self.problems[0].prompts.student_ids
+        )
         self.callbacks = list(callbacks or [])
         self.step = 0
         """the last completed step: whose state model, optimizer and teacher are in"""
@@ -174,7 +176,7 @@ class OPSDCTrainer:
             layout = result.layout
             losses = [*(row["loss_nats"] for row in history), result.loss]
             refreshed = self.teacher.after_update(step, losses)
-            self.sampler.push(self.model, step)
+            pushed = self.sampler.push(self.model, step)
 
             record = _record(step, rollouts, result, self)
             seconds = {"rollout": generated - began, **result.seconds}
@@ -182,6 +184,7 @@ class OPSDCTrainer:
             sampled = sum(len(r.response_ids) for r in rollouts)
             record["perf/seconds_step"] = round(time.perf_counter() - began, 3)
             record["perf/tokens_per_second"] = round(sampled / max(seconds["rollout"], 1e-9), 1)
+            record |= {f"perf/{k}": v for k, v in pushed.items()}
             record["perf/peak_mib"] = round(peak_mib(), 1)
             record["perf/out_of_memory"] = out_of_memory
             responses.write(*(self._response_row(step, rollout) for rollout in rollouts))
@@ -238,13 +241,7 @@ class OPSDCTrainer:
             batch_size=rollout.batch_size,
         )
         rollouts = self.sampler.generate(requests, params, label=f"step {step} rollouts")
-        oldest = min(r.weights_version for r in rollouts)
-        if step - 1 - oldest > rollout.max_staleness:
-            raise TrainingError(
-                f"step {step} got a response from weights version {oldest}, "
-                f"{step - 1 - oldest} updates old; rollout.max_staleness is "
-                f"{rollout.max_staleness}"
-            )
+        check_batch(requests, rollouts, step=step, max_staleness=rollout.max_staleness)
         return rollouts
 
     def _preflight(self, step: int) -> preflight.Layout:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from opsdc.errors import RolloutError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,15 +46,57 @@ class Rollout:
     """Ended by an end-of-sequence token, not by the cap."""
     weights_version: int
     """Updates that the sampler's weights had seen."""
+    logprobs: Sequence[float] | None = None
+    """Of the response's tokens at temperature 1 and without top-p or top-k, as the engine computed
+    them (vLLM's "raw" ones): what the trainer's own forward must reproduce. None: not recorded."""
 
 
 class Sampler(Protocol):
-    """Generates with the newest weights it was given."""
+    """Generates with the newest weights it was given.
+
+    sampler.push(model, 0)
+    for step in 1, 2, ...:
+        rollouts = sampler.generate(...)      # each carries weights_version step - 1
+        update(model, rollouts)
+        sampler.push(model, step)             # WeightSyncError: no sampling until one works
+    """
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, *, label: str
     ) -> list[Rollout]:
         """Sample one response per request, in the order of the requests."""
 
-    def push(self, model: torch.nn.Module, version: int) -> None:
-        """Take over the model's weights; every later rollout carries this version."""
+    def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
+        """Take over the model's weights; every later rollout carries this version.
+
+        Returns what there is to record of the transfer; raises WeightSyncError.
+        """
+
+    def close(self) -> None:
+        """Give back processes and memory; the sampler is then of no more use."""
+
+
+def stream_seed(seed: int, key: str) -> int:
+    """The 63-bit seed of one response's random stream."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def check_batch(
+    requests: Sequence[Request], rollouts: Sequence[Rollout], *, step: int, max_staleness: int
+) -> None:
+    """Raise RolloutError unless these are the answers to `requests` by the weights before `step`.
+
+    Step k is sampled by weights that have seen k − 1 updates, or up to `max_staleness` fewer.
+    """
+    if [r.key for r in requests] != [r.key for r in rollouts]:
+        raise RolloutError(f"step {step}: the sampler answered other requests than it was given")
+    for request, rollout in zip(requests, rollouts, strict=True):
+        if list(request.prompt_ids) != list(rollout.prompt_ids):
+            raise RolloutError(f"step {step}: '{request.key}' was sampled from another prompt")
+        lag = step - 1 - rollout.weights_version
+        if not 0 <= lag <= max_staleness:
+            raise RolloutError(
+                f"step {step} got a response from weights version {rollout.weights_version}, "
+                f"{lag} updates old; rollout.max_staleness is {max_staleness}"
+            )

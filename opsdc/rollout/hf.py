@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import (
 from opsdc import stop
 from opsdc.model import unwrap
 from opsdc.progress import Progress
-from opsdc.rollout import Request, Rollout, SamplingParams
+from opsdc.rollout import Request, Rollout, SamplingParams, stream_seed
 
 
 class HFSampler:
@@ -39,8 +38,12 @@ class HFSampler:
         self._pad_id = self._eos_ids[0] if pad is None else pad
         self._version = -1
 
-    def push(self, model: torch.nn.Module, version: int) -> None:
+    def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
         self._version = version
+        return {}
+
+    def close(self) -> None:
+        pass
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, *, label: str
@@ -91,7 +94,7 @@ class HFSampler:
                 processors.append(TopKLogitsWarper(params.top_k))
             if params.top_p < 1:
                 processors.append(TopPLogitsWarper(params.top_p))
-            seeds = [_stream_seed(self._seed, r.key) for r in requests]
+            seeds = [stream_seed(self._seed, r.key) for r in requests]
             processors.append(_GumbelNoise(seeds, device))
         processors.append(_Advance(progress))
         output = self._model.generate(
@@ -135,11 +138,6 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             if token is not None and token not in found:
                 found.append(int(token))
     return found
-
-
-def _stream_seed(seed: int, key: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class _GumbelNoise(LogitsProcessor):
