@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from opsdc import stop
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError
+from opsdc.progress import Progress
 from opsdc.rollout import SamplingParams
 from opsdc.versions import check_vllm
 
@@ -69,6 +71,7 @@ class VLLMEngine:
         self.description = f"vLLM {check_vllm()} in this process"
         self.options = options
         self._weights_id = ""
+        self._count = 0
         # In this process, without a child: tensors can then be handed over as they are.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -145,8 +148,7 @@ class VLLMEngine:
         ]
         with self._awake(), _generators_as_they_were():
             before = self._weights_id
-            outputs = self._llm.generate(_ids(prompts), settings, use_tqdm=False)
-            rows = [_sampled(output.outputs[0]) for output in outputs]
+            rows = [_sampled(output.outputs[0]) for output in self._run(prompts, settings)]
             return Batch(weights_id=before, probe=self._score(probe), rows=rows)
 
     def close(self) -> None:
@@ -164,11 +166,38 @@ class VLLMEngine:
         params = vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False
         )
-        (output,) = self._llm.generate(_ids([ids]), params, use_tqdm=False)
+        (output,) = self._run([ids], [params])
         return [
             entry[token].logprob
             for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)
         ]
+
+    def _run(self, prompts: Sequence[Sequence[int]], settings: Sequence[Any]) -> list[Any]:
+        """`LLM.generate`, but for leaving between two tokens when a stop was asked for."""
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        names = [f"{self._count + i}" for i in range(len(prompts))]
+        self._count += len(prompts)
+        rounds = math.ceil(len(prompts) / self.options.max_num_seqs)
+        total = rounds * max(s.max_tokens for s in settings)
+        progress = Progress(f"vLLM, {len(prompts)} responses", total=total, unit="position")
+        done: dict[str, Any] = {}
+        try:
+            for name, ids, setting in zip(names, prompts, settings, strict=True):
+                setting.output_kind = RequestOutputKind.FINAL_ONLY
+                engine.add_request(name, {"prompt_token_ids": list(ids)}, setting)
+            while engine.has_unfinished_requests():
+                stop.check()
+                done |= {output.request_id: output for output in engine.step()}
+                progress.advance()
+        except BaseException:
+            # What is left would be in the way of the next batch.
+            engine.abort_request(names)
+            raise
+        finally:
+            progress.close()
+        return [done[name] for name in names]
 
     @contextlib.contextmanager
     def _awake(self) -> Iterator[None]:
@@ -181,10 +210,6 @@ class VLLMEngine:
         finally:
             # Level 1 keeps the weights, in host memory.
             self._llm.sleep(level=1)
-
-
-def _ids(prompts: Sequence[Sequence[int]]) -> Any:
-    return [{"prompt_token_ids": list(ids)} for ids in prompts]
 
 
 def _sampled(completion: Any) -> Sampled:

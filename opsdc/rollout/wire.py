@@ -13,8 +13,12 @@ import struct
 import time
 from typing import Any
 
+from opsdc import stop
+
 MAX_BYTES = 1 << 28
 _LENGTH = struct.Struct(">Q")
+# How soon a wait for the peer is left when the process is asked to stop.
+_POLL_S = 0.5
 
 
 class WireError(Exception):
@@ -49,9 +53,14 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
     parts: list[bytes] = []
     missing = count
     while missing:
-        _limit(connection, deadline)
+        _limit(connection, min(deadline, time.monotonic() + _POLL_S))
         try:
             part = connection.recv(min(missing, 1 << 20))
+        except TimeoutError:
+            stop.check()
+            if time.monotonic() < deadline:
+                continue
+            raise WireError("no answer in time") from None
         except OSError as error:
             raise WireError(f"no answer: {error or type(error).__name__}") from error
         if not part:
@@ -62,7 +71,5 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
 
 
 def _limit(connection: socket.socket, deadline: float) -> None:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise WireError("no answer in time")
-    connection.settimeout(left)
+    # Not 0, which would mean not to wait at all, and be another error.
+    connection.settimeout(max(deadline - time.monotonic(), 1e-3))
