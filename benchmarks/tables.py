@@ -158,11 +158,18 @@ def _phases(found: dict[str, Any]) -> list[str]:
 
 def between(text: str, name: str) -> str:
     """What README holds for a record."""
-    return _block(name).search(text)[2]  # type: ignore[index]
+    return _found(text, name)[2].rstrip("\n")
+
+
+def _found(text: str, name: str) -> re.Match[str]:
+    match = _block(name).search(text)
+    if match is None:
+        raise ValueError(f"{README} has no place for {name}: <!-- benchmarks: {name} --> ... end")
+    return match
 
 
 def _block(name: str) -> re.Pattern[str]:
-    return re.compile(rf"(<!-- benchmarks: {name} -->\n)(.*?)(\n<!-- end: {name} -->)", re.DOTALL)
+    return re.compile(rf"(<!-- benchmarks: {name} -->\n)(.*?)(<!-- end: {name} -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -178,7 +185,8 @@ def main() -> None:
         if not write:
             print(f"== {path.stem}\n\n{table}\n")
             continue
-        text = _block(path.stem).sub(lambda m, table=table: m[1] + table + m[3], text)
+        place = _found(text, path.stem)
+        text = text[: place.start(2)] + table + "\n" + text[place.end(2) :]
         for plot in plots.draw(found, PLOTS, path.stem):
             print(f"written: {plot}")
     if write:
