@@ -59,16 +59,16 @@ def divergence_rows_(
             free=free,
         )
     if fast is not None:
-        value, sign, statistics = fast
+        value, factor, statistics = fast
     else:
         t = s + d if t is None else t
         value, statistics = _exact_rows(s, t, d, problem, gradient, target_ids_B)
-        sign = 1.0
+        factor = torch.ones_like(value)
     if gradient and slope is not None:
         s.mul_(slope)
     if gradient and s is not student_BV:
         student_BV.copy_(s)
-    return Rows(value, torch.full_like(value, sign * problem.logit_factor), statistics)
+    return Rows(value, factor * problem.logit_factor, statistics)
 
 
 def _exact_rows(
