@@ -1,6 +1,5 @@
 """The handlers themselves; what a stopped run leaves is in test_chaos.py."""
 
-import os
 import signal
 import threading
 
@@ -13,7 +12,7 @@ def test_the_first_signal_asks_and_handlers_return():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with stop.on_signal():
         stop.check()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(stop.Stopped, match="SIGTERM"):
             stop.check()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
@@ -23,7 +22,7 @@ def test_the_first_signal_asks_and_handlers_return():
 def test_blocks_nest_and_the_outer_one_owns_the_handlers():
     with stop.on_signal():
         with stop.on_signal():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         with pytest.raises(stop.Stopped, match="SIGINT"):
             stop.check()
 

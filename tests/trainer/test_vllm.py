@@ -258,7 +258,6 @@ def test_dangerous_variables_are_refused(make_config, monkeypatch, name, engine)
     config = make_config(**{"rollout.engine": engine})
     with pytest.raises(ConfigError, match=name):
         start_sampler(config, model, byte_tokenizer(), [5, 6, 7])
-    assert "vllm" not in sys.modules
 
 
 @pytest.mark.parametrize("version", [None, "0.26.1", "0.33.0", "1.0.0"])
