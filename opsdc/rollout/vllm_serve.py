@@ -144,7 +144,9 @@ def serve_run(config: OPSDCConfig) -> None:
             port=int(port),
             key=key,
             weights_dir=Path(weights_dir),
-            ready=lambda port: print(f"{engine.description}, listening on {host}:{port}"),
+            ready=lambda port: print(
+                f"{engine.description}, listening on {host}:{port}", flush=True
+            ),
         )
 
 

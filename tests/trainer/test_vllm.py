@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -233,21 +234,48 @@ def alive(pid):
 
 
 @needs_vllm
-def test_a_whole_run_over_the_server(make_config, tmp_path_factory, tmp_path):
-    folder = small_folder(tmp_path_factory, "llama")
+def test_a_whole_run_over_a_server_started_by_hand(
+    make_config, tmp_path_factory, tmp_path, monkeypatch
+):
+    """`opsdc serve` with a key, and a run that is pointed to it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     config = make_config(
         **{
-            "model.name_or_path": str(folder),
+            "model.name_or_path": str(small_folder(tmp_path_factory, "llama")),
             "rollout.engine": "vllm_server",
-            "rollout.timeout_s": 120,
+            "rollout.timeout_s": 60,
+            "rollout.server_address": address,
+            "rollout.weights_dir": str(tmp_path),
             "train.steps": 2,
         }
     )
-    trainer = OPSDCTrainer(None, config)
-    trainer.train()
-    trainer.sampler.close()
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(), "utf-8")
+    monkeypatch.setenv("OPSDC_SERVER_KEY", "right")
+    command = [sys.executable, "-m", "opsdc", "serve", "--config", str(path)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("listening on" in line for line in server.stdout)
+        monkeypatch.setenv("OPSDC_SERVER_KEY", "wrong")
+        with pytest.raises(ConfigError, match="wrong or missing key"):
+            OPSDCTrainer(None, config)
+        monkeypatch.setenv("OPSDC_SERVER_KEY", "right")
+        tree = config.to_dict()
+        other = OPSDCConfig.from_dict({**tree, "model": {**tree["model"], "dtype": "bfloat16"}})
+        with pytest.raises(ConfigError, match="start it with this run's config"):
+            OPSDCTrainer(None, other)
+        trainer = OPSDCTrainer(None, config)
+        trainer.train()
+        trainer.sampler.close()
+        # It is not the run's to end.
+        assert server.poll() is None
+    finally:
+        server.kill()
+        server.wait()
     rows = [json.loads(x) for x in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert {(r["step"], r["weights_version"]) for r in rows} == {(1, 0), (2, 1)}
+    assert not list(tmp_path.rglob("weights-*.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE"])
