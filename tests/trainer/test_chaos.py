@@ -252,7 +252,7 @@ def test_sigterm_at_a_random_moment(settings, whole, tmp_path, times):
 
 # Where the signal arrives: its place, the call that sends it, and the step that is saved then.
 STOPS = {
-    "rollout": ("opsdc.rollout.hf._Advance", "__call__", 35, {2, 3}),
+    "rollout": ("opsdc.rollout.hf._Advance", "__call__", 43, {2, 3}),
     "teacher's pass": ("opsdc.update", "teacher_hidden_states", 4, {3}),
     "student's pass": ("opsdc.update", "distillation_loss", 8, {2, 3}),
     "save": ("opsdc.checkpoint", "save_file", 2, {4}),
