@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import accuracy, rollouts, sdft
 from benchmarks.clock import PHASES, phases
-from benchmarks.contenders import Loss, contenders
+from benchmarks.contenders import Failure, Loss, contenders
 from benchmarks.memory import fresh_processes
 from benchmarks.resident import added_mib
 from benchmarks.rollouts import Rollouts
@@ -64,8 +64,9 @@ class Step:
         )
 
 
-def measure(*, repeats: int) -> list[Step]:
-    """Ways interleaved; prints each line. TRL's is left out where TRL cannot be imported."""
+def measure(*, repeats: int) -> list[Step | Failure]:
+    """Ways interleaved; prints each line."""
+    found: list[Step | Failure] = []
     recorded = rollouts.sample()
     ways = _Ways(recorded)
     ways.add_plain_loops()
@@ -73,7 +74,8 @@ def measure(*, repeats: int) -> list[Step]:
         ways.add_sdft()
     except Exception as error:
         # A peer may fail to import in any way; it is listed with its reason, never dropped.
-        print(f"{sdft.NAME}: not run: {type(error).__name__}: {error}", flush=True)
+        found.append(Failure.of(sdft.NAME, error))
+        print(found[-1], flush=True)
     case, true_gradients = _truth(recorded)
     true = truth(case)
     spent: dict[str, list[dict[str, float]]] = {name: [] for name in ways.updates}
@@ -84,7 +86,6 @@ def measure(*, repeats: int) -> list[Step]:
             spent[name].append(phases(update, ways.model.get_decoder(), teacher.get_decoder()))
             if name not in errors:
                 errors[name] = _relative(ways.model, true_gradients)
-    found = []
     for name in ways.updates:
         medians = {
             phase: statistics.median(each[phase] for each in spent[name][1:]) for phase in PHASES
