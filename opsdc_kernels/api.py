@@ -39,8 +39,8 @@ class DivergenceStats:
     """Log-probability of `target_ids`, where given."""
     teacher_logprob: Tensor | None = None
     gradient_error_bound: Tensor | None = None
-    """With `skip_tolerance`, as all that follow. Per token: leaving columns out makes an error of its
-    row of dH of at most this, relative to the exact row (∞ where nothing can be said)."""
+    """With `skip_tolerance`, as all that follow. Per token: the columns left out make an error of
+    its row of dH of at most this, relative to the exact row (∞ where nothing can be said)."""
     divergence_error: Tensor | None = None
     """Nats that `divergence`, then a lower bound, may lack: an estimate, no bound. 0 where it is
     exact."""
@@ -178,8 +178,8 @@ def linear_divergence(
             raise ValueError(f"logit_scale={logit_scale!r} must be finite and not 0")
     if skip_tolerance is not None and softcap[0] != softcap[1]:
         raise ValueError(
-            f"logit_softcap={logit_softcap!r}: under different caps nothing bounds the columns that "
-            "skip_tolerance leaves out; give both one cap, or skip_tolerance=None"
+            f"logit_softcap={logit_softcap!r}: under different caps nothing bounds the columns "
+            "that skip_tolerance leaves out; give both one cap, or skip_tolerance=None"
         )
     for cap in softcap:
         if cap is not None and not 0 < cap < math.inf:
@@ -219,10 +219,10 @@ def linear_divergence(
     assert statistics is not None
     if skip_tolerance is None:
         return loss, DivergenceStats(*(x.reshape(leading) for x in statistics))
-    *found, bound, error = (x.reshape(leading) for x in statistics[:-4])
+    found: list[Any] = [x.reshape(leading) for x in statistics[:-4]]
     if target_ids is None:
-        found += [None, None]
-    return loss, DivergenceStats(*found, bound, error, *statistics[-4:])
+        found[-2:-2] = [None, None]
+    return loss, DivergenceStats(*found, *statistics[-4:])
 
 
 def linear_reverse_kl(
