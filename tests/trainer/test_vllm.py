@@ -3,6 +3,7 @@
 Each engine is a process of its own: the run's server, or a script for the engine in the trainer's.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -190,6 +191,23 @@ def test_server_answers_nobody_without_the_key(server):
     with pytest.raises(Exception, match="no folder of weights"):
         engine._request(hostile, time.monotonic() + 10)
     assert len(sampler.generate(requests(1), SamplingParams(max_new_tokens=4), label="test")) == 1
+
+
+@pytest.mark.slow
+def test_a_run_told_to_stop_while_its_server_starts_ends_at_once(server, tmp_path):
+    _, _, config = server
+    out = tmp_path / "run"
+    path = tmp_path / "config.yaml"
+    path.write_text(dataclasses.replace(config, output_dir=str(out)).to_yaml(), "utf-8")
+    command = [sys.executable, "-m", "opsdc", "train", "--config", str(path)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (out / "vllm_server.log").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    printed, _ = run.communicate(timeout=30)
+    assert run.returncode == 0
+    assert "stopped by SIGTERM before the run began" in printed
 
 
 @pytest.mark.slow
