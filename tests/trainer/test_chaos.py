@@ -249,6 +249,34 @@ def test_sigterm_at_a_random_moment(settings, whole, tmp_path, times):
     assert stopped >= 1
 
 
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("times", [5, pytest.param(100, marks=pytest.mark.chaos)])
+def test_the_demo_model_is_left_within_thirty_seconds(smollm2, tmp_path, times):
+    """One run, stopped and started again: in its rollouts, updates, 2 GB saves, and restores."""
+    out = tmp_path / "run"
+    tree = OPSDCConfig.load("smollm2-cpu").to_dict()
+    tree["output_dir"], tree["eval"]["problems"] = str(out), 0
+    tree["train"] |= {"steps": 10 * times, "save_every": 1}
+    tree["rollout"] |= {"prompts_per_step": 4, "max_new_tokens": 32}
+    rng = random.Random(times)
+    longest = 0.0
+    for _ in range(times):
+        process = runs.start(tree)
+        while not caught_sigterm(process.pid):
+            time.sleep(0.002)
+        process.join(rng.uniform(0, 30))
+        os.kill(process.pid, signal.SIGTERM)
+        longest = max(longest, runs.wait(process, 30))
+        assert process.exitcode == 0, runs.log(out)
+    newest = checkpoint.newest_good(out / "checkpoints")
+    print(f"{times} stops, the longest {longest:.1f} s, at {newest and newest.name}")
+    assert longest < 30
+    assert runs.log(out).count("stopped by SIGTERM") == times
+    # Not left for pytest to keep.
+    shutil.rmtree(out)
+
+
 # Where the signal arrives: its place, the call that sends it, and the step that is saved then.
 STOPS = {
     "rollout": ("opsdc.rollout.hf._Advance", "__call__", 43, {2, 3}),
