@@ -51,6 +51,9 @@ class UpdateResult:
     student_entropy: float
     teacher_entropy: float
     agreement: float
+    skipped_columns: dict[str, float]
+    """with `loss.skip_tolerance`, of the loss and its gradients: share of columns kept, GEMM units,
+    the largest bounds of the error and an estimate of the nats the loss lacks, per token"""
     seconds: dict[str, float]
     """by phase: teacher, student (forward and backward), optimizer"""
     layout: Layout
@@ -92,6 +95,7 @@ def update(
     *,
     sampled_finite: bool = True,
     on_tokens: Callable[[int], None] = lambda n: None,
+    exact_value: bool = False,
 ) -> UpdateResult:
     """Accumulate the gradient of the whole step and take one optimizer step, if it is finite.
 
@@ -109,8 +113,9 @@ def update(
             kept = teacher_hidden_states(model, teacher, scored, layout)
             teacher_done = time.perf_counter()
             loss, stats = backward(
-                model, teacher, scored, kept, layout, config, on_tokens=on_tokens
-            )
+                model, teacher, scored, kept, layout, config,
+                on_tokens=on_tokens, exact_value=exact_value,
+            )  # fmt: skip
             break
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
@@ -146,6 +151,7 @@ def update(
         student_entropy=_mean([s.student_entropy for s in stats]),
         teacher_entropy=_mean([s.teacher_entropy for s in stats]),
         agreement=_mean([s.agreement for s in stats]),
+        skipped_columns=_skipped_columns(stats),
         seconds={
             "teacher": teacher_done - started,
             "student": student_done - teacher_done,
@@ -189,6 +195,7 @@ def backward(
     config: OPSDCConfig,
     *,
     on_tokens: Callable[[int], None] = lambda n: None,
+    exact_value: bool = False,
 ) -> tuple[float, list[DivergenceStats]]:
     """Student forward, loss and backward, micro-batch by micro-batch; gradients accumulate.
 
@@ -221,6 +228,7 @@ def backward(
                 teacher_head,
                 token_weight,
                 config.loss,
+                exact_value=exact_value,
             )
         loss.backward()
         losses.append(loss.detach())
@@ -232,6 +240,25 @@ def backward(
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Trained parameters are float32; a 16-bit forward casts them as it goes."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _skipped_columns(stats: Sequence[DivergenceStats]) -> dict[str, float]:
+    """Means over the tokens and the largest bounds; a step of several micro-batches is within them
+    unless their gradients cancel."""
+    if stats[0].kept_share is None:
+        return {}
+    counts = torch.tensor([float(s.divergence.numel()) for s in stats], dtype=torch.float64)
+
+    def each(name: str) -> torch.Tensor:
+        return torch.stack([getattr(s, name) for s in stats]).double().cpu()
+
+    return {
+        "kept_columns_share": float(each("kept_share") @ counts / counts.sum()),
+        "loss_gemm_units": float(each("gemm_units") @ counts / counts.sum()),
+        "hidden_gradient_bound": float(each("hidden_gradient_bound").max()),
+        "weight_gradient_bound": float(each("weight_gradient_bound").max()),
+        "kl_missing": _mean([s.divergence_error for s in stats if s.divergence_error is not None]),
+    }
 
 
 def _mean(parts: Sequence[torch.Tensor]) -> float:
@@ -248,6 +275,7 @@ def _nothing_to_learn(layout: Layout) -> UpdateResult:
         student_entropy=nan,
         teacher_entropy=nan,
         agreement=nan,
+        skipped_columns={},
         seconds={"teacher": 0.0, "student": 0.0, "optimizer": 0.0},
         layout=layout,
     )
