@@ -136,7 +136,8 @@ def _gradients(case: Case, tolerance: float | None):  # type: ignore[no-untyped-
     loss, stats = linear_divergence(
         hidden, weight, case.teacher_hidden, return_stats=True, skip_tolerance=tolerance
     )
-    return stats, *torch.autograd.grad(loss, (hidden, weight))
+    dh, dw = torch.autograd.grad(loss, (hidden, weight))
+    return stats, dh, dw
 
 
 def _rival(loss: Callable[..., Tensor], case: Case) -> None:
