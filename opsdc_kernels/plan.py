@@ -19,7 +19,7 @@ CPU_WORKSPACE_CAP_BYTES = 192 << 20
 GPU_MINIMUM_CHUNK_ROWS = 512
 """Below this a GPU's GEMMs no longer run at their full rate."""
 CPU_BUFFERS = 6
-"""Blocks that the row passes in torch write to: t − s and those of `rows_cpu`. In C they have none."""
+"""Blocks that the row passes in torch (not those in C) write to: t − s and those of `rows_cpu`."""
 EXACT_TEMPORARIES = 16
 """Results of the size of its rows that the exact row pass holds at once, at most."""
 

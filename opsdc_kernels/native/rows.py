@@ -107,8 +107,8 @@ def _run(
     assert library is not None
     rows, columns = s.shape
     results = s.new_empty(FIELDS, rows)
-    biases = [None if x is None else x.detach()[:columns].float().contiguous()
-              for x in (problem.student_bias, None if shared else problem.teacher_bias)]  # fmt: skip
+    given = (problem.student_bias, None if shared else problem.teacher_bias)
+    biases = [None if x is None else x.detach()[:columns].float().contiguous() for x in given]
     targets = None if target_ids is None else target_ids.contiguous()
 
     def run(start: int, stop: int) -> None:
