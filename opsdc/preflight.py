@@ -110,7 +110,8 @@ def sampler_agreement(sampler: Sampler, model: Any, pairs: list[Pair], config: O
     """
     prompts = [list(p.student_prompt_ids) for p in pairs]
     requests = [Request(key=f"preflight/{i}", prompt_ids=ids) for i, ids in enumerate(prompts)]
-    params = SamplingParams(max_new_tokens=_SAMPLED_TOKENS)
+    # No more than a rollout's: an engine has room for no longer ones.
+    params = SamplingParams(max_new_tokens=min(_SAMPLED_TOKENS, config.rollout.max_new_tokens))
     dtype = getattr(torch, config.model.dtype)
     own: list[float] = []
     found: list[float] = []
