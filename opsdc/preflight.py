@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -104,11 +105,13 @@ def common_suffix(pairs: list[Pair]) -> int:
 def sampler_agreement(sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDCConfig) -> str:
     """A few tokens from each prompt, as a line: the sampler's log-probabilities are the trainer's.
 
-    Raises ModelError where they are not: rollouts would come from another model than is trained.
+    Raises ModelError where they are not (rollouts would come from another model than is trained),
+    or are no numbers.
     """
     prompts = [list(p.student_prompt_ids) for p in pairs]
     requests = [Request(key=f"preflight/{i}", prompt_ids=ids) for i, ids in enumerate(prompts)]
-    params = SamplingParams(max_new_tokens=_SAMPLED_TOKENS)
+    # No more than a rollout's: an engine has room for no longer ones.
+    params = SamplingParams(max_new_tokens=min(_SAMPLED_TOKENS, config.rollout.max_new_tokens))
     dtype = getattr(torch, config.model.dtype)
     own: list[float] = []
     found: list[float] = []
@@ -116,6 +119,11 @@ def sampler_agreement(sampler: Sampler, model: Any, pairs: list[Pair], config: O
         whole = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], dtype)
         own += whole[len(whole) - len(r.response_ids) :]
         found += r.logprobs or ()
+    if not all(map(math.isfinite, own)):
+        raise ModelError(
+            f"the model's own log-probabilities of {len(own)} tokens are not finite: its weights "
+            "hold NaN or infinity, or model.dtype overflows; use float32, or another model"
+        )
     mean, largest = difference(own, found)
     limits = AGREEMENT[dtype]
     if not (mean <= limits[0] and largest <= limits[1]):
