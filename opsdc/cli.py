@@ -197,15 +197,16 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
-    from opsdc import report, stop
+    from opsdc import distributed, report, stop
     from opsdc.train import OPSDCTrainer
 
     # From before the model loads: a stop asked for then still ends with status 0.
-    with stop.on_signal():
+    with stop.on_signal(), distributed.join(config.distributed).one_voice():
         trainer = OPSDCTrainer(None, config)
-        if "stopped" not in trainer.train():
+        if "stopped" not in trainer.train() and trainer.ranks.first:
             report.print_report(Path(config.output_dir))
         trainer.sampler.close()
+        distributed.leave()
     return 0
 
 

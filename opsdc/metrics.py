@@ -26,16 +26,24 @@ from opsdc.config import OPSDCConfig
 
 
 class Lines:
-    """A JSON-lines file whose rows carry `step`; a resumed run cuts it to its checkpoint first."""
+    """A JSON-lines file whose rows carry `step`; a resumed run cuts it to its checkpoint first.
 
-    def __init__(self, path: Path, *, after_step: int) -> None:
+    Of several ranks one `writes`.
+    """
+
+    def __init__(self, path: Path, *, after_step: int, writes: bool = True) -> None:
         self._path = path
+        self._writes = writes
+        if not writes:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = (row for row in read_lines(path) if row["step"] <= after_step)
         write_text(path, "".join(map(_line, kept)))
 
     def write(self, *rows: dict[str, Any]) -> None:
         """Append rows, on disk when this returns: a checkpoint must not be ahead of its record."""
+        if not self._writes:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
             file.flush()
@@ -95,6 +103,8 @@ class Callbacks:
         model: Any,
         tokenizer: Any,
         optimizer: torch.optim.Optimizer,
+        *,
+        first: bool = True,
     ) -> None:
         found = get_reporting_integration_callbacks(list(config.log.report_to))
         trackers = [c() if isinstance(c, type) else c for c in found]
@@ -110,7 +120,7 @@ class Callbacks:
             report_to="none",
             run_name=Path(config.output_dir).name,
         )
-        self._state = TrainerState(max_steps=config.train.steps, is_world_process_zero=True)
+        self._state = TrainerState(max_steps=config.train.steps, is_world_process_zero=first)
         self._control = TrainerControl()
 
     def emit(self, event: str, *, step: int, **kwargs: Any) -> bool:

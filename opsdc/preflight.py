@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from opsdc import checkpoint
+from opsdc import checkpoint, sharding
 from opsdc.batch import Pair, token_batch
 from opsdc.config import OPSDCConfig
+from opsdc.distributed import ALONE, Ranks
 from opsdc.errors import CheckpointError, ModelError
 from opsdc.model import check_head, hidden_states, read_head, unwrap
 from opsdc.teacher import Teacher
@@ -64,7 +65,12 @@ def choose_packing(model: Any, config: OPSDCConfig, sequences: list[list[int]]) 
 
 
 def same_prompt_divergence(
-    model: Any, teacher: Teacher, pairs: list[Pair], layout: Layout, config: OPSDCConfig
+    model: Any,
+    teacher: Teacher,
+    pairs: list[Pair],
+    layout: Layout,
+    config: OPSDCConfig,
+    ranks: Ranks,
 ) -> float:
     """Mean divergence in nats, the student's prompt on both sides; 0 while weights are equal."""
     same = [
@@ -75,12 +81,11 @@ def same_prompt_divergence(
         )
         for p in pairs
     ]
-    with torch.no_grad():
-        kept = teacher_hidden_states(model, teacher, same, layout)
-    _, stats = backward(model, teacher, same, kept, layout, config)
+    kept = teacher_hidden_states(model, teacher, same, layout, ranks=ranks)
+    loss, _ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
     for parameter in model.parameters():
         parameter.grad = None
-    return float(torch.cat([s.divergence for s in stats]).mean())
+    return loss
 
 
 def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
@@ -164,14 +169,16 @@ def run(
     *,
     pad_id: int,
     teacher_is_student: bool,
+    ranks: Ranks = ALONE,
 ) -> tuple[Layout, list[str]]:
     """All checks on a few prompts; gives the layout to train with and one line per check.
 
     `teacher_is_student`: both have the same weights now (at the start, or right after a refresh).
     """
-    difference = check_head(model)
     sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
-    packed, why = choose_packing(model, config, sequences)
+    with sharding.whole(model):
+        difference = check_head(model)
+        packed, why = choose_packing(model, config, sequences)
     layout = Layout(
         packed=packed,
         max_tokens=config.train.max_tokens_per_micro_batch,
@@ -186,7 +193,7 @@ def run(
     ]
     if not teacher_is_student:
         return layout, lines
-    divergence = same_prompt_divergence(model, teacher, pairs, layout, config)
+    divergence = same_prompt_divergence(model, teacher, pairs, layout, config, ranks)
     lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
     if not divergence <= 1e-6:
         raise ModelError(

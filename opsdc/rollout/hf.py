@@ -108,6 +108,8 @@ class HFSampler:
                 use_cache=True,
             ),
             logits_processor=processors,
+            # Ranks of an FSDP model do not wait for each other: see `opsdc.sharding.whole`.
+            synced_gpus=False,
         )
         return [
             self._rollout(request, row[longest:].tolist())
