@@ -64,7 +64,10 @@ def _run(settings, prepare, arguments):
     plots.plot_run = lambda run: run
     # YAML reads JSON; the command's own way in brings its handlers and its exit status.
     config = out.with_suffix(".json")
-    config.write_text(json.dumps(settings))
+    # Aside and renamed: ranks of one run all write it.
+    aside = config.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(settings))
+    aside.replace(config)
     if prepare is not None:
         prepare(*arguments)
     sys.exit(cli.main(["train", "--config", str(config)]))
