@@ -5,8 +5,11 @@ A rank finds its place in the environment, as torchrun says it, and sends back w
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import pkgutil
+import signal
 import socket
 import traceback
 from pathlib import Path
@@ -232,3 +235,123 @@ def distance(expected, found):
     """Of two sets of arrays, relative to the first."""
     square = sum(float(((found[n] - expected[n]) ** 2).sum()) for n in expected)
     return math.sqrt(square / sum(float((expected[n] ** 2).sum()) for n in expected))
+
+
+def averaged(settings, lengths):
+    """`five_steps` with the gradients averaged over ranks, as FSDP does unless told."""
+    from torch.distributed.fsdp import FSDPModule
+
+    factor = FSDPModule.set_gradient_divide_factor
+    FSDPModule.set_gradient_divide_factor = lambda module, _: factor(module, 2.0)
+    return five_steps(settings, lengths)
+
+
+def talk():
+    """Everything that ranks can tell each other, once."""
+    import torch
+
+    from opsdc import distributed, errors, stop
+    from opsdc.config import DistributedConfig
+
+    ranks = distributed.join(DistributedConfig())
+    rank = ranks.rank
+    found = {
+        "gathered": ranks.gather({"rank": rank}),
+        "first": ranks.from_first(f"from {rank}"),
+        "sum": ranks.sum(rank + 0.1),
+        "any": [ranks.any(rank == 2), ranks.any(False)],
+        "rows": ranks.concat(torch.full((rank, 2), float(rank)))[:, 1].tolist(),
+    }
+
+    def fail():
+        if rank == 1:
+            raise errors.ConfigError("no")
+
+    try:
+        ranks.each(fail)
+    except errors.ConfigError as error:
+        found["error"] = (type(error).__name__, str(error))
+
+    def ask():
+        if rank == 2:
+            raise stop.Stopped("SIGTERM")
+
+    try:
+        ranks.each(ask)
+    except stop.Stopped as stopped:
+        found["stopped"] = str(stopped)
+    return found
+
+
+def not_finite_on_one(settings):
+    """(skipped, unchanged): rank 1's loss is NaN, whose share holds every second token."""
+    import torch
+
+    from opsdc import update as module
+
+    run = Run(settings)
+    before = {n: p.detach().clone() for n, p in run.trained().items()}
+    if run.ranks.rank == 1:
+        original = module.distillation_loss
+
+        def sick(*arguments, **keywords):
+            loss, stats = original(*arguments, **keywords)
+            return loss * math.nan, stats
+
+        module.distillation_loss = sick
+    result, _ = run.take(batch((5, 6, 7, 8)))
+    same = [torch.equal(_local(p), _local(before[n])) for n, p in run.trained().items()]
+    return result.skipped, all(same)
+
+
+def _local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+# What goes wrong on one rank of a run.
+
+
+def signal_one(rank, owner, name, n):
+    """SIGTERM to rank 1 alone, at its n-th call."""
+    _at_call(rank, owner, name, n, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def fail_on_one(rank, owner, name, n):
+    def fail():
+        raise RuntimeError("injected")
+
+    _at_call(rank, owner, name, n, fail)
+
+
+def no_memory_on_one(rank, owner, name, n):
+    def fail():
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    _at_call(rank, owner, name, n, fail)
+
+
+def _at_call(rank, owner, name, n, action):
+    if rank != 1:
+        return
+    target = pkgutil.resolve_name(owner)
+    original, calls = getattr(target, name), 0
+
+    def acting(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            action()
+        return original(*arguments, **keywords)
+
+    setattr(target, name, acting)
+
+
+def outcome(out):
+    """As `runs.outcome`, for any number of files."""
+    found = runs.outcome(out)
+    (last,) = sorted((Path(out) / "checkpoints").glob("step-*"))[-1:]
+    files = json.loads((last / "manifest.json").read_text())["files"]
+    found["sha256"] = {n: f["sha256"] for n, f in files.items() if n.endswith(".safetensors")}
+    return found

@@ -84,7 +84,7 @@ def outcome(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     record = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
     (last,) = sorted((out / "checkpoints").glob("step-*"))[-1:]
-    weights = [last / "model", last / "teacher", last / "optimizer.safetensors", out / "model"]
+    weights = [last / "model", last / "teacher", out / "model", *last.glob("optimizer*")]
     return {
         "record": record,
         "rollouts": (out / "rollouts.jsonl").read_text(),
