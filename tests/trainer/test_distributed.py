@@ -32,7 +32,8 @@ def settings_of_steps(strategy, **more):
     return {
         "distributed": {"strategy": strategy, **more.pop("distributed", {})},
         "teacher": {"mode": "refresh", "refresh_steps": 2},
-        "optim": {"lr": 1e-3},
+        # Gradients of equal direction would be equal after clipping.
+        "optim": {"lr": 1e-3, "grad_clip": 1e9},
         # Ranks have different numbers of micro-batches.
         "train": {"max_tokens_per_micro_batch": 40},
         **more,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tests_runs as runs
 
-TIMEOUT_S = 120
+TIMEOUT_S = 200
 
 
 def ranks(size, function, *arguments):
