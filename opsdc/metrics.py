@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging as transformers_logging
 
 from opsdc.config import OPSDCConfig
 
@@ -111,6 +112,9 @@ class Callbacks:
         self._handler = CallbackHandler(
             [DefaultFlowCallback(), *trackers, *callbacks], model, tokenizer, optimizer, None
         )
+        # It warns of a process group that is not its own; and ranks on a CPU are none to it.
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
         self._args = TrainingArguments(
             output_dir=config.output_dir,
             max_steps=config.train.steps,
@@ -120,6 +124,7 @@ class Callbacks:
             report_to="none",
             run_name=Path(config.output_dir).name,
         )
+        transformers_logging.set_verbosity(verbosity)
         self._state = TrainerState(max_steps=config.train.steps, is_world_process_zero=first)
         self._control = TrainerControl()
 

@@ -178,6 +178,13 @@ def full_head(head: Head, dtype: torch.dtype) -> Head:
 def save_weights(model: Any, folder: str | Path, ranks: Ranks = ALONE) -> None:
     """As `opsdc.model.save_weights`, whichever way the model lies; the same kind of folder."""
     folder = Path(folder)
+
+    def clear() -> None:
+        # Files of another number of ranks would be read instead of, or beside, the new ones.
+        for stale in folder.glob("*.safetensors*"):
+            stale.unlink()
+
+    ranks.alone(clear)
     if not is_sharded(model):
         ranks.alone(lambda: whole_model.save_weights(model, folder))
     elif hasattr(model, "peft_config"):
