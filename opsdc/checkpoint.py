@@ -7,9 +7,9 @@
         optimizer*.safetensors   AdamW's moments by parameter name
         state.json               step, versions, the resolved configuration
 
-A checkpoint is written beside its place, synced to disk, and renamed: one that has its name is
-whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled: a folder
-with any file that is not in its manifest, or of a kind that could hold code, is refused.
+A checkpoint is written beside its place, synced to disk, read back, and renamed: one that has its
+name is whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled: a
+folder with any file that is not in its manifest, or of a kind that could hold code, is refused.
 
 Ranks that hold parts of a model (fsdp) each write a numbered file of whole tensors, and each reads
 its own rows from whatever files there are: a checkpoint does not depend on the number of ranks.
@@ -61,7 +61,7 @@ def save(
     keep: int,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `step`'s checkpoint under `root`, verify it, then drop all but the newest `keep`.
+    """Write `step`'s checkpoint, verify it, give it its name, then drop all but the newest `keep`.
 
     Dropped are also those of later steps: a run that is at `step` has found them damaged, or was
     told to start before them. Raises CheckpointError (disk full, read-only folder, ...); older
@@ -69,6 +69,7 @@ def save(
     """
     final = path_of(root, step)
     aside = root / f".tmp-{final.name}-{ranks.from_first(os.getpid())}"
+    replaced = root / f".tmp-old-{final.name}"
 
     def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
@@ -80,8 +81,11 @@ def save(
         _write_json(aside / _MANIFEST, manifest)
         for folder in (aside / _MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
             _sync(folder)
+        problem = verify(aside)
+        if problem:
+            raise OSError(f"it reads back damaged: {problem}")
         if final.exists():
-            _remove(final)
+            final.rename(replaced)
         aside.rename(final)
         _sync(root)
 
@@ -103,10 +107,8 @@ def save(
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
         ) from error
-    problem = ranks.alone(lambda: verify(final))
-    if problem:
-        raise CheckpointError(f"checkpoint {final} reads back damaged: {problem}")
     if ranks.first:
+        shutil.rmtree(replaced, ignore_errors=True)
         _drop_old(root, final, keep)
     return final
 
@@ -237,15 +239,19 @@ def restore(
         if not teacher.is_student:
             with teacher.weights():
                 load_weights(model, folder / "teacher")
+        teacher.version = int(state["teacher_version"])
+        _load_moments(model, optimizer, Tensors(folder.glob("optimizer*.safetensors")))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint {folder} does not fit this run's model, adapter or teacher.mode: {error}; "
             "restore those settings or name another output_dir"
         ) from error
-    teacher.version = state["teacher_version"]
-    stored = Tensors(folder.glob("optimizer*.safetensors"))
+    return state
+
+
+def _load_moments(model: Any, optimizer: torch.optim.Optimizer, stored: Tensors) -> None:
     for name, param in model.named_parameters():
-        if param.requires_grad and f"{name}/exp_avg" in stored:
+        if param.requires_grad and f"{name}/step" in stored:
             optimizer.state[param] = {
                 # AdamW keeps its step counter on the CPU, its moments with the parameter.
                 "step": stored.like(f"{name}/step", torch.empty(())),
@@ -254,7 +260,6 @@ def restore(
                     for key in ("exp_avg", "exp_avg_sq")
                 },
             }
-    return state
 
 
 def _weights_folder(model: Any) -> str:

@@ -197,16 +197,23 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
-    from opsdc import distributed, report, stop
-    from opsdc.train import OPSDCTrainer
+    from opsdc import stop
 
-    # From before the model loads: a stop asked for then still ends with status 0.
-    with stop.on_signal(), distributed.join(config.distributed).one_voice():
-        trainer = OPSDCTrainer(None, config)
-        if "stopped" not in trainer.train() and trainer.ranks.first:
-            report.print_report(Path(config.output_dir))
-        trainer.sampler.close()
-        distributed.leave()
+    # From before anything large is imported: a stop asked for then still ends with status 0.
+    with stop.on_signal():
+        from opsdc import distributed, report
+        from opsdc.train import OPSDCTrainer
+
+        with distributed.join(config.distributed).one_voice():
+            try:
+                trainer = OPSDCTrainer(None, config)
+            except stop.Stopped as signal:
+                print(f"stopped by {signal} before the run began", flush=True)
+                return 0
+            if "stopped" not in trainer.train() and trainer.ranks.first:
+                report.print_report(Path(config.output_dir))
+            trainer.sampler.close()
+            distributed.leave()
     return 0
 
 

@@ -267,7 +267,10 @@ class Tensors:
 
     def __init__(self, files: Iterator[Path] | list[Path]) -> None:
         self._where: dict[str, Any] = {}
-        for file in sorted(files):
+        found = sorted(files)
+        if not found:
+            raise FileNotFoundError("a file of tensors is missing")
+        for file in found:
             opened = safe_open(file, framework="pt")
             self._where |= dict.fromkeys(opened.keys(), opened)
 

@@ -131,12 +131,14 @@ def update(
     config: OPSDCConfig,
     *,
     ranks: Ranks = ALONE,
+    sampled_finite: bool = True,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> UpdateResult:
     """Accumulate the gradient of the whole step and take one optimizer step, if it is finite.
 
     All ranks are given the same `pairs`, and each takes its share of them.
 
+    `sampled_finite`: False makes the loss NaN, for responses that were sampled from NaN logits.
     A forward or backward that runs out of memory takes nothing with it: the whole step is done
     again in forwards of half the size. Raises TrainingError when they cannot be halved any more.
     Of several ranks each raises OutOfMemoryError instead, parameters and optimizer untouched.
@@ -170,6 +172,8 @@ def update(
             file=sys.stderr,
             flush=True,
         )
+    if not sampled_finite:
+        loss = math.nan
     student_done = time.perf_counter()
     grad_norm = float(
         sharding.full(
