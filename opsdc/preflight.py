@@ -161,7 +161,7 @@ def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
     return line
 
 
-def memory_room(model: Any, config: OPSDCConfig) -> str:
+def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
     """What training takes beside the weights, without activations, against what is free: a line.
 
     Only a warning: activations depend on attention and checkpointing, and free memory on others.
@@ -182,7 +182,7 @@ def memory_room(model: Any, config: OPSDCConfig) -> str:
         workspace_bytes=config.loss.workspace_bytes,
     )
     # Gradients and two moments in float32.
-    needed = 12 * trained + plan.peak_bytes
+    needed = 12 * trained // (ranks.size if sharding.is_sharded(model) else 1) + plan.peak_bytes
     free = _free_bytes(head.device)
     line = (
         f"memory: {needed / 2**30:.2f} GiB for gradients, moments and the loss beside activations, "
@@ -235,7 +235,7 @@ def run(
         f"head: the model's own logits to {difference:.1e}",
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
         disk_room(model, teacher, config),
-        memory_room(model, config),
+        memory_room(model, config, ranks),
         f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
         sampler_agreement(sampler, model, pairs, config),
     ]

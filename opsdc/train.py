@@ -38,14 +38,9 @@ from opsdc.progress import Progress
 from opsdc.rollout import Request, Rollout, SamplingParams, check_batch
 from opsdc.rollout.start import start_sampler
 from opsdc.teacher import Teacher
-from opsdc.update import UpdateResult, update
+from opsdc.update import ADVICE, UpdateResult, update
 from opsdc.versions import versions
 
-_ADVICE = (
-    "Lower train.max_tokens_per_micro_batch, rollout.batch_size or loss.workspace_bytes, set "
-    "model.gradient_checkpointing true or distributed.strategy fsdp, or train an adapter "
-    "(model.lora): `opsdc plan` says what fits. The same command then goes on"
-)
 # Steps in a row whose loss or gradient is not finite before a run gives up.
 MAX_SKIPPED = 3
 
@@ -126,7 +121,7 @@ class OPSDCTrainer:
                 print(f"stopped by {signal}: {self._keep()}; the same command goes on", flush=True)
                 return {"stopped": str(signal), "steps": self.step}
             except OutOfMemoryError as error:
-                raise OutOfMemoryError(f"{error}: {self._keep()}. {_ADVICE}") from error
+                raise OutOfMemoryError(f"{error}; {self._keep()}. {ADVICE}") from error
 
     def _train(self) -> dict[str, Any]:
         config, output_dir, ranks = self.config, self.output_dir, self.ranks

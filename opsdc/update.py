@@ -32,6 +32,13 @@ from opsdc.model import hidden_states, read_head
 from opsdc.teacher import Teacher
 from opsdc_kernels import DivergenceStats
 
+ADVICE = (
+    "Lower train.max_tokens_per_micro_batch, rollout.batch_size or loss.workspace_bytes, set "
+    "model.gradient_checkpointing true or distributed.strategy fsdp, or train an adapter "
+    "(model.lora): `opsdc plan` says what fits"
+)
+"""for ranks that ran out of memory"""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
@@ -206,12 +213,18 @@ def update(
 
 
 def _leave_together(error: Exception, model: Any, ranks: Ranks) -> NoReturn:
-    """Tell the others, who are on their way to the next micro-batch, and raise as they do."""
+    """Tell the others, who are on their way to the next micro-batch, and raise as they do.
+
+    With fsdp they are not: they wait within a layer for what this rank cannot give any more, and
+    no state can be gathered. The run then ends where its last checkpoint is.
+    """
     if isinstance(error, OutOfMemoryError):
         raise error
     if sharding.is_sharded(model):
-        # The others wait in the middle of a layer for what this rank cannot give.
-        raise OutOfMemoryError(f"{error}; ranks of one sharded forward cannot be saved") from error
+        raise TrainingError(
+            f"{error}; with distributed.strategy fsdp nothing can be saved then, and the same "
+            f"command goes on from the last checkpoint (train.save_every). {ADVICE}"
+        ) from error
     ranks.check_stop(out_of_memory=True)
     raise AssertionError
 

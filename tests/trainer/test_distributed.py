@@ -71,7 +71,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("ddp, a rank has nothing", "fsdp, three ranks", "fsdp, an adapter, a rank has nothing")
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_five_steps_are_those_of_one_process(case):
     strategy, size, lengths, more = CASES[case]
     settings = settings_of_steps(strategy, **more)
@@ -207,6 +212,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(settings, alone, tmp_path):
     assert t.distance(weights, {n: p.detach().numpy() for n, p in model.named_parameters()}) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_with_another_number_of_ranks(settings, tmp_path):
     losses = []
     for name, plan in (("one", ((1, 3),)), ("many", ((2, 1), (1, 2), (3, 3)))):
@@ -224,7 +230,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place", ["rollout", pytest.param("student's pass", marks=pytest.mark.slow)]
+)
 def test_a_signal_to_one_rank_leaves_the_step_on_all(settings, tmp_path, place):
     strategy, owner, name, n = PLACES[place]
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -270,6 +278,18 @@ def test_no_memory_on_one_rank_saves_and_says_what_to_do(settings, tmp_path):
     assert checkpoint.read_state(newest)["step"] == record(out)[-1]["step"] == 3
     assert t.train(run, 2) == [0, 0], runs.log(out)
     assert [row["step"] for row in record(out)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_no_memory_in_a_sharded_forward_ends_all_and_says_what_to_do(settings, tmp_path):
+    out = tmp_path / "run"
+    run = settings(out, strategy="fsdp")
+    statuses = t.train(run, 2, t.no_memory_on_one, "opsdc.update", "distillation_loss", 5)
+    assert 0 not in statuses
+    log = runs.log(out)
+    assert log.count("opsdc train: rank 1: CUDA out of memory") == 1
+    assert "goes on from the last checkpoint" in log
+    assert checkpoint.read_state(checkpoint.newest_good(out / "checkpoints"))["step"] == 2
 
 
 def test_ranks_agree_which_checkpoint_is_good(settings, alone, tmp_path):
