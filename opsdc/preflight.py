@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from opsdc import checkpoint
+from opsdc import checkpoint, sharding
 from opsdc.batch import Pair, token_batch
 from opsdc.config import OPSDCConfig
+from opsdc.distributed import ALONE, Ranks
 from opsdc.errors import CheckpointError, ModelError
 from opsdc.model import check_head, hidden_states, read_head, unwrap
 from opsdc.rollout import AGREEMENT, Request, Sampler, SamplingParams, difference
@@ -70,7 +71,12 @@ def choose_packing(model: Any, config: OPSDCConfig, sequences: list[list[int]]) 
 
 
 def same_prompt_divergence(
-    model: Any, teacher: Teacher, pairs: list[Pair], layout: Layout, config: OPSDCConfig
+    model: Any,
+    teacher: Teacher,
+    pairs: list[Pair],
+    layout: Layout,
+    config: OPSDCConfig,
+    ranks: Ranks,
 ) -> float:
     """Mean divergence in nats, the student's prompt on both sides; 0 while weights are equal."""
     same = [
@@ -81,12 +87,11 @@ def same_prompt_divergence(
         )
         for p in pairs
     ]
-    with torch.no_grad():
-        kept = teacher_hidden_states(model, teacher, same, layout)
-    _, stats = backward(model, teacher, same, kept, layout, config)
+    kept = teacher_hidden_states(model, teacher, same, layout, ranks=ranks)
+    loss, _ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
     for parameter in model.parameters():
         parameter.grad = None
-    return float(torch.cat([s.divergence for s in stats]).mean())
+    return loss
 
 
 def common_suffix(pairs: list[Pair]) -> int:
@@ -164,7 +169,7 @@ def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
     return line
 
 
-def memory_room(model: Any, config: OPSDCConfig) -> str:
+def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
     """What training takes beside the weights, without activations, against what is free: a line.
 
     Only a warning: activations depend on attention and checkpointing, and free memory on others.
@@ -185,7 +190,7 @@ def memory_room(model: Any, config: OPSDCConfig) -> str:
         workspace_bytes=config.loss.workspace_bytes,
     )
     # Gradients and two moments in float32.
-    needed = 12 * trained + plan.peak_bytes
+    needed = 12 * trained // (ranks.size if sharding.is_sharded(model) else 1) + plan.peak_bytes
     free = _free_bytes(head.device)
     line = (
         f"memory: {needed / 2**30:.2f} GiB for gradients, moments and the loss beside activations, "
@@ -218,14 +223,16 @@ def run(
     *,
     pad_id: int,
     teacher_is_student: bool,
+    ranks: Ranks = ALONE,
 ) -> tuple[Layout, list[str]]:
     """All checks on a few prompts; gives the layout to train with and one line per check.
 
     `teacher_is_student`: both have the same weights now (at the start, or right after a refresh).
     """
-    difference = check_head(model)
     sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
-    packed, why = choose_packing(model, config, sequences)
+    with sharding.whole(model):
+        difference = check_head(model)
+        packed, why = choose_packing(model, config, sequences)
     layout = Layout(
         packed=packed,
         max_tokens=config.train.max_tokens_per_micro_batch,
@@ -236,13 +243,13 @@ def run(
         f"head: the model's own logits to {difference:.1e}",
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
         disk_room(model, teacher, config),
-        memory_room(model, config),
+        memory_room(model, config, ranks),
         f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
         sampler_agreement(sampler, model, pairs, config),
     ]
     if not teacher_is_student:
         return layout, lines
-    divergence = same_prompt_divergence(model, teacher, pairs, layout, config)
+    divergence = same_prompt_divergence(model, teacher, pairs, layout, config, ranks)
     lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
     if not divergence <= 1e-6:
         raise ModelError(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from opsdc.config import TeacherConfig
 from opsdc.model import Head, read_head
@@ -52,10 +53,17 @@ class Teacher:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for i, copy in enumerate(self._copies):
             param = self._params[i]
-            param.data, self._copies[i] = copy, param.data
+            if isinstance(copy, DTensor):
+                # FSDP gathers from the memory that it has allotted: values go, not tensors.
+                kept = copy.clone()
+                copy.copy_(param)
+                param.copy_(kept)
+            else:
+                param.data, self._copies[i] = copy, param.data
 
     def head(self) -> Head:
         """The teacher's head; the very same tensors as the student's where they are not trained."""
