@@ -173,6 +173,22 @@ def chunk_rows(
     return equal_rows(tokens, rows)
 
 
+def column_chunk_rows(
+    tokens: int,
+    vocab_size: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    workspace_bytes: int | None,
+) -> int:
+    """Rows per chunk where columns are left out: half of `chunk_rows`, but on a GPU no fewer than
+    `GPU_MINIMUM_CHUNK_ROWS` of them. The other half of the workspace is for what is gathered, and
+    a chunk of fewer tokens needs fewer columns."""
+    whole = chunk_rows(tokens, vocab_size, dims, dtype, device, workspace_bytes)
+    least = GPU_MINIMUM_CHUNK_ROWS if device.type == "cuda" else 1
+    return equal_rows(tokens, min(whole, max(-(-whole // 2), least)))
+
+
 def equal_rows(tokens: int, rows: int) -> int:
     """Rows per chunk of as many, about equal chunks as chunks of `rows` would be."""
     chunks = max(-(-tokens // rows), 1)
