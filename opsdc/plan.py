@@ -6,7 +6,10 @@ Parameters are counted on the model itself, built without memory; activations ar
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import functools
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,11 +25,12 @@ from opsdc import embedded
 from opsdc.config import LoRAConfig, OPSDCConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.model import VARIABLE_LENGTH, read_head, unwrap
-from opsdc.trace import Activations, activations, on_meta
+from opsdc.trace import activations, on_meta, read_architecture, read_model
 from opsdc_kernels import plan as kernels
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: the rest goes to its context and to gaps."""
+_MOST_ROWS = 1 << 14
 PHASES = ("sampling", "teacher", "loss", "backward", "update")
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -77,6 +81,12 @@ def sizes_of(model: Any, dtype: str) -> Sizes:
         tied=head is base.get_input_embeddings().weight,
         item=getattr(torch, dtype).itemsize,
     )
+
+
+@functools.cache
+def _sizes(architecture: str, model: str) -> Sizes:
+    config = read_model(model)
+    return sizes_of(on_meta(read_architecture(architecture), config), config.dtype)
 
 
 def loss_plan(
@@ -155,6 +165,9 @@ def report(
         devices = f"{gpus} devices of {plan.memory_bytes / 1e9:.0f} GB, {_strategy(config)}"
     adapter = "full fine-tuning" if config.model.lora is None else f"LoRA r {config.model.lora.r}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    if not plan.fits and plan.phase == "sampling":
+        verdict += " (lower rollout.batch_size and eval.batch_size, or sample with vLLM)"
+    most = largest_rows(config, make)
     lines = [
         f"{config.model.name_or_path}, {adapter}, {config.model.dtype}; {devices}",
         "",
@@ -163,8 +176,7 @@ def report(
         f"{verdict}: peak {plan.peak_bytes / 2**30:.1f} GiB ({plan.phase}) of the "
         f"{USABLE * plan.memory_bytes / 2**30:.1f} GiB that may be filled",
         f"a forward: {plan.rows} x {plan.width:,} tokens; the most that fits: "
-        f"{largest_rows(config, make)} x {plan.width:,} = train.max_tokens_per_micro_batch "
-        f"{largest_rows(config, make) * plan.width}",
+        f"{most} x {plan.width:,} (train.max_tokens_per_micro_batch {most * plan.width})",
         f"loss of a step: {plan.loss.gemm_units} head GEMMs, {plan.loss_flop / 1e15:.2f} PFLOP, "
         f"{plan.loss_flop / tflops / 1e12:.2f} s at {tflops:g} TFLOP/s",
         "",
@@ -180,19 +192,15 @@ def report(
 
 
 def largest_rows(config: OPSDCConfig, make: Callable[..., Plan]) -> int:
-    """Sequences of full length that fit in one forward; 0 where not even one does."""
-    one, two = make(config, rows=1), make(config, rows=2)
-    if not one.fits:
-        return 0
-    room = USABLE * one.memory_bytes
-    student = ("teacher", "loss", "backward")
-    rows = min(
-        int((room - one.total(p)) / max(two.total(p) - one.total(p), 1.0)) + 1 for p in student
-    )
-    # The last bytes are not quite affine.
-    while rows > 1 and not make(config, rows=rows).fits:
-        rows -= 1
-    return rows
+    """Sequences of full length of which one forward has room; 0 where it has for not even one."""
+
+    def fits(rows: int) -> bool:
+        plan = make(config, rows=rows)
+        training = ("teacher", "loss", "backward", "update")
+        return max(map(plan.total, training)) <= USABLE * plan.memory_bytes
+
+    heights = range(1, _MOST_ROWS + 1)
+    return bisect.bisect_left(heights, True, key=lambda rows: not fits(rows))
 
 
 def _alternatives(config: OPSDCConfig) -> dict[str, OPSDCConfig]:
@@ -204,8 +212,9 @@ def _alternatives(config: OPSDCConfig) -> dict[str, OPSDCConfig]:
         "an adapter (model.lora)" if model.lora is None else "full fine-tuning": replace(
             config, model=adapter if model.lora is None else full
         ),
-        "gradient_checkpointing "
-        + ("off" if model.gradient_checkpointing else "on"): replace(config, model=checkpointed),
+        "gradient_checkpointing " + ("off" if model.gradient_checkpointing else "on"): replace(
+            config, model=checkpointed
+        ),
     }
     if model.lora is None and config.teacher.mode != "live":
         offload = not config.teacher.offload
@@ -244,7 +253,7 @@ def architecture_of(name: str, *, revision: str | None = None) -> PreTrainedConf
 
 
 def parse_bytes(text: str) -> int:
-    """"80GB" → 80·10⁹, "76GiB" → 76·2³⁰; raises ConfigError."""
+    """ "80GB" → 80·10⁹, "76GiB" → 76·2³⁰; raises ConfigError."""
     number = text.upper().rstrip("KMGTIB")
     try:
         return int(float(number) * _UNITS[text.upper()[len(number) :].strip()])
@@ -274,7 +283,11 @@ def make_plan(
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if architecture is None:
         architecture = architecture_of(config.model.name_or_path, revision=config.model.revision)
-    sizes = sizes_of(on_meta(architecture, config.model), config.model.dtype)
+    keys = (
+        architecture.to_json_string(use_diff=False),
+        json.dumps(dataclasses.asdict(config.model)),
+    )
+    sizes = _sizes(*keys)
     response, width = _lengths(config)
     sequences = -(-config.rollout.prompts_per_step * config.rollout.samples_per_prompt // gpus)
     if rows is None:
@@ -288,6 +301,7 @@ def make_plan(
     context = _Context(
         config=config,
         architecture=architecture,
+        keys=keys,
         sizes=sizes,
         gpus=gpus,
         memory_bytes=memory_bytes,
@@ -311,9 +325,8 @@ def make_plan(
 
 def _lengths(config: OPSDCConfig) -> tuple[int, int]:
     """Tokens of the longest response that is trained on, and of it behind the longest prompt."""
-    response = min(
-        config.rollout.max_new_tokens, config.train.max_train_tokens or config.rollout.max_new_tokens
-    )
+    sampled = config.rollout.max_new_tokens
+    response = min(sampled, config.train.max_train_tokens or sampled)
     return response, config.prompt.max_tokens + response
 
 
@@ -321,6 +334,7 @@ def _lengths(config: OPSDCConfig) -> tuple[int, int]:
 class _Context:
     config: OPSDCConfig
     architecture: PreTrainedConfig
+    keys: tuple[str, str]
     sizes: Sizes
     gpus: int
     memory_bytes: int
@@ -354,12 +368,11 @@ def _parts(
     yield "gradients (float32)", during(4 * sizes.trained / cut, "loss", "backward", "update")
 
     masked = config.model.attn_implementation not in VARIABLE_LENGTH
-    found = activations(c.architecture, config.model, rows=rows, width=width, masked=masked)
-    more = activations(c.architecture, config.model, rows=rows + 1, width=width, masked=masked)
+    one, more = activations(*c.keys, width=width, masked=masked)
+    found = one + more * (rows - 1)
     # What does not grow with rows: weights that autocast has cast.
-    copies = max(found.kept - rows * (more.kept - found.kept), 0.0)
-    if config.model.dtype == "float32":
-        copies = 0.0
+    cast = config.model.dtype != "float32"
+    copies = max(one.kept - more.kept, 0.0) * cast
     if c.sharded:
         # FSDP computes with gathered 16-bit parameters instead: two layers and the root.
         gathered = sizes.item * (2 * sizes.largest_layer + 2 * sizes.head)
@@ -373,7 +386,8 @@ def _parts(
         yield f"weights cast to {config.model.dtype}", held
     embedding = 4 * sizes.head * sizes.trains_head
     backward = max(
-        found.backward - (0 if config.model.gradient_checkpointing else copies)
+        found.backward
+        - (0 if config.model.gradient_checkpointing else copies)
         + embedding * sizes.tied,
         embedding * (1 + sizes.tied),
     )

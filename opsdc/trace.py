@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import weakref
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -17,11 +18,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from opsdc.batch import TokenBatch
-from opsdc.config import ModelConfig
+from opsdc.config import ModelConfig, OPSDCConfig
 from opsdc.model import hidden_states, prepare_model, unwrap
+
+# transformers makes no mask for an attention that it was given no mask function for.
+_UNMASKED = "opsdc_unmasked"
+AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,34 +52,49 @@ class Activations:
         return Activations(**{f.name: factor * getattr(self, f.name) for f in fields(self)})
 
 
+@functools.cache
 def activations(
-    architecture: PreTrainedConfig, config: ModelConfig, *, rows: int, width: int, masked: bool
-) -> Activations:
-    """Of the student's and the teacher's pass over `rows` sequences of `width` tokens each.
+    architecture: str, config: str, *, width: int, masked: bool
+) -> tuple[Activations, Activations]:
+    """Of the passes over one sequence of `width` tokens, and what every further one adds.
 
     Traced with the CPU's operators: other devices' attention kernels keep the same tensors
     (queries, keys, values, output, one logsumexp per row), and may take other workspaces.
 
     Args:
-        architecture: the model's config; its weights are not needed.
-        config: adapter, dtype and gradient checkpointing.
-        rows, width: the forward is [rows, width].
+        architecture: the model's config as JSON; its weights are not needed.
+        config: `ModelConfig` as JSON: adapter, dtype and gradient checkpointing.
+        width: a forward is [rows, width].
         masked: attention through a mask of width² per row, which padded batches need; False for
             attention that knows the sequences' lengths.
     """
-    depth = architecture.get_text_config().num_hidden_layers
-    # One layer more and one row more, twice each: exact where every layer is alike.
-    few = 2 if len(set(getattr(architecture, "layer_types", None) or [0])) == 1 else depth
-    trace = functools.partial(_trace, architecture, config, width=width, masked=masked)
+    shape, model = read_architecture(architecture), read_model(config)
+    text = shape.get_text_config()
+    depth = text.num_hidden_layers
+    # One layer more and one row more: exact where every layer is alike.
+    alike = len(set(getattr(text, "layer_types", None) or [0])) == 1
+    few = 2 if alike and depth > 3 else depth
 
     def at_depth(rows: int) -> Activations:
-        shallow = trace(layers=min(few, depth), rows=rows)
-        if few >= depth:
+        trace = functools.partial(_trace, shape, model, rows=rows, width=width, masked=masked)
+        shallow = trace(layers=few)
+        if few == depth:
             return shallow
-        return shallow + (trace(layers=few + 1, rows=rows) + shallow * -1.0) * (depth - few)
+        return shallow + (trace(layers=few + 1) + shallow * -1.0) * (depth - few)
 
     one = at_depth(1)
-    return one if rows == 1 else one + (at_depth(2) + one * -1.0) * (rows - 1)
+    return one, at_depth(2) + one * -1.0
+
+
+def read_architecture(text: str) -> PreTrainedConfig:
+    """A model's config from its JSON."""
+    plain = json.loads(text)
+    return AutoConfig.for_model(plain.pop("model_type"), **plain)
+
+
+def read_model(text: str) -> ModelConfig:
+    """`ModelConfig` from its JSON."""
+    return OPSDCConfig.from_dict({"model": json.loads(text)}).model
 
 
 def shallower(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
@@ -100,6 +121,8 @@ def _trace(
     model = on_meta(shallower(architecture, layers), replace(config, attn_implementation="sdpa"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device="cpu").train()
+        if not masked:
+            unwrap(model).config._attn_implementation = _UNMASKED
         unwrap(model).tie_weights()
         # Its gradient comes last, when all else is gone: not part of the peak counted here.
         unwrap(model).get_input_embeddings().weight.requires_grad_(False)
@@ -107,7 +130,7 @@ def _trace(
         batch = TokenBatch(
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if masked else None,
-            position_ids=torch.arange(width).expand(rows, -1) if masked else None,
+            position_ids=torch.arange(width).expand(rows, -1),
             scored=torch.arange(rows * width),
         )
 
