@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.contenders import Contender, contenders, default_device
-from opsdc_kernels.testing import Case, make_case, truth
+from benchmarks.contenders import Loss, contenders, default_device
+from opsdc_kernels.testing import Case, Outcome, make_case, truth
 
 REGIMES = (
     ("far", 2.0, 1.0),
@@ -55,23 +55,30 @@ def measure(
             sizes = QUICK_SIZES if quick else SIZES
             case = make_case(**sizes, entropy=entropy, kl=kl, dtype=dtype)
             true = truth(case)
-            want = (true.loss, true.hidden_gradient, true.weight_gradient)
             for contender in running:
-                errors = [_relative(x, y) for x, y in zip(_run(contender, case), want, strict=True)]
-                error = Error(contender.name, name, str(dtype).removeprefix("torch."), *errors)
+                found_errors = errors(contender.loss, case, true)
+                error = Error(
+                    contender.name, name, str(dtype).removeprefix("torch."), *found_errors
+                )
                 print(error, flush=True)
                 found.append(error)
     return found
 
 
-def _run(contender: Contender, case: Case) -> tuple[torch.Tensor, ...]:
+def errors(loss: Loss, case: Case, true: Outcome) -> tuple[float, float, float]:
+    """Of the loss, dH and dW."""
     hidden = case.student_hidden.detach().clone().requires_grad_()
     weight = case.student_weight.detach().clone().requires_grad_()
-    loss = contender.loss(hidden, weight, case.teacher_hidden, weight)  # one head for both
-    loss.backward()
+    shared = case.teacher_weight is None
+    value = loss(hidden, weight, case.teacher_hidden, weight if shared else case.teacher_weight)
+    value.backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    return loss.detach(), hidden.grad, weight.grad
+    return (
+        _relative(value.detach(), true.loss),
+        _relative(hidden.grad, true.hidden_gradient),
+        _relative(weight.grad, true.weight_gradient),
+    )
 
 
 def _relative(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -55,6 +55,22 @@ class Contender:
         return version(self.package)
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Stands in a list of figures for one that a contender did not give."""
+
+    contender: str
+    reason: str
+
+    @classmethod
+    def of(cls, contender: str, error: Exception) -> Failure:
+        said = str(error).strip().partition("\n")[0][:120]
+        return cls(contender, f"{type(error).__name__}: {said}")
+
+    def __str__(self) -> str:
+        return f"{self.contender}: {self.reason}"
+
+
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -80,7 +96,7 @@ def _tried(make: Callable[[], Iterator[Contender]], missing: dict[str, str]) -> 
         missing[make.__name__[1:]] = f"not installed: {error.name}"
     except Exception as error:
         # A peer may fail to import in any way; it is listed with its reason, never dropped.
-        missing[make.__name__[1:]] = f"{type(error).__name__}: {error}"
+        missing[make.__name__[1:]] = Failure.of(make.__name__, error).reason
     return []
 
 
@@ -204,4 +220,11 @@ def _cross_entropies() -> Iterator[Contender]:
         "cut-cross-entropy",
         cross_entropy=True,
         cuda_only=True,
+    )
+    yield Contender(
+        "cut-cross-entropy, compiled",
+        lambda h, w, ht, wt: linear_cross_entropy(h, w, targets(h), impl="torch_compile"),
+        "cut-cross-entropy",
+        compiled=True,
+        cross_entropy=True,
     )

@@ -17,7 +17,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.contenders import PEER_MODULES, Contender, contenders, default_device
+from benchmarks.contenders import (
+    PEER_MODULES,
+    Contender,
+    Failure,
+    contenders,
+    default_device,
+)
 from benchmarks.inputs import Shape, inputs
 from benchmarks.resident import added_mib
 from benchmarks.speed import FULL, QUICK
@@ -68,7 +74,8 @@ def measure_here(contender: Contender, shape: Shape, trainable: bool, device: to
             return memory.peak_mib
         return added_mib(call)
 
-    run(WARM_UP)
+    # A compiler's own memory is not the contender's either, and it compiles for a shape.
+    run(shape if contender.compiled else WARM_UP)
     returned = shape.tokens * shape.dim + (shape.vocab_size * shape.dim if trainable else 0)
     predicted = None
     if contender.package == "opsdc":
@@ -93,15 +100,15 @@ def measure_here(contender: Contender, shape: Shape, trainable: bool, device: to
     )
 
 
-def measure(name: str, shape: Shape, trainable: bool) -> Peak | str:
-    """In a fresh process; a string says why there is no figure."""
+def measure(name: str, shape: Shape, trainable: bool) -> Peak | Failure:
+    """In a fresh process."""
     with ProcessPoolExecutor(1, mp_context=fresh_processes()) as fresh:
         try:
             return fresh.submit(_named, name, shape, trainable).result()
         except BrokenProcessPool:
-            return f"{name}: its process was killed, probably for want of memory"
+            return Failure(name, "its process was killed, probably for want of memory")
         except Exception as error:
-            return f"{name}: {type(error).__name__}: {error}"
+            return Failure.of(name, error)
 
 
 def fresh_processes() -> multiprocessing.context.BaseContext:
@@ -117,24 +124,24 @@ def _named(name: str, shape: Shape, trainable: bool) -> Peak:
     return measure_here(chosen, shape, trainable, device)
 
 
+def measure_all(shape: Shape, *, compiled: bool = True) -> list[Peak | Failure]:
+    """Every contender, trainable head and frozen; prints each line."""
+    found = []
+    for contender in contenders(default_device())[0]:
+        for trainable in (True, False):
+            if compiled or not contender.compiled:
+                found.append(measure(contender.name, shape, trainable))
+                print(found[-1], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} instead of {FULL}")
-    measure_all(QUICK if parser.parse_args().quick else FULL)
-
-
-def measure_all(shape: Shape) -> list[Peak]:
-    """Every contender, trainable head and frozen; prints each line."""
-    found = []
-    for contender in contenders(default_device())[0]:
-        for trainable in (True, False):
-            peak = measure(contender.name, shape, trainable)
-            print(peak, flush=True)
-            if isinstance(peak, Peak):
-                found.append(peak)
-    return found
+    quick = parser.parse_args().quick
+    measure_all(QUICK if quick else FULL, compiled=not quick)
 
 
 if __name__ == "__main__":

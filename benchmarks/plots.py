@@ -9,6 +9,7 @@ from benchmarks.record import describe
 from benchmarks.scaling import Point
 
 AXES = {"tokens": "tokens N", "vocab_size": "vocabulary V", "dim": "hidden size D"}
+LETTERS = {"tokens": "N", "dim": "D", "vocab_size": "V"}
 ROOFLINE_UNITS = 4
 
 
@@ -26,7 +27,7 @@ def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
         line = [p for p in points if p.axis == axis]
         if len({getattr(p, axis) for p in line}) < 2:
             continue
-        figure, (time, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        figure, (time, memory) = pyplot.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
         for contender in dict.fromkeys(p.contender for p in line):
             own = sorted(
                 (p for p in line if p.contender == contender), key=lambda p: getattr(p, axis)
@@ -45,8 +46,12 @@ def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
         for plot, quantity in ((time, "loss and both gradients, s"), (memory, "peak memory, MiB")):
             plot.set(xscale="log", yscale="log", xlabel=label, ylabel=quantity)
             plot.grid(alpha=0.3)
-            plot.legend(fontsize=8)
-        figure.suptitle(describe(found["environment"]), fontsize=8)
+        lines, labels = time.get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=9)
+        fixed = ", ".join(
+            f"{name} {getattr(line[0], key)}" for key, name in LETTERS.items() if key != axis
+        )
+        figure.suptitle(f"{fixed}; {describe(found['environment'])}", fontsize=9)
         path = folder / f"{name}-{axis}.png"
         figure.savefig(path, dpi=110)
         pyplot.close(figure)

@@ -55,6 +55,25 @@ def save(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
+def part(name: str) -> Path:
+    """What an unfinished run has measured so far."""
+    return RECORDS / f"{name}.json.part"
+
+
+def begun(name: str | None, environment: dict[str, Any]) -> dict[str, Any] | None:
+    """An unfinished run of the same command, commit, versions and machine; else None."""
+    if name is None or not part(name).exists():
+        return None
+    found = load(part(name))
+    same = {**found["environment"], "date": environment["date"]} == environment
+    return found if same else None
+
+
+def finish(name: str) -> Path:
+    """The unfinished run becomes the record."""
+    return part(name).rename(RECORDS / f"{name}.json")
+
+
 def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 

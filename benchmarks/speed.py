@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.contenders import Contender, contenders, default_device
+from benchmarks.contenders import Contender, Failure, contenders, default_device
 from benchmarks.inputs import Shape, inputs
 from opsdc_kernels.testing import Case
 
@@ -46,11 +46,11 @@ class Timing:
 
 def measure(
     shape: Shape, device: torch.device, *, repeats: int, compiled: bool = True
-) -> list[Timing]:
+) -> list[Timing | Failure]:
     """Every contender in every mode; prints each line when it is known."""
     case = inputs(shape, device=device)
     running = [c for c in contenders(device)[0] if compiled or not c.compiled]
-    found = []
+    found: list[Timing | Failure] = []
     for mode in MODES:
         calls = {c.name: call_of(c, case, mode) for c in running if _has(c, mode)}
         for timing in _interleaved(calls, case, mode, repeats):
@@ -110,11 +110,18 @@ def seconds(call: Callable[[], None], device: torch.device) -> float:
 
 def _interleaved(
     calls: dict[str, Callable[[], None]], case: Case, mode: str, repeats: int
-) -> list[Timing]:
+) -> list[Timing | Failure]:
     device = case.student_hidden.device
     gemm = bare_gemm(case)
-    for call in (gemm, *calls.values()):
-        call()  # compilation and first touches
+    gemm()
+    failures = []
+    for name, call in list(calls.items()):
+        try:
+            call()  # compilation and first touches
+        except Exception as error:
+            # A peer may fail in any way; the others' figures do not depend on it.
+            failures.append(Failure.of(name, error))
+            del calls[name]
     units: dict[str, list[float]] = {name: [] for name in calls}
     times: dict[str, list[float]] = {name: [] for name in calls}
     before = seconds(gemm, device)
@@ -125,7 +132,7 @@ def _interleaved(
             units[name].append(2 * spent / (before + after))
             times[name].append(spent)
             before = after
-    return [
+    return failures + [
         Timing(
             name,
             mode,

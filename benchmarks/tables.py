@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots, record
-from benchmarks.scaling import Point, bytes_per_token, largest_tokens
+from benchmarks.clock import PHASES as CLOCKED
+from benchmarks.rollouts import PROBLEMS, RESPONSE
+from benchmarks.scaling import (
+    Point,
+    bytes_per_token,
+    forecast_error,
+    largest_tokens,
+    token_line,
+)
 from benchmarks.speed import MODES
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +37,12 @@ def render(found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             _speed(found),
-            _accuracy(found),
-            _scaling(found),
-            *_steps(found),
+            *_planned(found),
             *_phases(found),
+            _accuracy(found),
+            *_states(found),
+            *_steps(found),
+            _scaling(found),
             _source(found),
         ]
     )
@@ -48,6 +58,8 @@ def _source(found: dict[str, Any]) -> str:
     ]
     if missing:
         lines.append(f"Not run: {missing}.")
+    minutes = sum(found["seconds"].values()) / 60
+    lines.append(f"The whole run took {minutes:.0f} minutes.")
     return " ".join(lines)
 
 
@@ -72,22 +84,29 @@ def _speed(found: dict[str, Any]) -> str:
                 if row is None
                 else f"{row['units']:.2f} ({row['units_p20']:.2f}–{row['units_p80']:.2f})"
             )
-        times = by_mode[name, MODES[0]]["units"] / ours
-        cells.insert(1, f"{times:.2f}")
+        row = by_mode.get((name, MODES[0]))
+        cells.insert(1, "–" if row is None else f"{row['units'] / ours:.2f}")
         cells += [
             f"{peaks[name, train]['peak_mib']:.0f}" if (name, train) in peaks else "–"
             for train in (True, False)
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    planned = [row for row in found["memory"] if row["predicted_mib"] is not None]
-    for row in planned:
-        head = "trainable" if row["trainable"] else "frozen"
-        lines += [
-            "" if row is planned[0] else None,
-            f"{row['contender']}, {head} head: planned {row['predicted_mib']:.0f} MiB, measured "
-            f"{row['peak_mib']:.0f}.",
-        ]
-    return "\n".join(line for line in lines if line is not None)
+    return "\n".join(lines)
+
+
+def _planned(found: dict[str, Any]) -> list[str]:
+    """`opsdc_kernels.plan` beside what was measured."""
+    memory = [
+        f"{row['contender']}, {'trainable' if row['trainable'] else 'frozen'} head "
+        f"{row['predicted_mib']:.0f} MiB (measured {row['peak_mib']:.0f})"
+        for row in found["memory"]
+        if row["predicted_mib"] is not None
+    ]
+    units = [
+        f"{row['mode']} {row['planned']} GEMM units (counted {row['counted']:.2f})"
+        for row in found.get("planned", [])
+    ]
+    return [f"Planned: {'; '.join(memory + units)}."] if memory + units else []
 
 
 def _accuracy(found: dict[str, Any]) -> str:
@@ -114,20 +133,43 @@ def _accuracy(found: dict[str, Any]) -> str:
 
 def _scaling(found: dict[str, Any]) -> str:
     points = [Point(**row) for row in found["scaling"]]
-    shape = next(p for p in points if p.axis == "tokens")
-    names = list(dict.fromkeys(p.contender for p in points))
     naive = bytes_per_token(points, "naive")
+    sizes = [p.tokens for p in token_line(points, OURS)]
+    base = token_line(points, OURS)[-1]
     lines = [
-        f"Memory as tokens grow (D {shape.dim}, V {shape.vocab_size}; returned gradients left out) "
-        "and the tokens whose loss fits, by the measured line:",
+        f"Peak MiB as tokens grow (D {base.dim}, V {base.vocab_size}); bytes per token between the "
+        "last two sizes, returned gradients left out; tokens that fit into 24 GiB by that line, "
+        "and how far the last size was from its forecast (the planner's for ours, for others the "
+        "line through the two sizes before):",
         "",
-        "| | bytes per token | of naive's | tokens in 24 GiB |",
-        "|---|---|---|---|",
+        "| | " + " | ".join(f"N {n:,}" for n in sizes) + " | bytes per token | of naive's | fit | "
+        "forecast |",
+        "|---|" + "---|" * (len(sizes) + 4),
     ]
-    for name in names:
+    for name in dict.fromkeys(p.contender for p in points):
+        peaks = {p.tokens: p.peak_mib for p in token_line(points, name)}
+        cells = [f"{peaks[n]:,.0f}" if n in peaks else "–" for n in sizes]
         slope = bytes_per_token(points, name)
         fits = largest_tokens(points, name, 24.0)
-        lines.append(f"| {name} | {slope:,.0f} | {slope / naive:.1%} | {fits:,.0f} |")
+        cells += [f"{slope:,.0f}", f"{slope / naive:.1%}", f"{fits:,.0f}"]
+        cells.append(f"{forecast_error(points, name):+.1%}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    wide = [p for p in points if p.axis == "vocab_size"]
+    if wide:
+        sizes = sorted({p.vocab_size for p in wide})
+        lines += [
+            "",
+            f"Units of the bare GEMM / peak MiB as the vocabulary grows (N {wide[0].tokens}, "
+            f"D {wide[0].dim}):",
+            "",
+            "| | " + " | ".join(f"V {v:,}" for v in sizes) + " |",
+            "|---|" + "---|" * len(sizes),
+        ]
+        for name in dict.fromkeys(p.contender for p in wide):
+            own = {p.vocab_size: p for p in wide if p.contender == name}
+            cells = [f"{own[v].units:.1f} / {own[v].peak_mib:,.0f}" if v in own else "–"
+                     for v in sizes]  # fmt: skip
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -135,17 +177,36 @@ def _steps(found: dict[str, Any]) -> list[str]:
     if "step" not in found:
         return []
     lines = [
-        "One update of the demo model (full fine-tuning, 8 responses of 96 tokens), seconds by "
-        "phase; peak memory that loss and backward add:",
+        f"One update of the demo's model on {PROBLEMS} of its own answers of {RESPONSE} tokens "
+        "(full fine-tuning): seconds by phase; peak memory of the whole update; errors against "
+        "float64 of dH on given hidden states (loss only), and of all parameter gradients (end to "
+        "end, the fp32 backbone's rounding included):",
         "",
-        "| loss | teacher | forward | loss | backward | whole | loss's share | MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | " + " | ".join(CLOCKED) + " | whole | loss's share | MiB | loss only | end to end |",
+        "|---|" + "---|" * (len(CLOCKED) + 5),
     ]
     for row in found["step"]:
-        phases = [row[name] for name in ("teacher", "forward", "loss", "backward")]
-        cells = [f"{x:.2f}" for x in (*phases, sum(phases))]
-        cells += [f"{row['loss'] / sum(phases):.0%}", f"{row['peak_mib']:.0f}"]
-        lines.append(f"| {row['contender']} | " + " | ".join(cells) + " |")
+        spent = [row[name] for name in CLOCKED]
+        cells = [f"{x:.2f}" for x in (*spent, sum(spent))]
+        cells += [f"{row['loss'] / sum(spent):.0%}", f"{row['peak_mib']:,.0f}"]
+        cells += [f"{row[name]:.0e}" for name in ("loss_error", "update_error")]
+        lines.append(f"| {row['way']} | " + " | ".join(cells) + " |")
+    return ["\n".join(lines)]
+
+
+def _states(found: dict[str, Any]) -> list[str]:
+    if "states" not in found:
+        return []
+    lines = [
+        "Relative errors on hidden states of the demo's model; the last line is what a bf16 "
+        "backbone adds before any loss:",
+        "",
+        "| | loss | dH | dW |",
+        "|---|---|---|---|",
+    ]
+    for row in found["states"]:
+        errors = (row[name] for name in ("loss", "hidden_gradient", "weight_gradient"))
+        lines.append(f"| {row['what']} | " + " | ".join(f"{x:.0e}" for x in errors) + " |")
     return ["\n".join(lines)]
 
 
