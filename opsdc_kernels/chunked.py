@@ -246,7 +246,7 @@ def _row_passes(
         for statistic, found in zip(result.statistics, statistics, strict=True):
             statistic[tokens] = found
         return torch.full_like(value, factor)[:, None]
-    row_function, step = _row_function(s_CV)
+    row_function, step = _row_function(s_CV, problem)
     blocks: list[Rows] = []
     for start in range(0, s_CV.shape[0], step):
         block = slice(start, start + step)
@@ -265,12 +265,19 @@ def _row_passes(
     return torch.cat([found.factor for found in blocks])[:, None]
 
 
-def _row_function(s_CV: Tensor) -> tuple[Callable[..., Rows], int]:
+def _row_function(s_CV: Tensor, problem: Problem) -> tuple[Callable[..., Rows], int]:
     """The row pass for this device and dtype, and the rows it takes at once."""
     if s_CV.is_cuda and s_CV.dtype == torch.float32 and find_spec("triton"):
         from opsdc_kernels.triton.rows import divergence_rows_ as in_triton
 
         return in_triton, s_CV.shape[0]
+    if plan.compiled_rows(s_CV.device, s_CV.dtype):
+        from opsdc_kernels.native.rows import divergence_rows_ as in_c
+
+        # A soft-cap takes temporaries in torch, as do rows in doubt.
+        capped = problem.logit_softcap != (None, None)
+        block = plan.block_rows(s_CV.shape[1], s_CV.device)
+        return in_c, plan.exact_rows(block) if capped else s_CV.shape[0]
     step = plan.block_rows(s_CV.shape[1], s_CV.device)
     buffers = s_CV.new_empty(plan.CPU_BUFFERS, min(step, s_CV.shape[0]), s_CV.shape[1])
     return partial(rows.divergence_rows_, buffers=buffers), step
