@@ -130,6 +130,11 @@ class TeacherConfig:
         "that of the M before",
     ] = None
     ema_decay: Annotated[float, "ema only: teacher <- decay·teacher + (1 - decay)·student"] = 0.995
+    offload: Annotated[
+        bool,
+        "keep the teacher's weights in the host's memory, on the device for its pass alone: the "
+        "same bits for two copies over the bus a step",
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +172,10 @@ class TrainConfig:
     max_tokens_per_micro_batch: Annotated[
         int, "prompt + response tokens per forward; changes memory and speed, not the result"
     ] = 16384
+    max_train_tokens: Annotated[
+        int | None,
+        "train on the first so many tokens of a response, however long it was sampled; unset: all",
+    ] = None
     packing: Annotated[
         Literal["auto", "on", "off"],
         "several responses in one row without padding; auto: when the attention skips foreign "
@@ -611,6 +620,8 @@ def _check(c: OPSDCConfig) -> None:
     betas = c.optim.betas
     need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "two in [0, 1)")
     need(0 <= c.teacher.ema_decay < 1, "teacher.ema_decay", c.teacher.ema_decay, "in [0, 1)")
+    trained_on = c.train.max_train_tokens
+    need(trained_on is None or trained_on >= 1, "train.max_train_tokens", trained_on, "at least 1")
     plateau, target = c.teacher.refresh_plateau, c.guard.target_compression
     need(plateau is None or 0 <= plateau < 1, "teacher.refresh_plateau", plateau, "in [0, 1)")
     need(target is None or 0 < target < 1, "guard.target_compression", target, "in (0, 1)")
@@ -641,6 +652,8 @@ def ignored_settings(config: OPSDCConfig) -> list[str]:
         notes.append(f"teacher.refresh_steps has no effect with teacher.mode {c.teacher.mode}")
     if c.teacher.mode != "ema" and c.teacher.ema_decay != default.teacher.ema_decay:
         notes.append(f"teacher.ema_decay has no effect with teacher.mode {c.teacher.mode}")
+    if c.teacher.mode == "live" and c.teacher.offload:
+        notes.append("teacher.offload has no effect with teacher.mode live")
     if c.teacher.mode != "refresh" and c.teacher.refresh_plateau is not None:
         notes.append(f"teacher.refresh_plateau has no effect with teacher.mode {c.teacher.mode}")
     held_out = c.data.eval_size if c.eval.problems is None else c.eval.problems

@@ -15,15 +15,13 @@ from opsdc.batch import Pair, token_batch
 from opsdc.config import OPSDCConfig
 from opsdc.distributed import ALONE, Ranks
 from opsdc.errors import CheckpointError, ModelError
-from opsdc.model import check_head, hidden_states, read_head, unwrap
+from opsdc.model import VARIABLE_LENGTH, check_head, hidden_states, read_head, unwrap
+from opsdc.plan import loss_plan, sizes_of
 from opsdc.rollout import AGREEMENT, Request, Sampler, SamplingParams, difference
 from opsdc.rollout.weights import sequence_logprobs
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, autocast, backward, teacher_hidden_states
-from opsdc_kernels.plan import estimate
 
-# Attention kernels that skip the blocks of other sequences; the rest would pay T² for a packed row.
-_VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
 # Packed and single forwards add in another order; anything above rounding is a leak.
 _PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # From each prompt of the checks: enough for a cache or a position that is off by one to show.
@@ -55,7 +53,7 @@ def choose_packing(model: Any, config: OPSDCConfig, sequences: list[list[int]]) 
     if wanted == "off":
         return False, "padded batches (train.packing off)"
     attention = unwrap(model).config._attn_implementation
-    if wanted == "auto" and attention not in _VARIABLE_LENGTH:
+    if wanted == "auto" and attention not in VARIABLE_LENGTH:
         return False, f"padded batches ({attention} attention would pay for foreign blocks)"
     dtype = getattr(torch, config.model.dtype)
     difference = packing_difference(model, sequences, dtype)
@@ -174,24 +172,14 @@ def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
 
     Only a warning: activations depend on attention and checkpointing, and free memory on others.
     """
-    head = read_head(model).weight
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    vocab_size, dim = head.shape
-    plan = estimate(
-        # A forward holds at most so many response tokens.
-        tokens=config.train.max_tokens_per_micro_batch,
-        vocab_size=vocab_size,
-        student_dim=dim,
-        dtype=getattr(torch, config.model.dtype),
-        device=head.device,
-        trainable_head=head.requires_grad,
-        divergence=config.loss.divergence,
-        backend=config.loss.backend,
-        workspace_bytes=config.loss.workspace_bytes,
-    )
+    device, sizes = read_head(model).weight.device, sizes_of(model, config.model.dtype)
+    # A forward holds at most so many response tokens.
+    tokens = config.train.max_tokens_per_micro_batch
+    plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes)
     # Gradients and two moments in float32.
-    needed = 12 * trained // (ranks.size if sharding.is_sharded(model) else 1) + plan.peak_bytes
-    free = _free_bytes(head.device)
+    held = 12 * sizes.trained // (ranks.size if sharding.is_sharded(model) else 1)
+    needed = held + plan.peak_bytes
+    free = _free_bytes(device)
     line = (
         f"memory: {needed / 2**30:.2f} GiB for gradients, moments and the loss beside activations, "
         + ("free unknown" if free is None else f"{free / 2**30:.2f} GiB free")

@@ -152,12 +152,12 @@ class OPSDCTrainer:
             self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
             # Dropout, where a model has any, follows from (seed, step): nothing to save.
             torch.manual_seed((config.seed << 32) + step)
+            pairs = _pairs(batch, rollouts, config)
             bar = Progress(
                 f"step {step} update",
-                total=sum(len(r.response_ids) for r in rollouts),
+                total=sum(len(p.response_ids) for p in pairs),
                 unit="token",
             )
-            pairs = _pairs(batch, rollouts, config.rollout.samples_per_prompt)
             result = update(
                 self.model,
                 self.teacher,
@@ -474,14 +474,14 @@ class OPSDCTrainer:
 
 
 def _pairs(
-    batch: Sequence[Prompted], rollouts: Sequence[Rollout], samples_per_prompt: int
+    batch: Sequence[Prompted], rollouts: Sequence[Rollout], config: OPSDCConfig
 ) -> list[Pair]:
-    repeated = [p for p in batch for _ in range(samples_per_prompt)]
+    repeated = [p for p in batch for _ in range(config.rollout.samples_per_prompt)]
     return [
         Pair(
             student_prompt_ids=p.prompts.student_ids,
             teacher_prompt_ids=p.prompts.teacher_ids,
-            response_ids=r.response_ids,
+            response_ids=r.response_ids[: config.train.max_train_tokens],
         )
         for p, r in zip(repeated, rollouts, strict=True)
     ]
@@ -507,6 +507,8 @@ def _record(
     trainer: OPSDCTrainer,
 ) -> dict[str, Any]:
     lengths = [len(r.response_ids) for r in rollouts if r.response_ids]
+    limit = trainer.config.train.max_train_tokens
+    cut = 0 if limit is None else sum(max(n - limit, 0) for n in lengths)
     kl = result.divergence
     quantiles = (
         torch.quantile(kl.double(), torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
@@ -525,6 +527,7 @@ def _record(
         "response_tokens_mean": sum(lengths) / len(lengths) if lengths else None,
         "response_tokens_max": max(lengths, default=0),
         "truncated_share": sum(not r.finished for r in rollouts) / len(rollouts),
+        "cut_share": cut / max(sum(lengths), 1),
         "empty_share": 1 - len(lengths) / len(rollouts),
         "repeated_share": sum(guard.repeated_share(r.response_ids) for r in rollouts)
         / len(rollouts),
