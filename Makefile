@@ -34,13 +34,13 @@ demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores (~10 min)
 test: $(STAMP)  ## all tests that need neither a GPU nor an hour
 	$(BIN)/python -m pytest tests
 
-test-slow: $(STAMP)  ## the long ones
-	$(BIN)/python -m pytest --slow -m slow tests
+test-slow: $(STAMP)  ## the long ones, but for chaos and fuzz
+	$(BIN)/python -m pytest --slow -m "slow and not chaos and not fuzz" tests
 
 test-gpu: $(STAMP)  ## those that need a GPU
 	$(BIN)/python -m pytest --slow -m gpu tests
 
-chaos: $(STAMP)  ## 200 kills, 100 stops and a soak (~20 min)
+chaos: $(STAMP)  ## 200 kills, 200 stops and a soak
 	$(BIN)/python -m pytest --slow -m chaos tests
 
 fuzz: $(STAMP)  ## malformed settings and data, 8 more seeds

@@ -7,9 +7,9 @@
         optimizer.safetensors    AdamW's moments by parameter name
         state.json               step, versions, the resolved configuration
 
-A checkpoint is written beside its place, synced to disk, and renamed: one that has its name is
-whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled: a folder
-with any file that is not in its manifest, or of a kind that could hold code, is refused.
+A checkpoint is written beside its place, synced to disk, read back, and renamed: one that has its
+name is whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled: a
+folder with any file that is not in its manifest, or of a kind that could hold code, is refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write `step`'s checkpoint under `root`, verify it, then drop all but the newest `keep`.
+    """Write `step`'s checkpoint, verify it, give it its name, then drop all but the newest `keep`.
 
     Dropped are also those of later steps: a run that is at `step` has found them damaged, or was
     told to start before them. Raises CheckpointError (disk full, read-only folder, ...); older
@@ -56,6 +56,7 @@ def save(
     """
     final = path_of(root, step)
     aside = root / f".tmp-{final.name}-{os.getpid()}"
+    replaced = root / f".tmp-old-{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         clear_unfinished(root)
@@ -80,8 +81,11 @@ def save(
         _write_json(aside / _MANIFEST, manifest)
         for folder in (aside / _MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
             _sync(folder)
+        problem = verify(aside)
+        if problem:
+            raise OSError(f"it reads back damaged: {problem}")
         if final.exists():
-            _remove(final)
+            final.rename(replaced)
         aside.rename(final)
         _sync(root)
     except (OSError, SafetensorError) as error:
@@ -89,9 +93,7 @@ def save(
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
         ) from error
-    problem = verify(final)
-    if problem:
-        raise CheckpointError(f"checkpoint {final} reads back damaged: {problem}")
+    shutil.rmtree(replaced, ignore_errors=True)
     found = listing(root)
     at = found.index(final)
     for old in found[:at] + found[at + keep :]:
@@ -210,22 +212,30 @@ def restore(
         if not teacher.is_student:
             with teacher.weights():
                 load_weights(model, folder / "teacher")
+        teacher.version = int(state["teacher_version"])
+        _load_moments(model, optimizer, load_file(folder / "optimizer.safetensors"))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint {folder} does not fit this run's model, adapter or teacher.mode: {error}; "
             "restore those settings or name another output_dir"
         ) from error
-    teacher.version = state["teacher_version"]
-    tensors = load_file(folder / "optimizer.safetensors")
+    return state
+
+
+def _load_moments(
+    model: Any, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
     for name, param in model.named_parameters():
         if param.requires_grad and f"{name}/step" in tensors:
+            first, second = (tensors[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq"))
+            if first.shape != param.shape or second.shape != param.shape:
+                raise ValueError(f"moments of {name} have shape {list(first.shape)}")
             optimizer.state[param] = {
                 # AdamW keeps its step counter on the CPU, its moments with the parameter.
-                key: value if key == "step" else value.to(param.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                for value in (tensors[f"{name}/{key}"],)
+                "step": tensors[f"{name}/step"],
+                "exp_avg": first.to(param.device),
+                "exp_avg_sq": second.to(param.device),
             }
-    return state
 
 
 def _weights_folder(model: Any) -> str:

@@ -197,12 +197,18 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
-    from opsdc import report, stop
-    from opsdc.train import OPSDCTrainer
+    from opsdc import stop
 
-    # From before the model loads: a stop asked for then still ends with status 0.
+    # From before anything large is imported: a stop asked for then still ends with status 0.
     with stop.on_signal():
-        trainer = OPSDCTrainer(None, config)
+        from opsdc import report
+        from opsdc.train import OPSDCTrainer
+
+        try:
+            trainer = OPSDCTrainer(None, config)
+        except stop.Stopped as signal:
+            print(f"stopped by {signal} before the run began", flush=True)
+            return 0
         if "stopped" not in trainer.train():
             report.print_report(Path(config.output_dir))
         trainer.sampler.close()

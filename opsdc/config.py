@@ -173,7 +173,7 @@ class TrainConfig:
         "blocks and the check at start finds packed equal to single",
     ] = "auto"
     save_every: Annotated[int, "steps between checkpoints; 0: only at the end"] = 10
-    keep: Annotated[int, "newest checkpoints kept, >= 1"] = 2
+    keep: Annotated[int, "newest checkpoints kept, >= 2: one to fall back on"] = 2
     resume: Annotated[
         str, "auto: from the newest good checkpoint of output_dir | none | a checkpoint folder"
     ] = "auto"
@@ -538,7 +538,6 @@ def _check(c: OPSDCConfig) -> None:
         "teacher.refresh_steps": c.teacher.refresh_steps,
         "train.steps": c.train.steps,
         "train.max_tokens_per_micro_batch": c.train.max_tokens_per_micro_batch,
-        "train.keep": c.train.keep,
         "eval.samples": c.eval.samples,
         "eval.max_new_tokens": c.eval.max_new_tokens,
         "eval.batch_size": c.eval.batch_size,
@@ -567,6 +566,8 @@ def _check(c: OPSDCConfig) -> None:
         need(value >= 1, key, value, "at least 1")
     for key, number in at_least_0.items():
         need(number >= 0, key, number, "at least 0")
+    # Behind a newest one that turns out damaged there must be another.
+    need(c.train.keep >= 2, "train.keep", c.train.keep, "at least 2")
     need(c.rollout.temperature > 0, "rollout.temperature", c.rollout.temperature, "above 0")
     need(
         0 < c.rollout.memory_share < 1, "rollout.memory_share", c.rollout.memory_share, "in (0, 1)"

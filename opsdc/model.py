@@ -16,7 +16,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import extract_commit_hash
 
 from opsdc import embedded
 from opsdc.batch import TokenBatch
@@ -85,12 +87,14 @@ def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreT
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
     kwargs["dtype"] = torch.float32 if trained_whole else getattr(torch, config.dtype)
+    place = str(folder) if folder is not None else embedded.resolve(config.name_or_path)
+    revision = None if folder is not None else config.revision
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder) if folder is not None else embedded.resolve(config.name_or_path),
-            revision=None if folder is not None else config.revision,
-            **kwargs,
-        )
+        # The commit that a branch or tag is now: what is loaded, and what is recorded. None for a
+        # plain folder.
+        commit = extract_commit_hash(cached_file(place, "config.json", revision=revision), None)
+        model = AutoModelForCausalLM.from_pretrained(place, revision=commit or revision, **kwargs)
+        model.config._commit_hash = commit
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.name_or_path: cannot load '{folder or config.name_or_path}': {error}"

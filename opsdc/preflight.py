@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from opsdc.batch import Pair, token_batch
 from opsdc.config import OPSDCConfig
 from opsdc.errors import CheckpointError, ModelError
 from opsdc.model import check_head, hidden_states, read_head, unwrap
+from opsdc.rollout import AGREEMENT, Request, Sampler, SamplingParams, difference
+from opsdc.rollout.weights import sequence_logprobs
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, autocast, backward, teacher_hidden_states
 from opsdc_kernels.plan import estimate
@@ -21,6 +24,8 @@ from opsdc_kernels.plan import estimate
 _VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
 # Packed and single forwards add in another order; anything above rounding is a leak.
 _PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# From each prompt of the checks: enough for a cache or a position that is off by one to show.
+_SAMPLED_TOKENS = 8
 
 
 @torch.no_grad()
@@ -81,6 +86,46 @@ def same_prompt_divergence(
     for parameter in model.parameters():
         parameter.grad = None
     return float(torch.cat([s.divergence for s in stats]).mean())
+
+
+def common_suffix(pairs: list[Pair]) -> int:
+    """Tokens in which every pair's two prompts end alike; prompts of unequal suffixes are refused
+    when they are built."""
+
+    def length(pair: Pair) -> int:
+        ends = zip(
+            reversed(pair.student_prompt_ids), reversed(pair.teacher_prompt_ids), strict=False
+        )
+        return sum(1 for _ in itertools.takewhile(lambda end: end[0] == end[1], ends))
+
+    return min(map(length, pairs))
+
+
+def sampler_agreement(sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDCConfig) -> str:
+    """A few tokens from each prompt, as a line: the sampler's log-probabilities are the trainer's.
+
+    Raises ModelError where they are not: rollouts would come from another model than is trained.
+    """
+    prompts = [list(p.student_prompt_ids) for p in pairs]
+    requests = [Request(key=f"preflight/{i}", prompt_ids=ids) for i, ids in enumerate(prompts)]
+    params = SamplingParams(max_new_tokens=_SAMPLED_TOKENS)
+    dtype = getattr(torch, config.model.dtype)
+    own: list[float] = []
+    found: list[float] = []
+    for r in sampler.generate(requests, params, label="preflight"):
+        whole = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], dtype)
+        own += whole[len(whole) - len(r.response_ids) :]
+        found += r.logprobs or ()
+    mean, largest = difference(own, found)
+    limits = AGREEMENT[dtype]
+    if not (mean <= limits[0] and largest <= limits[1]):
+        raise ModelError(
+            f"the sampler's log-probabilities of {len(own)} tokens that it sampled are "
+            f"{mean:.1e} nats from the trainer's on average and {largest:.1e} at most (allowed: "
+            f"{limits[0]:.0e} and {limits[1]:.0e}): it samples from another model than is trained. "
+            "Use another rollout.engine, or model.attn_implementation eager"
+        )
+    return f"sampler: the trainer's log p of {len(own)} sampled tokens to {largest:.1e} nats"
 
 
 def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
@@ -159,6 +204,7 @@ def _free_bytes(device: torch.device) -> int | None:
 def run(
     model: Any,
     teacher: Teacher,
+    sampler: Sampler,
     pairs: list[Pair],
     config: OPSDCConfig,
     *,
@@ -183,6 +229,8 @@ def run(
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
         disk_room(model, teacher, config),
         memory_room(model, config),
+        f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
+        sampler_agreement(sampler, model, pairs, config),
     ]
     if not teacher_is_student:
         return layout, lines

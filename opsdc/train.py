@@ -164,6 +164,7 @@ class OPSDCTrainer:
                 self.optimizer,
                 layout,
                 config,
+                sampled_finite=all(r.is_finite for r in rollouts),
                 on_tokens=bar.advance,
             )
             bar.close()
@@ -242,6 +243,9 @@ class OPSDCTrainer:
         )
         rollouts = self.sampler.generate(requests, params, label=f"step {step} rollouts")
         check_batch(requests, rollouts, step=step, max_staleness=rollout.max_staleness)
+        if sick := [r.key for r in rollouts if not r.is_finite]:
+            shown = f"{sick[0]}'" + (f" and {len(sick) - 1} more" if sick[1:] else "")
+            print(f"sampled from logits that are not finite: '{shown}", file=sys.stderr)
         return rollouts
 
     def _preflight(self, step: int) -> preflight.Layout:
@@ -258,6 +262,7 @@ class OPSDCTrainer:
         layout, lines = preflight.run(
             self.model,
             self.teacher,
+            self.sampler,
             sample,
             self.config,
             pad_id=0 if pad is None else pad,
@@ -482,16 +487,16 @@ def _record(
 
 
 def _line(record: dict[str, Any], steps: int, refreshed: bool) -> str:
-    def show(key: str, pattern: str) -> str:
-        return "–" if record[key] is None else pattern.format(record[key])
+    def show(key: str, spec: str) -> str:
+        return "–" if record[key] is None else format(record[key], spec)
 
     return (
         f"step {record['step']:>{len(str(steps))}}/{steps}"
-        f"  loss {show('loss_nats', '{:.4f}')} nats/token"
-        f"  entropy {show('student_entropy', '{:.2f}')}"
-        f"  response {show('response_tokens_mean', '{:.1f}')} tokens"
+        f"  loss {show('loss_nats', '.4f')} nats/token"
+        f"  entropy {show('student_entropy', '.2f')}"
+        f"  response {show('response_tokens_mean', '.1f')} tokens"
         f"  truncated {100 * record['truncated_share']:.0f} %"
-        f"  grad {show('grad_norm', '{:.2f}')}"
+        f"  grad {show('grad_norm', '.2f')}"
         f"  {record['perf/seconds_step']:.0f} s" + ("  teacher refreshed" if refreshed else "")
     )
 

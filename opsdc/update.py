@@ -90,10 +90,12 @@ def update(
     layout: Layout,
     config: OPSDCConfig,
     *,
+    sampled_finite: bool = True,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> UpdateResult:
     """Accumulate the gradient of the whole step and take one optimizer step, if it is finite.
 
+    `sampled_finite`: False makes the loss NaN, for responses that were sampled from NaN logits.
     A forward or backward that runs out of memory takes nothing with it: the whole step is done
     again in forwards of half the size. Raises TrainingError when they cannot be halved any more.
     """
@@ -124,6 +126,8 @@ def update(
             file=sys.stderr,
             flush=True,
         )
+    if not sampled_finite:
+        loss = math.nan
     student_done = time.perf_counter()
     grad_norm = float(
         torch.nn.utils.clip_grad_norm_(

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("opsdc", "opsdc_kernels", "benchmarks")
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+SHIPPED = [*SOURCES, *sorted((ROOT / "examples").rglob("*.py")), ROOT / "setup.py"]
 
 
 def imports(tree):
@@ -55,39 +56,43 @@ BANNED_MODULES = (
     "torch.package",
 )
 BANNED_CALLS = (
-    "eval",
-    "exec",
-    "compile",
-    "__import__",
-    "os.system",
-    "os.popen",
-    "torch.hub.load",
-    "yaml.unsafe_load",
-    "yaml.full_load",
-    "yaml.load_all",
+    *("eval", "exec", "compile", "__import__"),
+    *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+    *("torch.hub.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
 )
+# Under their bare names the rules below would not know them.
+BANNED_NAMES = (*BANNED_CALLS, "torch.load", "yaml.load", "numpy.load")
 # Setting them opens vLLM's developer routes or its pickled messages.
 BANNED_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION")
+# The one place that may name them: where they are refused.
+REFUSAL = "_REFUSED"
 
 
 def violations(source):
     """(line, what) of everything in a source text that this project does not do."""
     tree = ast.parse(source)
+    refused = {
+        constant
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == REFUSAL
+        for constant in ast.walk(node)
+    }
     for name in imports(tree):
         if any(name == m or name.startswith(f"{m}.") for m in BANNED_MODULES):
             yield 0, f"imports {name}"
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in node.names:
-                if f"{node.module}.{name.name}" in BANNED_MODULES:
+                if f"{node.module}.{name.name}" in (*BANNED_MODULES, *BANNED_NAMES):
                     yield node.lineno, f"imports {node.module}.{name.name}"
-        if isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::"):
-            yield node.lineno, "listens on every interface"
-        if isinstance(node, (ast.Assign, ast.Dict)):
-            targets = node.targets if isinstance(node, ast.Assign) else node.keys
-            for target in targets:
-                if target is not None and any(v in ast.unparse(target) for v in BANNED_VARIABLES):
-                    yield node.lineno, "sets a variable that must be refused"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in BANNED_MODULES:
+            yield node.lineno, f"uses {ast.unparse(node)}"
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if "0.0.0.0" in node.value or node.value == "::":
+                yield node.lineno, "listens on every interface"
+            if node not in refused and any(v in node.value for v in BANNED_VARIABLES):
+                yield node.lineno, "names a variable that must be refused"
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
@@ -105,12 +110,15 @@ def violations(source):
         if words.get("allow_pickle", "False") != "False":
             yield node.lineno, "numpy unpickles"
         # Templates hold braces of others: only a literal of ours may be a format.
-        is_format = isinstance(node.func, ast.Attribute) and node.func.attr == "format"
-        if is_format and not isinstance(node.func.value, (ast.Constant, ast.Name)):
+        is_format = isinstance(node.func, ast.Attribute) and node.func.attr in (
+            "format",
+            "format_map",
+        )
+        if is_format and not isinstance(node.func.value, ast.Constant):
             yield node.lineno, "str.format on a text that is no literal"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_bans(path):
     assert list(violations(path.read_text("utf-8"))) == []
 
@@ -123,6 +131,16 @@ def test_bans(path):
         "import torch.distributed.checkpoint as dcp",
         "from torch.distributed import checkpoint",
         "torch.load(path)",
+        "from torch import load",
+        "from yaml import load",
+        "torch.distributed.checkpoint.load(state)",
+        "builtins.eval(answer)",
+        "subprocess.getoutput(command)",
+        "os.environ.setdefault('VLLM_SERVER_DEV_MODE', '1')",
+        "os.putenv('VLLM_ALLOW_INSECURE_SERIALIZATION', '1')",
+        "serve('0.0.0.0:8000')",
+        "template.format(problem=problem)",
+        "template.format_map(problem)",
         "torch.load(path, weights_only=flag)",
         "yaml.load(text, Loader=yaml.Loader)",
         "yaml.unsafe_load(text)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,6 +50,30 @@ class Rollout:
     logprobs: Sequence[float] | None = None
     """Of the response's tokens at temperature 1 and without top-p or top-k, as the engine computed
     them (vLLM's "raw" ones): what the trainer's own forward must reproduce. None: not recorded."""
+
+    @property
+    def is_finite(self) -> bool:
+        """False where the engine's own logits were no numbers: nobody knows what was sampled."""
+        return all(map(math.isfinite, self.logprobs or ()))
+
+
+# Trainer against sampler, as (mean, largest) |Δ log p| of the same tokens. Measured on a 135M model
+# in float32: rounding 7e-6 and 5e-5; every weight moved by 1e-6, the smallest step of a usual
+# learning rate, 1e-4 and 7e-4. In 16 bits rounding hides one update: that tells wrong weights, not
+# old ones.
+AGREEMENT = {
+    torch.float32: (3e-5, 3e-4),
+    torch.bfloat16: (0.2, 4.0),
+    torch.float16: (0.05, 1.0),
+}
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Mean and largest |a − b|; infinite for sequences that cannot be compared."""
+    if len(a) != len(b):
+        return float("inf"), float("inf")
+    gaps = (torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)).abs()
+    return float(gaps.mean()), float(gaps.max())
 
 
 class Sampler(Protocol):

@@ -87,7 +87,9 @@ class HFSampler:
             n = len(request.prompt_ids)
             ids[row, longest - n :] = torch.tensor(request.prompt_ids, device=device)
             mask[row, longest - n :] = 1
-        processors = LogitsProcessorList()
+        # Before all others: what it sees are the model's own logits.
+        chosen = _ChosenLogprobs()
+        processors = LogitsProcessorList([chosen])
         if params.temperature > 0:
             processors.append(TemperatureLogitsWarper(float(params.temperature)))
             if params.top_k:
@@ -109,20 +111,23 @@ class HFSampler:
             ),
             logits_processor=processors,
         )
+        logprobs = chosen.finish(output[:, -1])
         return [
-            self._rollout(request, row[longest:].tolist())
-            for request, row in zip(requests, output, strict=True)
+            self._rollout(request, row[longest:].tolist(), found)
+            for request, row, found in zip(requests, output, logprobs.tolist(), strict=True)
         ]
 
-    def _rollout(self, request: Request, sampled: list[int]) -> Rollout:
+    def _rollout(self, request: Request, sampled: list[int], logprobs: list[float]) -> Rollout:
         # Behind the first end-of-sequence token `generate` only pads.
         end = next((i for i, token in enumerate(sampled) if token in self._eos_ids), None)
+        length = len(sampled) if end is None else end + 1
         return Rollout(
             key=request.key,
             prompt_ids=request.prompt_ids,
-            response_ids=sampled if end is None else sampled[: end + 1],
+            response_ids=sampled[:length],
             finished=end is not None,
             weights_version=self._version,
+            logprobs=logprobs[:length],
         )
 
 
@@ -151,6 +156,31 @@ class _GumbelNoise(LogitsProcessor):
         for row, stream in zip(noise, self._streams, strict=True):
             row.exponential_(generator=stream)
         return scores.float() - noise.log_()
+
+
+class _ChosenLogprobs(LogitsProcessor):
+    """log p of what is sampled: logits of a position wait for the next, which shows its token."""
+
+    def __init__(self) -> None:
+        self._logits: torch.Tensor | None = None
+        self._found: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
+        if self._logits is not None:
+            self._take(input_ids[:, -1])
+        self._logits = scores
+        return scores
+
+    def finish(self, last: torch.Tensor) -> torch.Tensor:
+        """[rows, positions], `last` being the tokens of the last position."""
+        self._take(last)
+        return torch.stack(self._found, dim=1)
+
+    def _take(self, tokens: torch.Tensor) -> None:
+        assert self._logits is not None
+        logits = self._logits.float()
+        picked = logits.gather(1, tokens[:, None])[:, 0]
+        self._found.append(picked - logits.logsumexp(1))
 
 
 class _Advance(LogitsProcessor):

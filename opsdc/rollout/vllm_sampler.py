@@ -15,18 +15,17 @@ from typing import Protocol
 import torch
 
 from opsdc.errors import RolloutError, WeightSyncError
-from opsdc.rollout import Request, Rollout, SamplingParams, stream_seed
+from opsdc.rollout import (
+    AGREEMENT,
+    Request,
+    Rollout,
+    SamplingParams,
+    difference,
+    stream_seed,
+)
 from opsdc.rollout.vllm_local import Batch
 from opsdc.rollout.weights import Weights, sequence_logprobs
 
-# Trainer against engine, as (mean, largest) |Δ log p| of the probe. Measured on a 135M model in
-# float32: rounding 7e-6 and 5e-5; every weight moved by 1e-6, the smallest step of a usual learning
-# rate, 1e-4 and 7e-4. In 16 bits rounding hides one update: that tells wrong weights, not old ones.
-_AGREEMENT = {
-    torch.float32: (3e-5, 3e-4),
-    torch.bfloat16: (0.2, 4.0),
-    torch.float16: (0.05, 1.0),
-}
 # The engine against itself, same weights and same probe: nothing but the order of sums may differ.
 _REPEAT = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -82,8 +81,8 @@ class VLLMSampler:
         weights_id = f"{self._run}-{version}"
         probe = self._engine.load(Weights(model, self._dtype), weights_id, self._probe_ids)
         own = sequence_logprobs(model, self._probe_ids, self._dtype)
-        mean, largest = _difference(probe, own)
-        limits = _AGREEMENT[self._dtype]
+        mean, largest = difference(probe, own)
+        limits = AGREEMENT[self._dtype]
         if not (mean <= limits[0] and largest <= limits[1]):
             raise WeightSyncError(
                 f"after the push of weights version {version} vLLM and the trainer differ by "
@@ -117,7 +116,7 @@ class VLLMSampler:
                 f"{label}: sampled by weights '{batch.weights_id}', not by version "
                 f"{self._version} of this run"
             )
-        _, largest = _difference(batch.probe, self._probe)
+        _, largest = difference(batch.probe, self._probe)
         if not largest <= _REPEAT[self._dtype]:
             raise WeightSyncError(
                 f"{label}: the probe's log-probabilities are {largest:.1e} away from those right "
@@ -139,11 +138,3 @@ class VLLMSampler:
 
     def close(self) -> None:
         self._engine.close()
-
-
-def _difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean and largest |a − b|; infinite for sequences that cannot be compared."""
-    if len(a) != len(b):
-        return float("inf"), float("inf")
-    gaps = (torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)).abs()
-    return float(gaps.mean()), float(gaps.max())

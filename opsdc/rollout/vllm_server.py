@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from opsdc import stop
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError, OPSDCError, RolloutError, WeightSyncError
 from opsdc.rollout import SamplingParams, wire
@@ -348,9 +349,12 @@ class VLLMServer:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(spec).encode() + b"\n")
             self._process.stdin.flush()
-        left = max(deadline - time.monotonic(), 0)
-        if not select.select([self._process.stdout], [], [], left)[0]:
-            raise ServerFault(f"did not start in {left:.0f} s{self._last_words()}")
+        began = time.monotonic()
+        while not select.select([self._process.stdout], [], [], wire.POLL_S)[0]:
+            stop.check()
+            if time.monotonic() >= deadline:
+                waited = time.monotonic() - began
+                raise ServerFault(f"did not start in {waited:.0f} s{self._last_words()}")
         line = self._process.stdout.readline()
         if not line:
             raise ServerFault(f"ended while it started{self._last_words()}")

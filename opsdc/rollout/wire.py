@@ -18,7 +18,7 @@ from opsdc import stop
 MAX_BYTES = 1 << 28
 _LENGTH = struct.Struct(">Q")
 # How soon a wait for the peer is left when the process is asked to stop.
-_POLL_S = 0.5
+POLL_S = 0.5
 
 
 class WireError(Exception):
@@ -53,7 +53,7 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
     parts: list[bytes] = []
     missing = count
     while missing:
-        _limit(connection, min(deadline, time.monotonic() + _POLL_S))
+        _limit(connection, min(deadline, time.monotonic() + POLL_S))
         try:
             part = connection.recv(min(missing, 1 << 20))
         except TimeoutError:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tests_tiny import tiny_model
 
 from opsdc import checkpoint
@@ -187,6 +188,15 @@ def as_pickle_named_safetensors(folder, marker):
     (folder / "model" / "model.safetensors").write_bytes(pickle.dumps(Marker(marker)))
 
 
+def as_pickled_moments(folder, marker):
+    (folder / "optimizer.safetensors").write_bytes(pickle.dumps(Marker(marker)))
+
+
+def as_moments_of_another_shape(folder, marker):
+    path = folder / "optimizer.safetensors"
+    save_file({k: v.new_zeros(7) for k, v in load_file(path).items()}, path)
+
+
 def as_remote_code(folder, marker):
     path = folder / "model" / "config.json"
     settings = json.loads(path.read_text())
@@ -217,6 +227,8 @@ def as_link_to_a_folder(folder, marker):
     [
         as_pickle,
         as_pickle_named_safetensors,
+        as_pickled_moments,
+        as_moments_of_another_shape,
         as_remote_code,
         as_index_outside,
         as_link,
@@ -234,7 +246,8 @@ def test_a_checkpoint_made_to_harm_runs_nothing(tmp_path, attack):
         with pytest.raises(CheckpointError, match="does not fit"):
             checkpoint.restore(folder, *parts)
     assert not marker.exists()
-    assert (problem is None) == (attack is as_pickle_named_safetensors)
+    innocent = (as_pickle_named_safetensors, as_pickled_moments, as_moments_of_another_shape)
+    assert (problem is None) == (attack in innocent)
 
 
 def test_what_its_loaders_would_unpickle_is_not_even_looked_at(tmp_path):
@@ -265,6 +278,25 @@ def test_checkpoints_of_an_abandoned_future_do_not_push_good_ones_out(tmp_path, 
     write(tmp_path, 3)
     assert [p.name for p in checkpoint.listing(tmp_path)] == ["step-000003", "step-000002"]
     assert checkpoint.newest_good(tmp_path).name == "step-000003"
+
+
+def test_one_of_the_same_step_is_kept_until_its_successor_is_verified(tmp_path, monkeypatch):
+    """A run that was told to start before a good checkpoint comes to that step again."""
+    before, _ = write(tmp_path, 3)
+    sha256 = checkpoint._sha256(before / "optimizer.safetensors")
+    verify = checkpoint.verify
+    monkeypatch.setattr(
+        checkpoint, "verify", lambda p: "a sector is gone" if ".tmp" in p.name else verify(p)
+    )
+    with pytest.raises(CheckpointError, match="a sector is gone"):
+        write(tmp_path, 3, steps=2)
+    assert verify(before) is None
+    assert checkpoint._sha256(before / "optimizer.safetensors") == sha256
+    monkeypatch.undo()
+    write(tmp_path, 3, steps=2)
+    assert verify(before) is None
+    assert checkpoint._sha256(before / "optimizer.safetensors") != sha256
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000003"]
 
 
 def test_only_our_own_names_are_checkpoints(tmp_path):

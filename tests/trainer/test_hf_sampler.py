@@ -4,6 +4,7 @@ from tests_tiny import byte_tokenizer, tiny_model
 
 from opsdc.rollout import Request, SamplingParams
 from opsdc.rollout.hf import HFSampler
+from opsdc.rollout.weights import sequence_logprobs
 
 PROMPTS = [[1, 40 + i] + [100 + i] * (i % 5) for i in range(9)]
 
@@ -39,6 +40,18 @@ def test_rollouts_end_at_the_end_token_or_the_cap():
         assert rollout.finished == (rollout.response_ids[-1] == 2)
         assert 2 not in rollout.response_ids[:-1]
         assert rollout.finished or len(rollout.response_ids) == 200
+
+
+def test_logprobs_are_the_models_own_whatever_is_sampled():
+    """At temperature 1 and over the whole vocabulary, beside padding and behind others' ends."""
+    model = tiny_model()
+    for params in ({}, {"temperature": 0.5, "top_k": 9}, {"temperature": 0.0}):
+        found = generate(requests(), model=model, max_new_tokens=60, **params)
+        assert len({len(r.response_ids) for r in found}) > 1 or params
+        for r in found:
+            own = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], torch.float32)
+            assert r.logprobs == pytest.approx(own[len(r.prompt_ids) - 1 :], abs=1e-5)
+            assert r.is_finite
 
 
 def test_greedy_is_argmax():

@@ -1,5 +1,9 @@
 """Heads: what the loss describes is used exactly, what it does not describe is refused."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from tests_tiny import tiny_model
@@ -114,3 +118,24 @@ def test_a_missing_model_is_named():
 def test_trained_parameters_are_float32_whatever_the_forward_computes_in(tiny_folder):
     model = load_model(ModelConfig(name_or_path=str(tiny_folder), dtype="bfloat16"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_revision_of_a_hub_model_is_recorded(tmp_path):
+    """From the hub's cache, which names a snapshot by its commit; no network."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    tiny_model().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = (
+        "from opsdc.config import ModelConfig; from opsdc.model import describe, load_model\n"
+        "print(describe(load_model(ModelConfig(name_or_path='someone/tiny')))['revision'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [commit]

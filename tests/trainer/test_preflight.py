@@ -1,11 +1,12 @@
 import pytest
 import torch
-from tests_tiny import tiny_model
+from tests_tiny import byte_tokenizer, tiny_model
 
 from opsdc import checkpoint, preflight
 from opsdc.batch import Pair
 from opsdc.config import OPSDCConfig, TeacherConfig
 from opsdc.errors import CheckpointError, ModelError
+from opsdc.rollout.hf import HFSampler
 from opsdc.teacher import Teacher
 
 SEQUENCES = [[1, 30, 31, 32], [5, 40], [9, 50, 51, 52, 53]]
@@ -20,6 +21,18 @@ def pairs():
         Pair(student_prompt_ids=ids[:1], teacher_prompt_ids=[77, *ids[:1]], response_ids=ids[1:])
         for ids in SEQUENCES
     ]
+
+
+def run(model):
+    return preflight.run(
+        model,
+        Teacher(model, TeacherConfig()),
+        HFSampler(model, byte_tokenizer(), seed=0),
+        pairs(),
+        config(),
+        pad_id=0,
+        teacher_is_student=True,
+    )
 
 
 def test_packed_equals_single_on_this_attention():
@@ -45,13 +58,14 @@ def test_a_model_that_leaks_between_packed_neighbours_is_padded():
 
 def test_all_checks_pass_on_a_sound_model_and_say_one_line_each():
     model = tiny_model().train()
-    teacher = Teacher(model, TeacherConfig())
-    _, lines = preflight.run(model, teacher, pairs(), config(), pad_id=0, teacher_is_student=True)
+    _, lines = run(model)
     assert [line.split(":")[0] for line in lines] == [
         "head",
         "layout",
         "disk",
         "memory",
+        "prompts",
+        "sampler",
         "same prompt on both sides",
     ]
     assert all(p.grad is None for p in model.parameters())
@@ -60,14 +74,25 @@ def test_all_checks_pass_on_a_sound_model_and_say_one_line_each():
 def test_dropout_is_found_by_the_same_prompt_check():
     model = tiny_model(attention_dropout=0.5).train()
     with pytest.raises(ModelError, match="do not compute alike"):
-        preflight.run(
-            model,
-            Teacher(model, TeacherConfig()),
-            pairs(),
-            config(),
-            pad_id=0,
-            teacher_is_student=True,
-        )
+        run(model)
+
+
+def test_a_sampler_of_other_weights_is_found():
+    model, other = tiny_model(), tiny_model()
+    sampler = HFSampler(other, byte_tokenizer(), seed=0)
+    line = preflight.sampler_agreement(sampler, model, pairs(), config())
+    assert "24 sampled tokens" in line
+    assert float(line.split()[-2]) <= 1e-5
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
+    with pytest.raises(ModelError, match=r"samples from another model.*rollout\.engine"):
+        preflight.sampler_agreement(sampler, model, pairs(), config())
+
+
+def test_where_both_prompts_end_alike():
+    one = Pair(student_prompt_ids=[1, 9, 4, 5], teacher_prompt_ids=[7, 4, 5], response_ids=[3])
+    other = Pair(student_prompt_ids=[4, 5], teacher_prompt_ids=[9, 9, 4, 5], response_ids=[3])
+    assert preflight.common_suffix([one, other]) == 2
 
 
 def test_the_disk_must_hold_the_checkpoints(tmp_path, monkeypatch):

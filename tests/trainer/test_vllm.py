@@ -3,6 +3,7 @@
 Each engine is a process of its own: the run's server, or a script for the engine in the trainer's.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -22,6 +23,7 @@ from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError, RolloutError
 from opsdc.rollout import Request, SamplingParams
 from opsdc.rollout.start import start_sampler
+from opsdc.rollout.vllm_local import EngineOptions, VLLMEngine
 from opsdc.rollout.weights import sequence_logprobs
 from opsdc.train import OPSDCTrainer
 from opsdc.versions import check_vllm
@@ -193,6 +195,23 @@ def test_server_answers_nobody_without_the_key(server):
 
 
 @pytest.mark.slow
+def test_a_run_told_to_stop_while_its_server_starts_ends_at_once(server, tmp_path):
+    _, _, config = server
+    out = tmp_path / "run"
+    path = tmp_path / "config.yaml"
+    path.write_text(dataclasses.replace(config, output_dir=str(out)).to_yaml(), "utf-8")
+    command = [sys.executable, "-m", "opsdc", "train", "--config", str(path)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (out / "vllm_server.log").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    printed, _ = run.communicate(timeout=30)
+    assert run.returncode == 0
+    assert "stopped by SIGTERM before the run began" in printed
+
+
+@pytest.mark.slow
 def test_server_dies_with_its_run(server, tmp_path):
     """No process and no weights are left behind when the trainer is killed."""
     _, _, config = server
@@ -286,6 +305,45 @@ def test_dangerous_variables_are_refused(make_config, monkeypatch, name, engine)
     config = make_config(**{"rollout.engine": engine})
     with pytest.raises(ConfigError, match=name):
         start_sampler(config, model, byte_tokenizer(), [5, 6, 7])
+
+
+class Recorder:
+    """In place of vLLM on a GPU, which is the only place where it can sleep: the calls it gets."""
+
+    def __init__(self):
+        self.calls = []
+
+    def wake_up(self):
+        self.calls.append("wake_up")
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def collective_rpc(self, name, args):
+        self.calls.append(name)
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(("gpu", "sleeps"), [(True, True), (True, False), (False, True)])
+def test_an_engine_is_awake_only_for_its_work_even_when_that_fails(gpu, sleeps):
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine.options = EngineOptions(
+        folder="",
+        dtype="bfloat16",
+        vocab_size=264,
+        max_model_len=64,
+        max_num_seqs=4,
+        memory_share=0.3,
+        trust_remote_code=False,
+        sleeps=sleeps,
+    )
+    engine._gpu, engine._llm, engine._weights_id = gpu, Recorder(), "old"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.load([], "new", [5, 6])
+    around = ["wake_up", "opsdc_load", "sleep 1"]
+    assert engine._llm.calls == (around if gpu and sleeps else ["opsdc_load"])
+    # Nobody may take what it holds now for the old weights or the new.
+    assert engine._weights_id == ""
 
 
 @pytest.mark.parametrize("version", [None, "0.26.1", "0.33.0", "1.0.0"])

@@ -124,6 +124,8 @@ FAULTS = {
     "JSON but no message": lambda message, server: frame([1, 2]),
     "half a message": lambda message, server: good(message, server)[:-5],
     "a length of exabytes": lambda message, server: struct.pack(">Q", 1 << 62),
+    "HTTP 500": lambda message, server: b"HTTP/1.1 500 Internal Server Error\r\n\r\n",
+    "HTTP 503": lambda message, server: b"HTTP/1.1 503 Service Unavailable\r\n\r\n",
     "an error": lambda message, server: frame({"error": "out of memory"}),
     "no rows": lambda message, server: frame({"weights_id": server.weights_id}),
     "too few rows": lambda message, server: good(message, server, rows=[]),
@@ -205,7 +207,9 @@ def test_faults_end_in_a_named_error_within_twice_the_timeout(start, model, name
     assert adversary.seen[:3] == ["load", "sample", "load"]
 
 
-@pytest.mark.parametrize("fault", ["closes", "not JSON", "other weights", "cut short"])
+@pytest.mark.parametrize(
+    "fault", ["closes", "not JSON", "HTTP 503", "an error", "other weights", "cut short"]
+)
 def test_a_fault_that_passes_ends_in_the_answer(start, model, fault):
     calls = []
 
