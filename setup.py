@@ -36,8 +36,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
-        "opsdc": ["py.typed", "recipes/*.yaml", "instructions/*.txt"],
-        "opsdc_kernels": ["py.typed"],
+        "opsdc": ["py.typed", "*.yaml", "recipes/*.yaml", "instructions/*.txt"],
+        "opsdc_kernels": ["py.typed", "native/rows.c"],
     },
     install_requires=[
         "torch>=2.9",

@@ -1,4 +1,4 @@
-"""The command `opsdc`: train, eval, serve, inspect, plot."""
+"""The command `opsdc`: train, eval, serve, inspect, plan, plot."""
 
 from __future__ import annotations
 
@@ -43,6 +43,13 @@ _INSPECT_EPILOG = """\
   opsdc inspect --config runs/demo/config.yaml --problem 3 --model runs/demo/model
   opsdc inspect --batch runs/demo/sick-step-000007.json  a step that was not finite, again
   opsdc inspect --text 'What is \\boxed{2+2}?' --color | less -R
+"""
+_PLAN_EPILOG = """\
+Needs no weights and no GPU. Status 0: it fits; 1: it does not.
+
+  opsdc plan --model Qwen/Qwen3-8B --gpu-memory 80GB     the paper's settings
+  opsdc plan --config qwen3-8b-lora --gpu-memory 80GB --rollout.max_new_tokens 8192
+  opsdc plan --model my-model/config.json --gpu-memory 141GB --gpus 8 --model.lora.r 64
 """
 
 
@@ -142,6 +149,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     _setting_flags(inspect, only=("seed", "model.", "data.", "prompt.", "rollout.", "loss."))
 
+    plan = command(
+        "plan",
+        "say before a run whether it fits, with which micro-batch, and where the bytes go",
+        _PLAN_EPILOG,
+        _plan,
+        f"[--model NAME|FOLDER|config.json] [--gpu-memory 80GB] [--gpus N] {_ANY}",
+    )
+    _config_flag(plan, default="qwen3-8b")
+    plan.add_argument("--model", metavar="NAME", help="short for --model.name_or_path")
+    plan.add_argument(
+        "--gpu-memory", metavar="BYTES", help="of one GPU, as 80GB or 76GiB (default: this CPU's)"
+    )
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks")
+    plan.add_argument(
+        "--gemm-tflops",
+        type=float,
+        default=600.0,
+        metavar="X",
+        help="rate of a large 16-bit GEMM, for the loss's time (default: 600, assumed)",
+    )
+    _setting_flags(plan)
+
     plot = command(
         "plot", "draw a run: divergence, length, entropy, accuracy", "", _plot, "RUN [--output PNG]"
     )
@@ -150,12 +179,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config_flag(parser: argparse.ArgumentParser) -> None:
+def _config_flag(parser: argparse.ArgumentParser, default: str = "smollm2-cpu") -> None:
     parser.add_argument(
         "--config",
-        default="smollm2-cpu",
+        default=default,
         metavar="FILE",
-        help=f"a YAML file or a recipe: {', '.join(recipe_names())} (default: smollm2-cpu)",
+        help=f"a YAML file or a recipe: {', '.join(recipe_names())} (default: {default})",
     )
 
 
@@ -201,17 +230,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # From before anything large is imported: a stop asked for then still ends with status 0.
     with stop.on_signal():
-        from opsdc import report
+        from opsdc import distributed, report
         from opsdc.train import OPSDCTrainer
 
-        try:
-            trainer = OPSDCTrainer(None, config)
-        except stop.Stopped as signal:
-            print(f"stopped by {signal} before the run began", flush=True)
-            return 0
-        if "stopped" not in trainer.train():
-            report.print_report(Path(config.output_dir))
-        trainer.sampler.close()
+        with distributed.join(config.distributed).one_voice():
+            try:
+                trainer = OPSDCTrainer(None, config)
+            except stop.Stopped as signal:
+                print(f"stopped by {signal} before the run began", flush=True)
+                return 0
+            if "stopped" not in trainer.train() and trainer.ranks.first:
+                report.print_report(Path(config.output_dir))
+            trainer.sampler.close()
+            distributed.leave()
     return 0
 
 
@@ -266,6 +297,25 @@ def _inspect(arguments: argparse.Namespace) -> int:
     item = held_out[arguments.problem]
     print(inspect(model, tokenizer, item, config, colour=arguments.color))
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    overrides = _overrides(arguments)
+    if arguments.model:
+        overrides["model.name_or_path"] = arguments.model
+    config = OPSDCConfig.load(arguments.config, overrides)
+    if arguments.gpus < 1 or arguments.gemm_tflops <= 0:
+        raise ConfigError("--gpus must be at least 1 and --gemm-tflops above 0")
+    from opsdc.plan import parse_bytes, report
+
+    plan, text = report(
+        config,
+        memory_bytes=None if arguments.gpu_memory is None else parse_bytes(arguments.gpu_memory),
+        gpus=arguments.gpus,
+        tflops=arguments.gemm_tflops,
+    )
+    print(text)
+    return 0 if plan.fits else 1
 
 
 def _plot(arguments: argparse.Namespace) -> int:

@@ -130,6 +130,11 @@ class TeacherConfig:
         "that of the M before",
     ] = None
     ema_decay: Annotated[float, "ema only: teacher <- decay·teacher + (1 - decay)·student"] = 0.995
+    offload: Annotated[
+        bool,
+        "keep the teacher's weights in the host's memory, on the device for its pass alone: the "
+        "same bits for two copies over the bus a step",
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +172,10 @@ class TrainConfig:
     max_tokens_per_micro_batch: Annotated[
         int, "prompt + response tokens per forward; changes memory and speed, not the result"
     ] = 16384
+    max_train_tokens: Annotated[
+        int | None,
+        "train on the first so many tokens of a response, however long it was sampled; unset: all",
+    ] = None
     packing: Annotated[
         Literal["auto", "on", "off"],
         "several responses in one row without padding; auto: when the attention skips foreign "
@@ -177,6 +186,22 @@ class TrainConfig:
     resume: Annotated[
         str, "auto: from the newest good checkpoint of output_dir | none | a checkpoint folder"
     ] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig:
+    """Several processes, started by torchrun or accelerate launch; with one nothing here acts."""
+
+    strategy: Annotated[
+        Literal["ddp", "fsdp"],
+        "ddp: each rank has the whole model, its teacher and its moments | fsdp: each has its part",
+    ] = "ddp"
+    reduce_every_micro_batch: Annotated[
+        bool,
+        "fsdp: add gradients after each micro-batch instead of once a step: more traffic, but no "
+        "rank then holds a gradient of the whole model (4 bytes a parameter)",
+    ] = False
+    timeout_s: Annotated[float, "longest that a rank waits for the others"] = 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,6 +271,7 @@ class OPSDCConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -573,6 +599,8 @@ def _check(c: OPSDCConfig) -> None:
         0 < c.rollout.memory_share < 1, "rollout.memory_share", c.rollout.memory_share, "in (0, 1)"
     )
     need(c.rollout.timeout_s > 0, "rollout.timeout_s", c.rollout.timeout_s, "above 0")
+    wait = c.distributed.timeout_s
+    need(wait > 0, "distributed.timeout_s", wait, "above 0")
     address = c.rollout.server_address
     need(
         address is None or (":" in address and address.rpartition(":")[2].isdigit()),
@@ -592,6 +620,8 @@ def _check(c: OPSDCConfig) -> None:
     betas = c.optim.betas
     need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "two in [0, 1)")
     need(0 <= c.teacher.ema_decay < 1, "teacher.ema_decay", c.teacher.ema_decay, "in [0, 1)")
+    trained_on = c.train.max_train_tokens
+    need(trained_on is None or trained_on >= 1, "train.max_train_tokens", trained_on, "at least 1")
     plateau, target = c.teacher.refresh_plateau, c.guard.target_compression
     need(plateau is None or 0 <= plateau < 1, "teacher.refresh_plateau", plateau, "in [0, 1)")
     need(target is None or 0 < target < 1, "guard.target_compression", target, "in (0, 1)")
@@ -622,6 +652,8 @@ def ignored_settings(config: OPSDCConfig) -> list[str]:
         notes.append(f"teacher.refresh_steps has no effect with teacher.mode {c.teacher.mode}")
     if c.teacher.mode != "ema" and c.teacher.ema_decay != default.teacher.ema_decay:
         notes.append(f"teacher.ema_decay has no effect with teacher.mode {c.teacher.mode}")
+    if c.teacher.mode == "live" and c.teacher.offload:
+        notes.append("teacher.offload has no effect with teacher.mode live")
     if c.teacher.mode != "refresh" and c.teacher.refresh_plateau is not None:
         notes.append(f"teacher.refresh_plateau has no effect with teacher.mode {c.teacher.mode}")
     held_out = c.data.eval_size if c.eval.problems is None else c.eval.problems

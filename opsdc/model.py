@@ -28,6 +28,9 @@ from opsdc.errors import ModelError
 # A bar per folder that is read or written would drown our own lines.
 transformers_logging.disable_progress_bar()
 
+# Attention kernels that skip the blocks of other sequences; the rest would pay T² for a packed row.
+VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
+
 # Config attributes by which known architectures scale their logits, and the exponent to apply.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
 # Largest difference between our head and the model's own logits, relative to the largest logit.
@@ -219,7 +222,7 @@ def describe(model: Any) -> dict[str, Any]:
     """What a run records of its model."""
     base = unwrap(model)
     return {
-        "architecture": type(base).__name__,
+        "architecture": type(base).__name__.removeprefix("FSDP"),
         "revision": getattr(base.config, "_commit_hash", None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

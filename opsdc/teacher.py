@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from opsdc.config import TeacherConfig
+from opsdc.errors import ConfigError
 from opsdc.model import Head, read_head
 
 
@@ -29,7 +31,7 @@ class Teacher:
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._copies: list[torch.Tensor] = []
         if config.mode != "live":
-            self._copies = [p.detach().clone() for p in self._params]
+            self._copies = [self._copy(p.detach()) for p in self._params]
         self.version = 0
         """Student updates that the teacher's weights have seen (ema: that it has averaged)."""
 
@@ -52,19 +54,43 @@ class Teacher:
         finally:
             self._swap()
 
+    def _copy(self, values: torch.Tensor) -> torch.Tensor:
+        if not self._config.offload:
+            return values.clone()
+        if isinstance(values, DTensor):
+            raise ConfigError(
+                "teacher.offload true is for whole models; under distributed.strategy fsdp each "
+                "rank holds only its part of the teacher: set it to false, or use ddp"
+            )
+        # Pinned, so that the bus runs at its full rate.
+        host = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+        return host.copy_(values)
+
+    @torch.no_grad()
     def _swap(self) -> None:
         for i, copy in enumerate(self._copies):
             param = self._params[i]
-            param.data, self._copies[i] = copy, param.data
+            if self._config.offload or isinstance(copy, DTensor):
+                # Values go, not tensors: each side keeps the memory that it has, from which FSDP
+                # gathers, or which lies with the host.
+                kept = copy.clone()
+                copy.copy_(param)
+                param.copy_(kept)
+            else:
+                param.data, self._copies[i] = copy, param.data
 
     def head(self) -> Head:
         """The teacher's head; the very same tensors as the student's where they are not trained."""
         head = read_head(self._model)
         own = {id(p): c for p, c in zip(self._params, self._copies, strict=False)}
+
+        def teachers(tensor: torch.Tensor) -> torch.Tensor:
+            return own.get(id(tensor), tensor).to(tensor.device)
+
         return dataclasses.replace(
             head,
-            weight=own.get(id(head.weight), head.weight),
-            bias=None if head.bias is None else own.get(id(head.bias), head.bias),
+            weight=teachers(head.weight),
+            bias=None if head.bias is None else teachers(head.bias),
         )
 
     @torch.no_grad()
@@ -76,7 +102,7 @@ class Teacher:
         mode = self._config.mode
         if mode == "ema":
             for copy, param in zip(self._copies, self._params, strict=True):
-                copy.lerp_(param, 1.0 - self._config.ema_decay)
+                copy.lerp_(param.to(copy.device), 1.0 - self._config.ema_decay)
         elif mode == "refresh" and self._due(step, losses):
             for copy, param in zip(self._copies, self._params, strict=True):
                 copy.copy_(param)

@@ -118,3 +118,51 @@ def test_refresh_on_a_plateau_of_the_loss():
     with_holes = [None if i % 4 == 3 else 1.0 for i in range(16)]
     refreshed = [s for s in range(1, 17) if teacher.after_update(s, with_holes[:s])]
     assert refreshed == [7, 15]
+
+
+@pytest.mark.parametrize("mode", ["refresh", "ema"])
+def test_a_paged_teacher_computes_the_same_bits(mode):
+    """Kept in host memory, and swapped in by value: the student's own memory stays where it is."""
+    found = []
+    for offload in (False, True):
+        model = tiny_model(tied=False)
+        teacher = Teacher(model, TeacherConfig(mode=mode, refresh_steps=2, offload=offload))
+        places = [p.data_ptr() for p in model.parameters()]
+        seen = []
+        for step in range(1, 5):
+            move(model)
+            student = snapshot(model)
+            seen.append(weights_of(teacher, model))
+            seen.append({"head": teacher.head().weight.clone()})
+            assert equal(snapshot(model), student)
+            teacher.after_update(step)
+        if offload:
+            assert [p.data_ptr() for p in model.parameters()] == places
+            assert all(c.device.type == "cpu" for c in teacher._copies)
+        found.append(seen)
+    assert all(equal(a, b) for a, b in zip(*found))
+
+
+def test_a_refresh_with_lora_changes_exactly_the_snapshot():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        tiny_model("qwen3"), peft.LoraConfig(r=2, target_modules="all-linear")
+    )
+    teacher = Teacher(model, TeacherConfig(mode="refresh", refresh_steps=1))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1)
+    student, before = snapshot(model), weights_of(teacher, model)
+    storages = [c.data_ptr() for c in teacher._copies]
+    teacher.after_update(1)
+    after = weights_of(teacher, model)
+    changed = {n for n in after if not torch.equal(after[n], before[n])}
+    assert changed == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert equal(after, student)
+    assert equal(snapshot(model), student)
+    assert [c.data_ptr() for c in teacher._copies] == storages
+    assert sum(c.nbytes for c in teacher._copies) == sum(
+        p.nbytes for n, p in model.named_parameters() if "lora_" in n
+    )

@@ -8,6 +8,7 @@ import torch
 from tests_tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from opsdc import train
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError, DataError, TrainingError
 from opsdc.metrics import read_lines
@@ -25,6 +26,7 @@ KEYS = {
     "response_tokens_mean",
     "response_tokens_max",
     "truncated_share",
+    "cut_share",
     "empty_share",
     "repeated_share",
     "grad_norm",
@@ -361,3 +363,24 @@ def test_a_response_that_is_only_the_end_token_is_trained(make_config, tmp_path)
     assert row["response_tokens_mean"] == 1
     assert (row["truncated_share"], row["empty_share"]) == (0, 0)
     assert row["loss_nats"] is not None
+
+
+def test_only_the_first_tokens_of_a_response_are_trained_on(make_config, tmp_path, monkeypatch):
+    trained = []
+    update = train.update
+
+    def watched(model, teacher, pairs, *arguments, **keywords):
+        result = update(model, teacher, pairs, *arguments, **keywords)
+        trained.append(([list(p.response_ids) for p in pairs], len(result.divergence)))
+        return result
+
+    monkeypatch.setattr(train, "update", watched)
+    config = make_config(
+        **{"train.steps": 1, "train.max_train_tokens": 5, "eval.problems": 0, "optim.lr": 0}
+    )
+    run(config)
+    sampled = [row["response_ids"] for row in read_lines(tmp_path / "run" / "rollouts.jsonl")]
+    assert max(map(len, sampled)) > 5
+    assert trained == [([ids[:5] for ids in sampled], sum(min(len(ids), 5) for ids in sampled))]
+    cut = sum(max(len(ids) - 5, 0) for ids in sampled)
+    assert record(tmp_path / "run")[0]["cut_share"] == cut / sum(map(len, sampled))
