@@ -37,7 +37,7 @@ setup(
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
         "opsdc": ["py.typed", "*.yaml", "recipes/*.yaml", "instructions/*.txt"],
-        "opsdc_kernels": ["py.typed"],
+        "opsdc_kernels": ["py.typed", "native/rows.c"],
     },
     install_requires=[
         "torch>=2.9",

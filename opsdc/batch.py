@@ -137,6 +137,17 @@ def micro_batches(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> l
     return groups
 
 
+def balanced(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Indices for every rank, with about equally many tokens each; some get none of a few."""
+    load = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = min(range(ranks), key=lambda r: (load[r], r))
+        shares[rank].append(i)
+        load[rank] += lengths[i]
+    return [sorted(share) for share in shares]
+
+
 def token_weights(response_lengths: Sequence[int], normalization: str) -> list[float]:
     """Weight of every token of each response, so that Σ weight·KL is the loss of the whole step.
 

@@ -4,12 +4,15 @@
         manifest.json            format, step, sha256 and size of every other file; written last
         model/ or adapter/       ordinary Hugging Face folders (safetensors)
         teacher/                 the same, unless the teacher is the student
-        optimizer.safetensors    AdamW's moments by parameter name
+        optimizer*.safetensors   AdamW's moments by parameter name
         state.json               step, versions, the resolved configuration
 
 A checkpoint is written beside its place, synced to disk, read back, and renamed: one that has its
 name is whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled: a
 folder with any file that is not in its manifest, or of a kind that could hold code, is refused.
+
+Ranks that hold parts of a model (fsdp) each write a numbered file of whole tensors, and each reads
+its own rows from whatever files there are: a checkpoint does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,15 +23,24 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from opsdc.distributed import ALONE, Ranks
 from opsdc.errors import CheckpointError
-from opsdc.model import load_weights, save_weights
+from opsdc.sharding import (
+    Tensors,
+    is_sharded,
+    like_parameter,
+    load_weights,
+    save_tensors,
+    save_weights,
+)
 from opsdc.teacher import Teacher
 
 FORMAT = 1
@@ -47,6 +59,7 @@ def save(
     state: dict[str, Any],
     *,
     keep: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write `step`'s checkpoint, verify it, give it its name, then drop all but the newest `keep`.
 
@@ -55,29 +68,16 @@ def save(
     checkpoints stay as they are.
     """
     final = path_of(root, step)
-    aside = root / f".tmp-{final.name}-{os.getpid()}"
+    aside = root / f".tmp-{final.name}-{ranks.from_first(os.getpid())}"
     replaced = root / f".tmp-old-{final.name}"
-    try:
+
+    def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
         clear_unfinished(root)
         aside.mkdir()
-        save_weights(model, aside / _weights_folder(model))
-        if not teacher.is_student:
-            with teacher.weights():
-                save_weights(model, aside / "teacher")
-        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
-        _write_json(aside / "state.json", {**state, "step": step})
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        for file in files:
-            _sync(file)
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "files": {
-                str(f.relative_to(aside)): {"sha256": _sha256(f), "bytes": f.stat().st_size}
-                for f in files
-            },
-        }
+
+    def finish(files: dict[str, Any]) -> None:
+        manifest = {"format": FORMAT, "step": step, "files": files}
         _write_json(aside / _MANIFEST, manifest)
         for folder in (aside / _MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
             _sync(folder)
@@ -88,21 +88,48 @@ def save(
             final.rename(replaced)
         aside.rename(final)
         _sync(root)
+
+    try:
+        ranks.alone(prepare)
+        save_weights(model, aside / _weights_folder(model), ranks)
+        if not teacher.is_student:
+            with teacher.weights():
+                save_weights(model, aside / "teacher", ranks)
+        _save_optimizer(model, optimizer, aside, ranks)
+        ranks.alone(lambda: _write_json(aside / "state.json", {**state, "step": step}))
+        # Every rank reads a share of the files back for their hashes.
+        files = ranks.alone(lambda: sorted(str(p) for p in aside.rglob("*") if p.is_file()))
+        mine = [Path(file) for file in files[ranks.rank :: ranks.size]]
+        hashed = ranks.each(lambda: _hashed(mine, aside))
+        ranks.alone(lambda: finish({k: v for part in hashed for k, v in part.items()}))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
         ) from error
-    shutil.rmtree(replaced, ignore_errors=True)
+    if ranks.first:
+        shutil.rmtree(replaced, ignore_errors=True)
+        _drop_old(root, final, keep)
+    return final
+
+
+def _hashed(files: Sequence[Path], folder: Path) -> dict[str, Any]:
+    for file in files:
+        _sync(file)
+    return {
+        str(f.relative_to(folder)): {"sha256": _sha256(f), "bytes": f.stat().st_size} for f in files
+    }
+
+
+def _drop_old(root: Path, newest: Path, keep: int) -> None:
     found = listing(root)
-    at = found.index(final)
+    at = found.index(newest)
     for old in found[:at] + found[at + keep :]:
         try:
             _remove(old)
         except OSError as error:
             # The new one is safe; the next save tries again.
             print(f"checkpoint {old} cannot be removed: {error}", file=sys.stderr)
-    return final
 
 
 def clear_unfinished(root: Path) -> None:
@@ -213,7 +240,7 @@ def restore(
             with teacher.weights():
                 load_weights(model, folder / "teacher")
         teacher.version = int(state["teacher_version"])
-        _load_moments(model, optimizer, load_file(folder / "optimizer.safetensors"))
+        _load_moments(model, optimizer, Tensors(folder.glob("optimizer*.safetensors")))
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint {folder} does not fit this run's model, adapter or teacher.mode: {error}; "
@@ -222,19 +249,16 @@ def restore(
     return state
 
 
-def _load_moments(
-    model: Any, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
+def _load_moments(model: Any, optimizer: torch.optim.Optimizer, stored: Tensors) -> None:
     for name, param in model.named_parameters():
-        if param.requires_grad and f"{name}/step" in tensors:
-            first, second = (tensors[f"{name}/{key}"] for key in ("exp_avg", "exp_avg_sq"))
-            if first.shape != param.shape or second.shape != param.shape:
-                raise ValueError(f"moments of {name} have shape {list(first.shape)}")
+        if param.requires_grad and f"{name}/step" in stored:
             optimizer.state[param] = {
                 # AdamW keeps its step counter on the CPU, its moments with the parameter.
-                "step": tensors[f"{name}/step"],
-                "exp_avg": first.to(param.device),
-                "exp_avg_sq": second.to(param.device),
+                "step": stored.like(f"{name}/step", torch.empty(())),
+                **{
+                    key: like_parameter(stored.like(f"{name}/{key}", param), param)
+                    for key in ("exp_avg", "exp_avg_sq")
+                },
             }
 
 
@@ -242,12 +266,19 @@ def _weights_folder(model: Any) -> str:
     return "adapter" if hasattr(model, "peft_config") else "model"
 
 
-def _optimizer_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value.detach().contiguous()
+def _save_optimizer(
+    model: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks
+) -> None:
+    tensors = {
+        f"{name}/{key}": value.detach()
         for name, param in model.named_parameters()
         for key, value in optimizer.state.get(param, {}).items()
     }
+    if is_sharded(model):
+        save_tensors(tensors, folder, "optimizer", ranks)
+    else:
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        ranks.alone(lambda: save_file(tensors, folder / "optimizer.safetensors"))
 
 
 def _remove(folder: Path) -> None:

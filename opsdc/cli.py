@@ -236,17 +236,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
     # From before anything large is imported: a stop asked for then still ends with status 0.
     with stop.on_signal():
-        from opsdc import report
+        from opsdc import distributed, report
         from opsdc.train import OPSDCTrainer
 
-        try:
-            trainer = OPSDCTrainer(None, config)
-        except stop.Stopped as signal:
-            print(f"stopped by {signal} before the run began", flush=True)
-            return 0
-        if "stopped" not in trainer.train():
-            report.print_report(Path(config.output_dir))
-        trainer.sampler.close()
+        with distributed.join(config.distributed).one_voice():
+            try:
+                trainer = OPSDCTrainer(None, config)
+            except stop.Stopped as signal:
+                print(f"stopped by {signal} before the run began", flush=True)
+                return 0
+            if "stopped" not in trainer.train() and trainer.ranks.first:
+                report.print_report(Path(config.output_dir))
+            trainer.sampler.close()
+            distributed.leave()
     return 0
 
 

@@ -189,6 +189,22 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedConfig:
+    """Several processes, started by torchrun or accelerate launch; with one nothing here acts."""
+
+    strategy: Annotated[
+        Literal["ddp", "fsdp"],
+        "ddp: each rank has the whole model, its teacher and its moments | fsdp: each has its part",
+    ] = "ddp"
+    reduce_every_micro_batch: Annotated[
+        bool,
+        "fsdp: add gradients after each micro-batch instead of once a step: more traffic, but no "
+        "rank then holds a gradient of the whole model (4 bytes a parameter)",
+    ] = False
+    timeout_s: Annotated[float, "longest that a rank waits for the others"] = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     every: Annotated[int, "steps between evaluations of the student; 0: only base and end"] = 0
     problems: Annotated[int | None, "held-out problems used; unset: all, 0: no evaluation"] = None
@@ -255,6 +271,7 @@ class OPSDCConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -582,6 +599,8 @@ def _check(c: OPSDCConfig) -> None:
         0 < c.rollout.memory_share < 1, "rollout.memory_share", c.rollout.memory_share, "in (0, 1)"
     )
     need(c.rollout.timeout_s > 0, "rollout.timeout_s", c.rollout.timeout_s, "above 0")
+    wait = c.distributed.timeout_s
+    need(wait > 0, "distributed.timeout_s", wait, "above 0")
     address = c.rollout.server_address
     need(
         address is None or (":" in address and address.rpartition(":")[2].isdigit()),

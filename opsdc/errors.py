@@ -25,6 +25,10 @@ class TrainingError(OPSDCError, RuntimeError):
     """Training cannot go on."""
 
 
+class OutOfMemoryError(TrainingError, MemoryError):
+    """A rank of several found no memory; the others cannot go on without it."""
+
+
 class RolloutError(OPSDCError, RuntimeError):
     """The sampler gave no answer, or none that can be trained on."""
 

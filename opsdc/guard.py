@@ -10,9 +10,9 @@ recorded runs of the demo (12 to 15 steps, window 4), worst window of each again
     5e-6    0.29     1.42      1.06         +0.00       0.00       sound
     1e-5    0.21     1.24      1.42         +0.00       0.00       lost their sense
 
-and by the paper's collapse with a teacher refreshed at every step (entropy 0.3 to 0.6 nats). In the
-two sound ones accuracy on 64 held-out problems was 0.06 and 0.09 lower, with intervals of ±0.13: its
-limit of 0.1 is about what chance does to so few, so set it to stop only with more of them.
+and by the paper's collapse with a teacher refreshed at every step (entropy 0.3 to 0.6 nats). In
+the two sound ones accuracy on 64 held-out problems was 0.06 and 0.09 lower, intervals ±0.13: the
+limit of 0.1 is about what chance does to so few, so let it stop a run only with more of them.
 """
 
 from __future__ import annotations

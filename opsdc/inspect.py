@@ -29,7 +29,7 @@ def per_token(
     model: Any, teacher: Teacher, pair: Pair, config: OPSDCConfig, layout: Layout
 ) -> dict[str, torch.Tensor]:
     """[R] per response token: KL(student‖teacher), both entropies, both log-probabilities."""
-    (teacher_rows,) = teacher_hidden_states(model, teacher, [pair], layout)
+    teacher_rows = teacher_hidden_states(model, teacher, [pair], layout)[0]
     device = teacher_rows.device
     batch = token_batch(
         [(pair.student_prompt_ids, pair.response_ids)],

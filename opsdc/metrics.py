@@ -21,21 +21,30 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging as transformers_logging
 
 from opsdc.config import OPSDCConfig
 
 
 class Lines:
-    """A JSON-lines file whose rows carry `step`; a resumed run cuts it to its checkpoint first."""
+    """A JSON-lines file whose rows carry `step`; a resumed run cuts it to its checkpoint first.
 
-    def __init__(self, path: Path, *, after_step: int) -> None:
+    Of several ranks one `writes`.
+    """
+
+    def __init__(self, path: Path, *, after_step: int, writes: bool = True) -> None:
         self._path = path
+        self._writes = writes
+        if not writes:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = (row for row in read_lines(path) if row["step"] <= after_step)
         write_text(path, "".join(map(_line, kept)))
 
     def write(self, *rows: dict[str, Any]) -> None:
         """Append rows, on disk when this returns: a checkpoint must not be ahead of its record."""
+        if not self._writes:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
             file.flush()
@@ -95,12 +104,17 @@ class Callbacks:
         model: Any,
         tokenizer: Any,
         optimizer: torch.optim.Optimizer,
+        *,
+        first: bool = True,
     ) -> None:
         found = get_reporting_integration_callbacks(list(config.log.report_to))
         trackers = [c() if isinstance(c, type) else c for c in found]
         self._handler = CallbackHandler(
             [DefaultFlowCallback(), *trackers, *callbacks], model, tokenizer, optimizer, None
         )
+        # It warns of a process group that is not its own; and ranks on a CPU are none to it.
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
         self._args = TrainingArguments(
             output_dir=config.output_dir,
             max_steps=config.train.steps,
@@ -110,7 +124,8 @@ class Callbacks:
             report_to="none",
             run_name=Path(config.output_dir).name,
         )
-        self._state = TrainerState(max_steps=config.train.steps, is_world_process_zero=True)
+        transformers_logging.set_verbosity(verbosity)
+        self._state = TrainerState(max_steps=config.train.steps, is_world_process_zero=first)
         self._control = TrainerControl()
 
     def emit(self, event: str, *, step: int, **kwargs: Any) -> bool:

@@ -222,7 +222,7 @@ def describe(model: Any) -> dict[str, Any]:
     """What a run records of its model."""
     base = unwrap(model)
     return {
-        "architecture": type(base).__name__,
+        "architecture": type(base).__name__.removeprefix("FSDP"),
         "revision": getattr(base.config, "_commit_hash", None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opsdc import checkpoint
+from opsdc import checkpoint, sharding
 from opsdc.batch import Pair, token_batch
 from opsdc.config import OPSDCConfig
+from opsdc.distributed import ALONE, Ranks
 from opsdc.errors import CheckpointError, ModelError
 from opsdc.model import VARIABLE_LENGTH, check_head, hidden_states, read_head, unwrap
 from opsdc.plan import loss_plan, sizes_of
@@ -67,7 +69,12 @@ def choose_packing(model: Any, config: OPSDCConfig, sequences: list[list[int]]) 
 
 
 def same_prompt_divergence(
-    model: Any, teacher: Teacher, pairs: list[Pair], layout: Layout, config: OPSDCConfig
+    model: Any,
+    teacher: Teacher,
+    pairs: list[Pair],
+    layout: Layout,
+    config: OPSDCConfig,
+    ranks: Ranks,
 ) -> float:
     """Mean divergence in nats, the student's prompt on both sides; 0 while weights are equal."""
     same = [
@@ -78,12 +85,11 @@ def same_prompt_divergence(
         )
         for p in pairs
     ]
-    with torch.no_grad():
-        kept = teacher_hidden_states(model, teacher, same, layout)
-    _, stats = backward(model, teacher, same, kept, layout, config)
+    kept = teacher_hidden_states(model, teacher, same, layout, ranks=ranks)
+    loss, _ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
     for parameter in model.parameters():
         parameter.grad = None
-    return float(torch.cat([s.divergence for s in stats]).mean())
+    return loss
 
 
 def common_suffix(pairs: list[Pair]) -> int:
@@ -102,11 +108,13 @@ def common_suffix(pairs: list[Pair]) -> int:
 def sampler_agreement(sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDCConfig) -> str:
     """A few tokens from each prompt, as a line: the sampler's log-probabilities are the trainer's.
 
-    Raises ModelError where they are not: rollouts would come from another model than is trained.
+    Raises ModelError where they are not (rollouts would come from another model than is trained),
+    or are no numbers.
     """
     prompts = [list(p.student_prompt_ids) for p in pairs]
     requests = [Request(key=f"preflight/{i}", prompt_ids=ids) for i, ids in enumerate(prompts)]
-    params = SamplingParams(max_new_tokens=_SAMPLED_TOKENS)
+    # No more than a rollout's: an engine has room for no longer ones.
+    params = SamplingParams(max_new_tokens=min(_SAMPLED_TOKENS, config.rollout.max_new_tokens))
     dtype = getattr(torch, config.model.dtype)
     own: list[float] = []
     found: list[float] = []
@@ -114,6 +122,11 @@ def sampler_agreement(sampler: Sampler, model: Any, pairs: list[Pair], config: O
         whole = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], dtype)
         own += whole[len(whole) - len(r.response_ids) :]
         found += r.logprobs or ()
+    if not all(map(math.isfinite, own)):
+        raise ModelError(
+            f"the model's own log-probabilities of {len(own)} tokens are not finite: its weights "
+            "hold NaN or infinity, or model.dtype overflows; use float32, or another model"
+        )
     mean, largest = difference(own, found)
     limits = AGREEMENT[dtype]
     if not (mean <= limits[0] and largest <= limits[1]):
@@ -154,7 +167,7 @@ def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
     return line
 
 
-def memory_room(model: Any, config: OPSDCConfig) -> str:
+def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
     """What training takes beside the weights, without activations, against what is free: a line.
 
     Only a warning: activations depend on attention and checkpointing, and free memory on others.
@@ -164,7 +177,8 @@ def memory_room(model: Any, config: OPSDCConfig) -> str:
     tokens = config.train.max_tokens_per_micro_batch
     plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes)
     # Gradients and two moments in float32.
-    needed = 12 * sizes.trained + plan.peak_bytes
+    held = 12 * sizes.trained // (ranks.size if sharding.is_sharded(model) else 1)
+    needed = held + plan.peak_bytes
     free = _free_bytes(device)
     line = (
         f"memory: {needed / 2**30:.2f} GiB for gradients, moments and the loss beside activations, "
@@ -197,14 +211,16 @@ def run(
     *,
     pad_id: int,
     teacher_is_student: bool,
+    ranks: Ranks = ALONE,
 ) -> tuple[Layout, list[str]]:
     """All checks on a few prompts; gives the layout to train with and one line per check.
 
     `teacher_is_student`: both have the same weights now (at the start, or right after a refresh).
     """
-    difference = check_head(model)
     sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
-    packed, why = choose_packing(model, config, sequences)
+    with sharding.whole(model):
+        difference = check_head(model)
+        packed, why = choose_packing(model, config, sequences)
     layout = Layout(
         packed=packed,
         max_tokens=config.train.max_tokens_per_micro_batch,
@@ -215,13 +231,13 @@ def run(
         f"head: the model's own logits to {difference:.1e}",
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
         disk_room(model, teacher, config),
-        memory_room(model, config),
+        memory_room(model, config, ranks),
         f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
         sampler_agreement(sampler, model, pairs, config),
     ]
     if not teacher_is_student:
         return layout, lines
-    divergence = same_prompt_divergence(model, teacher, pairs, layout, config)
+    divergence = same_prompt_divergence(model, teacher, pairs, layout, config, ranks)
     lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
     if not divergence <= 1e-6:
         raise ModelError(

@@ -11,13 +11,18 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A signal is the whole process's, and so is what is known about it.
 _requested: signal.Signals | None = None
 _installed = False
+_exchange: Callable[[str | None], str | None] | None = None
+_asked_at = 0.0
+# torchrun passes on what a scheduler has sent to the whole group: twice the same request.
+_SAME_REQUEST_S = 5.0
 
 
 class Stopped(BaseException):
@@ -27,10 +32,23 @@ class Stopped(BaseException):
     """
 
 
+def requested() -> str | None:
+    """Name of the signal that has asked to stop, here or on another rank."""
+    name = None if _requested is None else _requested.name
+    return name if _exchange is None else _exchange(name)
+
+
 def check() -> None:
     """Raise Stopped if a signal has asked to stop."""
-    if _requested is not None:
-        raise Stopped(_requested.name)
+    name = requested()
+    if name is not None:
+        raise Stopped(name)
+
+
+def tell_others(exchange: Callable[[str | None], str | None] | None) -> None:
+    """From now on `exchange(own signal or None)` says what is asked of all ranks together."""
+    global _exchange
+    _exchange = exchange
 
 
 @contextlib.contextmanager
@@ -59,13 +77,16 @@ def on_signal() -> Iterator[None]:
 
 
 def _ask(number: int, frame: FrameType | None) -> None:
-    global _requested
+    global _requested, _asked_at
     if _requested is not None:
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        if launched and time.monotonic() - _asked_at < _SAME_REQUEST_S:
+            return
         # As if no handler had ever been there: the parent sees the signal in the exit status.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    _requested = signal.Signals(number)
+    _requested, _asked_at = signal.Signals(number), time.monotonic()
     # Not print: a handler may run in the middle of another print to the same stream.
     name = _requested.name
     os.write(2, f"{name}: leaving the step and saving; once more ends at once\n".encode())

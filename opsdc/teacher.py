@@ -15,8 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from opsdc.config import TeacherConfig
+from opsdc.errors import ConfigError
 from opsdc.model import Head, read_head
 
 
@@ -55,6 +57,11 @@ class Teacher:
     def _copy(self, values: torch.Tensor) -> torch.Tensor:
         if not self._config.offload:
             return values.clone()
+        if isinstance(values, DTensor):
+            raise ConfigError(
+                "teacher.offload true is for whole models; under distributed.strategy fsdp each "
+                "rank holds only its part of the teacher: set it to false, or use ddp"
+            )
         # Pinned, so that the bus runs at its full rate.
         host = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
         return host.copy_(values)
@@ -63,8 +70,9 @@ class Teacher:
     def _swap(self) -> None:
         for i, copy in enumerate(self._copies):
             param = self._params[i]
-            if self._config.offload:
-                # Values go, not tensors: each side keeps the memory that it has.
+            if self._config.offload or isinstance(copy, DTensor):
+                # Values go, not tensors: each side keeps the memory that it has, from which FSDP
+                # gathers, or which lies with the host.
                 kept = copy.clone()
                 copy.copy_(param)
                 param.copy_(kept)

@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
-from opsdc import checkpoint, evaluate, guard, plots, preflight, replay, stop
+from opsdc import checkpoint, distributed, evaluate, guard, plots, preflight, replay, sharding, stop
 from opsdc.batch import Pair
 from opsdc.config import OPSDCConfig, ignored_settings
 from opsdc.dataset import Prompted, prompted_sets
-from opsdc.errors import ConfigError, TrainingError
+from opsdc.errors import ConfigError, OutOfMemoryError, TrainingError
 from opsdc.metrics import (
     Callbacks,
     Lines,
@@ -33,12 +33,12 @@ from opsdc.metrics import (
     write_json,
     write_text,
 )
-from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model, save_weights
+from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model
 from opsdc.progress import Progress
 from opsdc.rollout import Request, Rollout, SamplingParams, check_batch
 from opsdc.rollout.start import start_sampler
 from opsdc.teacher import Teacher
-from opsdc.update import UpdateResult, update
+from opsdc.update import ADVICE, UpdateResult, update
 from opsdc.versions import versions
 
 # Steps in a row whose loss or gradient is not finite before a run gives up.
@@ -72,7 +72,7 @@ class OPSDCTrainer:
         self.started = time.perf_counter()
         self.config = config
         self.output_dir = Path(config.output_dir)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.ranks = distributed.join(config.distributed)
         if model is None or isinstance(model, str):
             name = model or config.model.name_or_path
             self.config = config = replace(config, model=replace(config.model, name_or_path=name))
@@ -88,7 +88,7 @@ class OPSDCTrainer:
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)
         self.model = prepare_model(module, config.model)
-        self.model.to(device)
+        sharding.place(self.model, config, self.ranks)
         self.model.train()
         self.teacher = Teacher(self.model, config.teacher)
         self.optimizer = torch.optim.AdamW(
@@ -99,7 +99,7 @@ class OPSDCTrainer:
         )
         self.learning_rate = _schedule(self.optimizer, config)
         self.sampler = start_sampler(
-            config, self.model, self.tokenizer, self.problems[0].prompts.student_ids
+            config, self.model, self.tokenizer, self.problems[0].prompts.student_ids, self.ranks
         )
         self.callbacks = list(callbacks or [])
         self.step = 0
@@ -114,28 +114,29 @@ class OPSDCTrainer:
         SIGTERM or SIGINT ends it early, with the last completed step saved and the unfinished one
         dropped, which then replays exactly; returned is {"stopped": signal, "steps": completed}.
         """
-        with stop.on_signal():
+        with stop.on_signal(), self.ranks.listening():
             try:
                 return self._train()
             except stop.Stopped as signal:
-                if self.step:
-                    self._save()
-                kept = f"step {self.step} is saved" if self.step else "no step was complete"
-                print(f"stopped by {signal}: {kept}; the same command goes on", flush=True)
+                print(f"stopped by {signal}: {self._keep()}; the same command goes on", flush=True)
                 return {"stopped": str(signal), "steps": self.step}
+            except OutOfMemoryError as error:
+                raise OutOfMemoryError(f"{error}; {self._keep()}. {ADVICE}") from error
 
     def _train(self) -> dict[str, Any]:
-        config, output_dir = self.config, self.output_dir
+        config, output_dir, ranks = self.config, self.output_dir, self.ranks
         self._resume()
         step = self.step
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(output_dir / "config.yaml", config.to_yaml())
-        metrics = Lines(output_dir / "metrics.jsonl", after_step=step)
-        history = read_lines(output_dir / "metrics.jsonl")
-        responses = Lines(output_dir / "rollouts.jsonl", after_step=step)
+        ranks.alone(self._describe_run)
+        ranks.each(self._check_shared_folder)
+        metrics = Lines(output_dir / "metrics.jsonl", after_step=step, writes=ranks.first)
+        responses = Lines(output_dir / "rollouts.jsonl", after_step=step, writes=ranks.first)
+        history = ranks.from_first(read_lines(output_dir / "metrics.jsonl"))
         self.sampler.push(self.model, step)
         layout = self._preflight(step)
-        events = Callbacks(config, self.callbacks, self.model, self.tokenizer, self.optimizer)
+        events = Callbacks(
+            config, self.callbacks, self.model, self.tokenizer, self.optimizer, first=ranks.first
+        )
         self._evaluate_base(step)
         verdict = self._heed(guard.check_steps(history, config.guard))
         # The run before may have ended between a step and its evaluation.
@@ -164,6 +165,7 @@ class OPSDCTrainer:
                 self.optimizer,
                 layout,
                 config,
+                ranks=ranks,
                 sampled_finite=all(r.is_finite for r in rollouts),
                 on_tokens=bar.advance,
             )
@@ -188,6 +190,8 @@ class OPSDCTrainer:
             record |= {f"perf/{k}": v for k, v in pushed.items()}
             record["perf/peak_mib"] = round(peak_mib(), 1)
             record["perf/out_of_memory"] = out_of_memory
+            # One record for all, so that guards decide alike.
+            record = ranks.from_first(record)
             responses.write(*(self._response_row(step, rollout) for rollout in rollouts))
             metrics.write(record)
             history.append(record)
@@ -196,7 +200,7 @@ class OPSDCTrainer:
                 print(_line(record, config.train.steps, refreshed), flush=True)
             events.emit("on_log", step=step, logs=record)
             verdict = self._heed(guard.check_steps(history, config.guard))
-            ended = events.emit("on_step_end", step=step) or step == config.train.steps
+            ended = ranks.any(events.emit("on_step_end", step=step)) or step == config.train.steps
             if verdict is None and not ended:
                 if config.train.save_every and step % config.train.save_every == 0:
                     self._save()
@@ -219,14 +223,16 @@ class OPSDCTrainer:
         answers = evaluate.answer(
             self.sampler, self.tokenizer, self._eval_problems(), self.config, arm=arm, label=name
         )
-        evaluate.write_answers(self.output_dir / "eval" / f"{name}.jsonl", answers)
+        path = self.output_dir / "eval" / f"{name}.jsonl"
+        self.ranks.alone(lambda: evaluate.write_answers(path, answers))
         print(f"eval {name}: {evaluate.one_line(answers)}", flush=True)
         return answers
 
     def save_model(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (with LoRA the adapter's), tokenizer included."""
-        save_weights(self.model, folder)
-        self.tokenizer.save_pretrained(str(folder))
+        sharding.save_weights(self.model, folder, self.ranks)
+        if self.ranks.first:
+            self.tokenizer.save_pretrained(str(folder))
 
     def _generate(self, batch: Sequence[Prompted], step: int) -> list[Rollout]:
         rollout = self.config.rollout
@@ -267,6 +273,7 @@ class OPSDCTrainer:
             self.config,
             pad_id=0 if pad is None else pad,
             teacher_is_student=self.teacher.equals_student(step),
+            ranks=self.ranks,
         )
         for line in [*ignored_settings(self.config), *lines]:
             print(line, flush=True)
@@ -275,7 +282,8 @@ class OPSDCTrainer:
     def _evaluate_base(self, step: int) -> None:
         """Base and prompt-only answers, before step 1: while the weights still are the base's."""
         if self._eval_problems() and step == 0:
-            shutil.rmtree(self.output_dir / "eval", ignore_errors=True)
+            if self.ranks.first:
+                shutil.rmtree(self.output_dir / "eval", ignore_errors=True)
             self.evaluate("base")
             self.evaluate("prompt_only", arm="teacher")
 
@@ -286,13 +294,18 @@ class OPSDCTrainer:
         if not (due and self._eval_problems()):
             return None
         name, folder = f"step-{step:06d}", self.output_dir / "eval"
-        if again or not (folder / f"{name}.jsonl").is_file():
+        if again or not self.ranks.alone((folder / f"{name}.jsonl").is_file):
             found = self.evaluate(name)
             events.emit("on_evaluate", step=step, metrics=evaluate.headline(found))
-        base, now = (
-            evaluate.headline(evaluate.read_answers(folder / f"{x}.jsonl")) for x in ("base", name)
-        )
-        return self._heed(guard.check_answers(base, now, self.config.guard))
+
+        def heed() -> str | None:
+            base, now = (
+                evaluate.headline(evaluate.read_answers(folder / f"{x}.jsonl"))
+                for x in ("base", name)
+            )
+            return self._heed(guard.check_answers(base, now, self.config.guard))
+
+        return self.ranks.alone(heed)
 
     def _heed(self, findings: Sequence[guard.Finding]) -> str | None:
         """Print findings; "stop" or "rollback" where one of them ends the run."""
@@ -304,23 +317,30 @@ class OPSDCTrainer:
     def _roll_back(self, history: Sequence[dict[str, Any]]) -> None:
         """Go back to the newest checkpoint at which no guard asked for it, and drop later ones."""
         root = self.output_dir / "checkpoints"
-        for folder in checkpoint.listing(root):
-            if checkpoint.verify(folder) is not None:
-                continue
-            step = checkpoint.read_state(folder)["step"]
-            sick = guard.check_steps(history[:step], self.config.guard)
-            if step < self.step and not any(f.action == "rollback" for f in sick):
-                self._restore(folder)
-                checkpoint.drop_later(root, folder)
-                for name in ("metrics.jsonl", "rollouts.jsonl"):
-                    Lines(self.output_dir / name, after_step=step)
-                print(f"rolled back to {folder}", file=sys.stderr, flush=True)
-                return
-        print(
-            "no good checkpoint is left to roll back to: the run ends as it is; lower "
-            "train.save_every or raise train.keep",
-            file=sys.stderr,
-        )
+
+        def healthy() -> str | None:
+            for folder in checkpoint.listing(root):
+                if checkpoint.verify(folder) is not None:
+                    continue
+                step = checkpoint.read_state(folder)["step"]
+                sick = guard.check_steps(history[:step], self.config.guard)
+                if step < self.step and not any(f.action == "rollback" for f in sick):
+                    return str(folder)
+            return None
+
+        found = self.ranks.alone(healthy)
+        if found is None:
+            print(
+                "no good checkpoint is left to roll back to: the run ends as it is; lower "
+                "train.save_every or raise train.keep",
+                file=sys.stderr,
+            )
+            return
+        self._restore(Path(found))
+        self.ranks.alone(lambda: checkpoint.drop_later(root, Path(found)))
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            Lines(self.output_dir / name, after_step=self.step, writes=self.ranks.first)
+        print(f"rolled back to {found}", file=sys.stderr, flush=True)
 
     def _eval_problems(self) -> list[Prompted]:
         count = self.config.eval.problems
@@ -361,6 +381,7 @@ class OPSDCTrainer:
             self.optimizer,
             state,
             keep=self.config.train.keep,
+            ranks=self.ranks,
         )
         self._on_disk = folder
 
@@ -369,7 +390,7 @@ class OPSDCTrainer:
         batch = self.output_dir / f"sick-step-{step:06d}.json"
         if self.step:
             self._save()
-        replay.dump(batch, step, pairs, self.config)
+        self.ranks.alone(lambda: replay.dump(batch, step, pairs, self.config))
         raise TrainingError(
             f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row (last: step {step}, "
             f"loss {result.loss}, gradient norm {result.grad_norm}); parameters are those before "
@@ -377,8 +398,34 @@ class OPSDCTrainer:
             "model.dtype float32; the same command then goes on before this step"
         )
 
+    def _keep(self) -> str:
+        """Save the last completed step; what there is to say of it."""
+        if self.step:
+            self._save()
+        return f"step {self.step} is saved" if self.step else "no step was complete"
+
+    def _describe_run(self) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        write_text(self.output_dir / "config.yaml", self.config.to_yaml())
+
+    def _check_shared_folder(self) -> None:
+        if not (self.output_dir / "config.yaml").is_file():
+            raise ConfigError(
+                f"output_dir {self.output_dir} is not the folder that rank 0 sees under this name; "
+                "with several nodes it must lie on storage that all of them share"
+            )
+
     def _resume(self) -> None:
-        """Load what `train.resume` names."""
+        """Load what `train.resume` names; the first rank chooses for all."""
+        found = self.ranks.alone(self._checkpoint_to_resume)
+        if found is None:
+            return
+        state = self._restore(Path(found))
+        print(f"resuming after step {self.step} from {found}", flush=True)
+        for line in _changes(state["config"], self.config.to_dict()):
+            print(f"  changed since that checkpoint: {line}", file=sys.stderr)
+
+    def _checkpoint_to_resume(self) -> str | None:
         root, wanted = self.output_dir / "checkpoints", self.config.train.resume
         checkpoint.clear_unfinished(root)
         if wanted == "none":
@@ -387,20 +434,19 @@ class OPSDCTrainer:
                     f"output_dir {self.output_dir} holds the checkpoints of a run, which "
                     "train.resume none would overwrite; name another output_dir or remove it"
                 )
-            return
+            return None
         folder = checkpoint.newest_good(root) if wanted == "auto" else Path(wanted)
         if folder is None:
-            return
+            return None
         problem = checkpoint.verify(folder)
         if problem:
             raise ConfigError(f"train.resume {wanted}: not a good checkpoint: {problem}")
-        state = self._restore(folder)
-        print(f"resuming after step {self.step} from {folder}", flush=True)
-        for line in _changes(state["config"], self.config.to_dict()):
-            print(f"  changed since that checkpoint: {line}", file=sys.stderr)
+        return str(folder)
 
     def _restore(self, folder: Path) -> dict[str, Any]:
-        state = checkpoint.restore(folder, self.model, self.teacher, self.optimizer)
+        state = self.ranks.each(
+            lambda: checkpoint.restore(folder, self.model, self.teacher, self.optimizer)
+        )[0]
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self._on_disk = folder
@@ -411,10 +457,14 @@ class OPSDCTrainer:
         self.save_model(self.output_dir / "model")
         if self._eval_problems():
             self.evaluate("trained")
+        return self.ranks.alone(self._summarize)
+
+    def _summarize(self) -> dict[str, Any]:
         summary = {
             "steps": self.step,
             "seconds": round(time.perf_counter() - self.started, 1),
             "model": describe(self.model),
+            "ranks": self.ranks.size,
             "versions": versions(),
             **evaluate.summary_of_run(self.output_dir, self.config),
         }

@@ -9,20 +9,35 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from opsdc import stop
-from opsdc.batch import Pair, micro_batches, token_batch, token_weights
+from opsdc import sharding
+from opsdc.batch import (
+    Pair,
+    TokenBatch,
+    balanced,
+    micro_batches,
+    token_batch,
+    token_weights,
+)
 from opsdc.config import OPSDCConfig
-from opsdc.errors import TrainingError
+from opsdc.distributed import ALONE, Ranks, is_out_of_memory
+from opsdc.errors import OutOfMemoryError, TrainingError
 from opsdc.loss import distillation_loss
 from opsdc.model import hidden_states, read_head
 from opsdc.teacher import Teacher
 from opsdc_kernels import DivergenceStats
+
+ADVICE = (
+    "Lower train.max_tokens_per_micro_batch, rollout.batch_size or loss.workspace_bytes, set "
+    "model.gradient_checkpointing true or distributed.strategy fsdp, or train an adapter "
+    "(model.lora): `opsdc plan` says what fits"
+)
+"""for ranks that ran out of memory"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,28 +73,60 @@ class UpdateResult:
 
 
 def teacher_hidden_states(
-    model: Any, teacher: Teacher, pairs: Sequence[Pair], layout: Layout
-) -> list[torch.Tensor]:
-    """[n_i, D] per pair: the teacher's hidden states at the response positions, no gradient."""
+    model: Any,
+    teacher: Teacher,
+    pairs: Sequence[Pair],
+    layout: Layout,
+    *,
+    ranks: Ranks = ALONE,
+) -> dict[int, torch.Tensor]:
+    """[n_i, D] per pair of this rank's: the teacher's hidden states at the response positions."""
     device = read_head(model).weight.device
-    groups = micro_batches(
-        [p.teacher_length for p in pairs], max_tokens=layout.max_tokens, packed=layout.packed
-    )
     found: dict[int, torch.Tensor] = {}
     with teacher.weights(), torch.no_grad(), autocast(device, layout.dtype):
-        for group in groups:
-            stop.check()
+        for group in _groups(pairs, [p.teacher_length for p in pairs], layout, ranks):
+            ranks.check_stop()
+            chosen = [pairs[i] for i in group] or [_nothing(layout)]
             batch = token_batch(
-                [(pairs[i].teacher_prompt_ids, pairs[i].response_ids) for i in group],
+                [(p.teacher_prompt_ids, p.response_ids) for p in chosen],
                 packed=layout.packed,
                 pad_id=layout.pad_id,
                 device=device,
             )
-            rows = hidden_states(model, batch)
-            counts = [len(pairs[i].response_ids) for i in group]
+            rows = sharding.within(model, hidden_states, model, batch)
+            counts = [len(p.response_ids) for p in chosen]
             # A clone, so that one kept row does not keep the whole forward's rows alive.
-            found.update(zip(group, (part.clone() for part in rows.split(counts)), strict=True))
-    return [found[i] for i in range(len(pairs))]
+            parts = [part.clone() for part in rows.split(counts)]
+            found.update(zip(group, parts, strict=False))
+    return found
+
+
+def _groups(
+    pairs: Sequence[Pair], lengths: Sequence[int], layout: Layout, ranks: Ranks
+) -> list[list[int]]:
+    """This rank's micro-batches of a step that every rank knows.
+
+    Ranks run in lockstep, so all have as many as the busiest; those of no pair stand at the end.
+    """
+    shares = balanced([p.student_length + p.teacher_length for p in pairs], ranks.size)
+    found = [
+        [
+            [share[j] for j in group]
+            for group in micro_batches(
+                [lengths[i] for i in share], max_tokens=layout.max_tokens, packed=layout.packed
+            )
+        ]
+        for share in shares
+    ]
+    most = max(len(groups) for groups in found)
+    mine = found[ranks.rank]
+    return mine + [[] for _ in range(most - len(mine))]
+
+
+def _nothing(layout: Layout) -> Pair:
+    """A row for a rank that has none; its token has weight 0."""
+    ids = [layout.pad_id]
+    return Pair(student_prompt_ids=ids, teacher_prompt_ids=ids, response_ids=ids)
 
 
 def update(
@@ -90,14 +137,18 @@ def update(
     layout: Layout,
     config: OPSDCConfig,
     *,
+    ranks: Ranks = ALONE,
     sampled_finite: bool = True,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> UpdateResult:
     """Accumulate the gradient of the whole step and take one optimizer step, if it is finite.
 
+    All ranks are given the same `pairs`, and each takes its share of them.
+
     `sampled_finite`: False makes the loss NaN, for responses that were sampled from NaN logits.
     A forward or backward that runs out of memory takes nothing with it: the whole step is done
     again in forwards of half the size. Raises TrainingError when they cannot be halved any more.
+    Of several ranks each raises OutOfMemoryError instead, parameters and optimizer untouched.
     """
     scored = [p for p in pairs if p.response_ids]
     if not scored:
@@ -106,18 +157,20 @@ def update(
         optimizer.zero_grad(set_to_none=True)
         started = time.perf_counter()
         try:
-            kept = teacher_hidden_states(model, teacher, scored, layout)
+            kept = teacher_hidden_states(model, teacher, scored, layout, ranks=ranks)
             teacher_done = time.perf_counter()
             loss, stats = backward(
-                model, teacher, scored, kept, layout, config, on_tokens=on_tokens
+                model, teacher, scored, kept, layout, config, ranks=ranks, on_tokens=on_tokens
             )
             break
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if ranks.size > 1:
+                _leave_together(error, model, ranks)
         # Not in the handler: the error's frames hold the tensors that did not fit.
         optimizer.zero_grad(set_to_none=True)
-        kept = []
+        kept = {}
         layout = _halved(layout, scored)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -130,22 +183,26 @@ def update(
         loss = math.nan
     student_done = time.perf_counter()
     grad_norm = float(
-        torch.nn.utils.clip_grad_norm_(
-            [p for p in model.parameters() if p.requires_grad], config.optim.grad_clip
+        sharding.full(
+            torch.nn.utils.clip_grad_norm_(
+                [p for p in model.parameters() if p.requires_grad], config.optim.grad_clip
+            )
         )
     )
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    measured = ranks.concat(_columns(stats))
+    means = measured.double().mean(0).tolist()
     return UpdateResult(
         loss=loss,
         grad_norm=grad_norm,
         skipped=skipped,
-        divergence=torch.cat([s.divergence for s in stats]).float().cpu(),
-        student_entropy=_mean([s.student_entropy for s in stats]),
-        teacher_entropy=_mean([s.teacher_entropy for s in stats]),
-        agreement=_mean([s.agreement for s in stats]),
+        divergence=measured[:, 0],
+        student_entropy=means[1],
+        teacher_entropy=means[2],
+        agreement=means[3],
         seconds={
             "teacher": teacher_done - started,
             "student": student_done - teacher_done,
@@ -155,11 +212,21 @@ def update(
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "can't allocate memory" in str(error)
-    )
+def _leave_together(error: Exception, model: Any, ranks: Ranks) -> NoReturn:
+    """Tell the others, who are on their way to the next micro-batch, and raise as they do.
+
+    With fsdp they are not: they wait within a layer for what this rank cannot give any more, and
+    no state can be gathered. The run then ends where its last checkpoint is.
+    """
+    if isinstance(error, OutOfMemoryError):
+        raise error
+    if sharding.is_sharded(model):
+        raise TrainingError(
+            f"{error}; with distributed.strategy fsdp nothing can be saved then, and the same "
+            f"command goes on from the last checkpoint (train.save_every). {ADVICE}"
+        ) from error
+    ranks.check_stop(out_of_memory=True)
+    raise AssertionError
 
 
 def _halved(layout: Layout, pairs: Sequence[Pair]) -> Layout:
@@ -184,49 +251,72 @@ def backward(
     model: Any,
     teacher: Teacher,
     pairs: Sequence[Pair],
-    teacher_hidden: Sequence[torch.Tensor],
+    teacher_hidden: Mapping[int, torch.Tensor],
     layout: Layout,
     config: OPSDCConfig,
     *,
+    ranks: Ranks = ALONE,
     on_tokens: Callable[[int], None] = lambda n: None,
 ) -> tuple[float, list[DivergenceStats]]:
     """Student forward, loss and backward, micro-batch by micro-batch; gradients accumulate.
 
-    Returns the loss of the whole step in nats and the statistics of each micro-batch.
+    Returns the loss of the whole step in nats, and the statistics of each micro-batch of this
+    rank's. The gradients are those of all ranks.
     """
     weights = token_weights([len(p.response_ids) for p in pairs], config.loss.normalization)
-    device = read_head(model).weight.device
+    student_head = read_head(model)
+    device, dim = student_head.weight.device, student_head.weight.shape[1]
     teacher_head = teacher.head()
+    shared = teacher_head.weight is student_head.weight
+    if not shared:
+        teacher_head = sharding.full_head(teacher_head, layout.dtype)
+
+    def divergence(
+        batch: TokenBatch, teacher_rows: torch.Tensor, token_weight: torch.Tensor
+    ) -> tuple[torch.Tensor, DivergenceStats]:
+        # Here the head is whole, whichever way the model lies.
+        student_rows, student_head = hidden_states(model, batch), read_head(model)
+        return distillation_loss(
+            student_rows,
+            student_head,
+            teacher_rows.to(student_rows.dtype),
+            student_head if shared else teacher_head,
+            token_weight,
+            config.loss,
+        )
+
     losses: list[torch.Tensor] = []
     stats: list[DivergenceStats] = []
-    for group in micro_batches(
-        [p.student_length for p in pairs], max_tokens=layout.max_tokens, packed=layout.packed
-    ):
-        stop.check()
+    groups = _groups(pairs, [p.student_length for p in pairs], layout, ranks)
+    for done, group in enumerate(groups, 1):
+        ranks.check_stop()
+        chosen = [pairs[i] for i in group] or [_nothing(layout)]
         batch = token_batch(
-            [(pairs[i].student_prompt_ids, pairs[i].response_ids) for i in group],
+            [(p.student_prompt_ids, p.response_ids) for p in chosen],
             packed=layout.packed,
             pad_id=layout.pad_id,
             device=device,
         )
         token_weight = torch.tensor(
-            [weights[i] for i in group for _ in pairs[i].response_ids], device=device
+            [weights[i] for i in group for _ in pairs[i].response_ids] or [0.0], device=device
         )
+        teacher_rows = [teacher_hidden[i] for i in group] or [torch.zeros(1, dim, device=device)]
+        last = done == len(groups)
+        sharding.reduce_next(model, last or config.distributed.reduce_every_micro_batch)
         with autocast(device, layout.dtype):
-            student_hidden = hidden_states(model, batch)
-            loss, found = distillation_loss(
-                student_hidden,
-                read_head(model),
-                torch.cat([teacher_hidden[i] for i in group]).to(student_hidden.dtype),
-                teacher_head,
-                token_weight,
-                config.loss,
+            loss, found = sharding.within(
+                model, divergence, batch, torch.cat(teacher_rows), token_weight
             )
         loss.backward()
-        losses.append(loss.detach())
-        stats.append(found)
-        on_tokens(sum(len(pairs[i].response_ids) for i in group))
-    return float(torch.stack(losses).sum()), stats
+        if group:
+            losses.append(loss.detach())
+            stats.append(found)
+            on_tokens(sum(len(p.response_ids) for p in chosen))
+    if ranks.size > 1:
+        # One more chance to say that the last backward did not fit.
+        ranks.check_stop()
+    sharding.sum_gradients(model, ranks)
+    return ranks.sum(float(torch.stack(losses).sum()) if losses else 0.0), stats
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -234,8 +324,13 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _mean(parts: Sequence[torch.Tensor]) -> float:
-    return float(torch.cat(list(parts)).double().mean())
+def _columns(stats: Sequence[DivergenceStats]) -> torch.Tensor:
+    """[n, 4] float32: divergence, both entropies, agreement of every token."""
+    if not stats:
+        return torch.empty(0, 4)
+    names = ("divergence", "student_entropy", "teacher_entropy", "agreement")
+    columns = [torch.cat([getattr(s, name) for s in stats]) for name in names]
+    return torch.stack([column.float() for column in columns], dim=1)
 
 
 def _nothing_to_learn(layout: Layout) -> UpdateResult:

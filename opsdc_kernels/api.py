@@ -38,6 +38,20 @@ class DivergenceStats:
     student_logprob: Tensor | None = None
     """Log-probability of `target_ids`, where given."""
     teacher_logprob: Tensor | None = None
+    gradient_error_bound: Tensor | None = None
+    """With `skip_tolerance`, as all that follow. Per token: the columns left out make an error of
+    its row of dH of at most this, relative to the exact row (∞ where nothing can be said)."""
+    divergence_error: Tensor | None = None
+    """Nats that `divergence`, then a lower bound, may lack: an estimate, no bound. 0 where it is
+    exact."""
+    hidden_gradient_bound: Tensor | None = None
+    """0-dim: bounds ‖error of dH‖ / ‖exact dH‖ (Frobenius) of Σ w·d."""
+    weight_gradient_bound: Tensor | None = None
+    """0-dim: the same of dW, together with db."""
+    kept_share: Tensor | None = None
+    """0-dim: share of the vocabulary columns that were kept, mean over the tokens."""
+    gemm_units: Tensor | None = None
+    """0-dim: head GEMMs of the call."""
 
 
 def linear_divergence(
@@ -61,6 +75,7 @@ def linear_divergence(
     backend: str = "auto",
     vocab_size: int | None = None,
     skip_tolerance: float | None = None,
+    exact_value: bool = False,
     workspace_bytes: int | None = None,
 ) -> Any:
     """Divergence between the student's and the teacher's next-token distributions over the full
@@ -106,7 +121,18 @@ def linear_divergence(
             materializes the logits, differentiable twice) or ``"auto"``: see `opsdc_kernels.plan`.
             A backend asked for by name runs or raises.
         vocab_size: score only the first so many columns of (padded) heads.
-        skip_tolerance: not available yet.
+        skip_tolerance: None: gradients from all columns. Else the largest relative error of dH and
+            dW (Frobenius) to accept for leaving vocabulary columns out whose student probability is
+            negligible in a whole chunk of tokens: reverse KL on the chunked backend, 1 + 3·(share
+            kept) GEMM units instead of 4. The statistics say how large the error can be at the
+            most; the choice keeps that bound within the tolerance wherever it can be known before
+            the gradient is (`hidden_gradient_bound` and `weight_gradient_bound` tell). Rounding,
+            which exact gradients have too, comes on top. Loss and `divergence` are then lower
+            bounds (see `divergence_error`), teacher entropy, normalizer and agreement those of the
+            kept columns. The student's statistics, and passes without gradients, stay exact. See
+            `opsdc_kernels.columns`.
+        exact_value: with `skip_tolerance`, the loss and all statistics from all columns, for one
+            GEMM unit more.
         workspace_bytes: budget of the scratch; None: a share of the device's total memory.
 
     Returns:
@@ -116,12 +142,7 @@ def linear_divergence(
     Raises:
         TypeError: a tensor argument is no tensor or has the wrong dtype.
         ValueError: shapes, devices or options do not fit; the message names argument and remedy.
-        NotImplementedError: `skip_tolerance` is given.
     """
-    if skip_tolerance is not None:
-        raise NotImplementedError(
-            f"skip_tolerance={skip_tolerance!r} is not supported yet; pass None: exact results"
-        )
     _check_option("divergence", divergence, DIVERGENCES)
     _check_option("reduction", reduction, REDUCTIONS)
     _check_option("backend", backend, BACKENDS)
@@ -137,6 +158,7 @@ def linear_divergence(
     if target_ids is not None and not return_stats:
         raise ValueError("target_ids only adds to the statistics; pass return_stats=True too")
     group = _group(process_group, backend)
+    _check_skip(skip_tolerance, exact_value, divergence, reduction, backend, group)
 
     shared = teacher_weight is None or teacher_weight is student_weight
     weights = _tensors(
@@ -154,6 +176,11 @@ def linear_divergence(
     for value in scale:
         if not -math.inf < value < math.inf or value == 0:
             raise ValueError(f"logit_scale={logit_scale!r} must be finite and not 0")
+    if skip_tolerance is not None and softcap[0] != softcap[1]:
+        raise ValueError(
+            f"logit_softcap={logit_softcap!r}: under different caps nothing bounds the columns "
+            "that skip_tolerance leaves out; give both one cap, or skip_tolerance=None"
+        )
     for cap in softcap:
         if cap is not None and not 0 < cap < math.inf:
             raise ValueError(f"logit_softcap={logit_softcap!r} must be above 0, or None for no cap")
@@ -181,6 +208,8 @@ def linear_divergence(
         return_stats=return_stats,
         workspace_bytes=_budget(workspace_bytes, weights, size),
         process_group=group,
+        skip_tolerance=None if skip_tolerance is None else float(skip_tolerance),
+        exact_value=exact_value,
     )
     loss, statistics = _run(problem, backend)
     if reduction == "none":
@@ -188,7 +217,12 @@ def linear_divergence(
     if not return_stats:
         return loss
     assert statistics is not None
-    return loss, DivergenceStats(*(x.reshape(leading) for x in statistics))
+    if skip_tolerance is None:
+        return loss, DivergenceStats(*(x.reshape(leading) for x in statistics))
+    found: list[Any] = [x.reshape(leading) for x in statistics[:-4]]
+    if target_ids is None:
+        found[-2:-2] = [None, None]
+    return loss, DivergenceStats(*found, *statistics[-4:])
 
 
 def linear_reverse_kl(
@@ -215,7 +249,7 @@ def _run(problem: Problem, backend: str) -> tuple[Tensor, tuple[Tensor, ...] | N
     trainable = (problem.student_hidden, problem.student_weight, problem.student_bias)
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trainable)
     name, _ = plan.choose_backend(backend, problem.student_hidden.device, gradient)
-    if problem.process_group is not None:
+    if problem.process_group is not None or problem.skip_tolerance is not None:
         name = "chunked"
     if name == "reference":
         from opsdc_kernels.reference import reference_divergence
@@ -241,6 +275,41 @@ def _fused_backend() -> Any:
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
+
+
+def _check_skip(
+    tolerance: float | None,
+    exact_value: bool,
+    divergence: str,
+    reduction: str,
+    backend: str,
+    group: str | None,
+) -> None:
+    if tolerance is None:
+        if exact_value:
+            raise ValueError("exact_value=True has no effect without skip_tolerance; leave it out")
+        return
+    if not 0 < tolerance < 1:
+        raise ValueError(f"skip_tolerance={tolerance!r} must lie between 0 and 1; None is exact")
+    remedy = "or skip_tolerance=None"
+    if divergence != "reverse_kl":
+        raise ValueError(
+            f'skip_tolerance does not apply to divergence="{divergence}": only the reverse KL\'s '
+            "gradient is weighted by the student's probability alone, the others' needs the "
+            f'teacher\'s mass on the columns left out; use divergence="reverse_kl", {remedy}'
+        )
+    if reduction == "none":
+        raise ValueError(
+            'skip_tolerance with reduction="none": the tolerance is one of the gradient of Σ w·d; '
+            f'use reduction="sum" with token_weight, {remedy}'
+        )
+    if backend not in ("auto", "chunked"):
+        raise ValueError(f'backend="{backend}" has no skip_tolerance; use "chunked", {remedy}')
+    if group is not None:
+        raise ValueError(
+            "skip_tolerance with process_group: shards do not agree on columns; gather the head, "
+            + remedy
+        )
 
 
 def _group(group: Any, backend: str) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from opsdc_kernels import gemm, plan, rows
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import Rows
-from opsdc_kernels.tile import hidden_gradient, operand_scale, rounded_tile
+from opsdc_kernels.tile import Tile, hidden_gradient, operand_scale, rounded_tile
 
 if TYPE_CHECKING:
     from opsdc_kernels.vocab_parallel import Shard
@@ -73,14 +73,7 @@ def run_chunks(
     student, size, dtype = problem.student_hidden, problem.vocab_size, problem.dtype
     weight = problem.student_weight.detach()[:size]
     n_tokens, dim = student.shape
-    full_size = problem.student_weight.shape[0]
-    result = Result(
-        per_token=student.new_zeros(n_tokens, dtype=dtype),
-        statistics=_empty_statistics(problem),
-        hidden_gradient=student.new_zeros(n_tokens, dim, dtype=dtype) if needs.hidden else None,
-        weight_gradient=student.new_empty(full_size, dim, dtype=dtype) if needs.weight else None,
-        bias_gradient=student.new_zeros(full_size, dtype=dtype) if needs.bias else None,
-    )
+    result = empty_result(problem, needs)
     kept = n_tokens if kept_K is None else kept_K.shape[0]
     if result.weight_gradient is not None:
         result.weight_gradient[size if kept else 0 :].zero_()  # the first chunk writes the rest
@@ -90,11 +83,7 @@ def run_chunks(
     tile_dtype = tile_dtype or operand
     rounds = tile_dtype != dtype
     mean_row = weight.mean(0, dtype=dtype) if rounds and needs.hidden else None
-    lift = None
-    if tile_dtype == torch.float16 and needs.weight:
-        every = slice(None) if kept_K is None else kept_K
-        weights = None if row_weight_N is None else row_weight_N[every]
-        lift = operand_scale(student[every], weights, problem.logit_factor)
+    lift = lift_of(problem, needs, row_weight_N, kept_K, tile_dtype)
     if shard is None:
         height = plan.chunk_rows(
             kept,
@@ -122,25 +111,78 @@ def run_chunks(
             result.bias_gradient[:size].addmv_(s_CV.T, scale_C1.squeeze(1))
         if result.hidden_gradient is None and result.weight_gradient is None:
             continue
-        tile = rounded_tile(s_CV, other_CV, tile_dtype)
-        if tile.row_scale is not None:
-            scale_C1 = scale_C1 * tile.row_scale
-        if result.hidden_gradient is not None:
-            gradient_CD = hidden_gradient(tile, weight, mean_row)
-            result.hidden_gradient[tokens] = gradient_CD.mul_(scale_C1)
-        if result.weight_gradient is not None:
-            hidden_CD = student[tokens].to(dtype).mul(scale_C1 if lift is None else scale_C1 * lift)
-            gemm.add_weight_gradient(
-                result.weight_gradient[:size],
-                tile.values,
-                hidden_CD.to(tile_dtype),
-                first=start == 0,
-            )
+        out_VD = None if result.weight_gradient is None else result.weight_gradient[:size]
+        gradient_CD = multiply_back(
+            rounded_tile(s_CV, other_CV, tile_dtype),
+            scale_C1,
+            student[tokens],
+            weight,
+            mean_row=mean_row,
+            hidden=result.hidden_gradient is not None,
+            out_VD=out_VD,
+            lift=lift,
+            first=start == 0,
+        )
+        if gradient_CD is not None and result.hidden_gradient is not None:
+            result.hidden_gradient[tokens] = gradient_CD
     if lift is not None and result.weight_gradient is not None:
         result.weight_gradient.div_(lift)
     if shard is not None and result.hidden_gradient is not None:
         shard.add_up_(result.hidden_gradient)
     return result
+
+
+def empty_result(problem: Problem, needs: Needs) -> Result:
+    """All zero but dW, which is not initialized."""
+    student, dtype = problem.student_hidden, problem.dtype
+    (n_tokens, dim), full_size = student.shape, problem.student_weight.shape[0]
+    return Result(
+        per_token=student.new_zeros(n_tokens, dtype=dtype),
+        statistics=_empty_statistics(problem),
+        hidden_gradient=student.new_zeros(n_tokens, dim, dtype=dtype) if needs.hidden else None,
+        weight_gradient=student.new_empty(full_size, dim, dtype=dtype) if needs.weight else None,
+        bias_gradient=student.new_zeros(full_size, dtype=dtype) if needs.bias else None,
+    )
+
+
+def lift_of(
+    problem: Problem,
+    needs: Needs,
+    row_weight_N: Tensor | None,
+    kept_K: Tensor | None,
+    tile_dtype: torch.dtype,
+) -> Tensor | None:
+    """The factor that dW is accumulated with where its operands are fp16."""
+    if tile_dtype != torch.float16 or not needs.weight:
+        return None
+    every = slice(None) if kept_K is None else kept_K
+    weights = None if row_weight_N is None else row_weight_N[every]
+    return operand_scale(problem.student_hidden[every], weights, problem.logit_factor)
+
+
+def multiply_back(
+    tile: Tile,
+    scale_C1: Tensor,
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    *,
+    mean_row: Tensor | None,
+    hidden: bool,
+    out_VD: Tensor | None,
+    lift: Tensor | None,
+    first: bool,
+) -> Tensor | None:
+    """dH [C, D] of a tile where `hidden` asks for it; dW is added to `out_VD`, `first`: written."""
+    if tile.row_scale is not None:
+        scale_C1 = scale_C1 * tile.row_scale
+    gradient_CD = None
+    if hidden:
+        gradient_CD = hidden_gradient(tile, weight_VD, mean_row).mul_(scale_C1)
+    if out_VD is not None:
+        factor = scale_C1 if lift is None else scale_C1 * lift
+        operand_CD = hidden_CD.to(out_VD.dtype).mul(factor).to(tile.values.dtype)
+        gemm.add_weight_gradient(out_VD, tile.values, operand_CD, first=first)
+    return gradient_CD
 
 
 def _logits_into(
@@ -162,9 +204,25 @@ def _logits_into(
         return
     height = student.shape[0]
     gemm.logits_into(out_2CV[:height], student.to(operand), weight)
-    if problem.teacher_weight is not None:
+    other_logits_into(out_2CV[height:], problem, weight, tokens, operand)
+
+
+def other_logits_into(
+    out_CV: Tensor,
+    problem: Problem,
+    weight: Tensor,
+    tokens: slice | Tensor,
+    operand: torch.dtype,
+) -> None:
+    """The teacher's raw logits, or the difference's where one head gives both."""
+    teacher = problem.teacher_hidden[tokens]
+    if problem.shared_logits:
+        teacher = teacher.to(problem.dtype) - problem.student_hidden.detach()[tokens].to(
+            problem.dtype
+        )
+    elif problem.teacher_weight is not None:
         weight = problem.teacher_weight[: problem.vocab_size]
-    gemm.logits_into(out_2CV[height:], teacher.to(operand), weight)
+    gemm.logits_into(out_CV, teacher.to(operand), weight)
 
 
 def _row_passes(
@@ -188,7 +246,7 @@ def _row_passes(
         for statistic, found in zip(result.statistics, statistics, strict=True):
             statistic[tokens] = found
         return torch.full_like(value, factor)[:, None]
-    row_function, step = _row_function(s_CV)
+    row_function, step = _row_function(s_CV, problem)
     blocks: list[Rows] = []
     for start in range(0, s_CV.shape[0], step):
         block = slice(start, start + step)
@@ -202,17 +260,24 @@ def _row_passes(
             )
         )
     result.per_token[tokens] = torch.cat([found.divergence for found in blocks])
-    for i, statistic in enumerate(result.statistics):
+    for i, statistic in enumerate(result.statistics if problem.return_stats else ()):
         statistic[tokens] = torch.cat([found.statistics[i] for found in blocks if found.statistics])
     return torch.cat([found.factor for found in blocks])[:, None]
 
 
-def _row_function(s_CV: Tensor) -> tuple[Callable[..., Rows], int]:
+def _row_function(s_CV: Tensor, problem: Problem) -> tuple[Callable[..., Rows], int]:
     """The row pass for this device and dtype, and the rows it takes at once."""
     if s_CV.is_cuda and s_CV.dtype == torch.float32 and find_spec("triton"):
         from opsdc_kernels.triton.rows import divergence_rows_ as in_triton
 
         return in_triton, s_CV.shape[0]
+    if plan.compiled_rows(s_CV.device, s_CV.dtype):
+        from opsdc_kernels.native.rows import divergence_rows_ as in_c
+
+        # A soft-cap takes temporaries in torch, as do rows in doubt.
+        capped = problem.logit_softcap != (None, None)
+        block = plan.block_rows(s_CV.shape[1], s_CV.device)
+        return in_c, plan.exact_rows(block) if capped else s_CV.shape[0]
     step = plan.block_rows(s_CV.shape[1], s_CV.device)
     buffers = s_CV.new_empty(plan.CPU_BUFFERS, min(step, s_CV.shape[0]), s_CV.shape[1])
     return partial(rows.divergence_rows_, buffers=buffers), step

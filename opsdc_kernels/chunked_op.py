@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opsdc_kernels.chunked import Needs, run_chunks
+from opsdc_kernels.columns import exact, run_columns
 from opsdc_kernels.problem import Problem, mean_factor, reduce_tokens
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ TENSORS = (
 
 
 def chunked_divergence(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Loss and, if asked for, the tensors of `DivergenceStats`."""
+    """Loss and, if asked for, the tensors of `DivergenceStats`; those that `skip_tolerance` adds
+    come last, per token and then 0-dim."""
     enabled = torch.is_grad_enabled()
     bias = problem.student_bias
     needs = [
@@ -45,10 +47,10 @@ def chunked_divergence(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...] | N
         enabled and problem.student_weight.requires_grad,
         enabled and bias is not None and bias.requires_grad,
     ]
-    loss, per_token, statistics, *_ = _forward(*_pack(problem), needs)
+    loss, per_token, statistics, *_, scalars = _forward(*_pack(problem), needs)
     if not problem.return_stats:
         return loss, None
-    return loss, (per_token.detach(), *statistics.detach())
+    return loss, (per_token.detach(), *statistics.detach(), *scalars.detach())
 
 
 def _pack(problem: Problem) -> tuple[Any, ...]:
@@ -65,13 +67,15 @@ def _pack(problem: Problem) -> tuple[Any, ...]:
         problem.return_stats,
         problem.workspace_bytes,
         problem.process_group,
+        problem.skip_tolerance,
+        problem.exact_value,
     )
 
 
 def _unpack(*arguments: Any) -> Problem:
     tensors, rest = arguments[: len(TENSORS)], arguments[len(TENSORS) :]
     divergence, beta, temperature, scale, softcap, own_bias, size, reduction = rest[:8]
-    stats, budget, group = rest[8:]
+    stats, budget, group, tolerance, exact_value = rest[8:]
     return Problem(
         **dict(zip(TENSORS, tensors, strict=True)),
         divergence=divergence,
@@ -85,6 +89,8 @@ def _unpack(*arguments: Any) -> Problem:
         return_stats=stats,
         workspace_bytes=budget,
         process_group=group,
+        skip_tolerance=tolerance,
+        exact_value=exact_value,
     )
 
 
@@ -126,14 +132,17 @@ def _forward(
     return_stats: bool,
     workspace_bytes: int | None,
     process_group: str | None,
+    skip_tolerance: float | None,
+    exact_value: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, per token [N], statistics [5 | 7, N] or empty, dH, dW, db or empty each)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, per token [N], statistics [5 | 7, N] or empty, dH, dW, db or empty each, and with
+    `skip_tolerance` the scalars of `columns.Realised` [4], whose two rows end the statistics)."""
     problem = _unpack(
         student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
         token_weight, target_ids, divergence, beta, temperature, logit_scale, logit_softcap,
         own_teacher_bias, vocab_size, reduction, return_stats, workspace_bytes,
-        process_group,
+        process_group, skip_tolerance, exact_value,
     )  # fmt: skip
     wanted = Needs(*([False] * 3 if _recomputes(reduction, needs) else needs))
     shard, problem = _shard(problem, needs)
@@ -147,19 +156,32 @@ def _forward(
                 row_weight = student_hidden.new_full((n_tokens,), share, dtype=problem.dtype)
             else:
                 row_weight = token_weight * mean_factor(token_weight)
-        result = run_chunks(problem, wanted, row_weight, kept, shard=shard)
+        realised = None
+        if skip_tolerance is None:
+            result = run_chunks(problem, wanted, row_weight, kept, shard=shard)
+        elif wanted:
+            result, realised = run_columns(
+                problem, wanted, row_weight, kept, tolerance=skip_tolerance, exact_value=exact_value
+            )
+        else:  # nothing that a tolerance of the gradients could save
+            result = run_chunks(problem, wanted, row_weight, kept)
+            realised = exact(result)
         loss = reduce_tokens(result.per_token, token_weight, reduction)
     if reduction == "none":
         loss = loss.clone()  # outputs of an operator must not alias
     like = result.per_token
-    statistics = torch.stack(result.statistics) if return_stats else like.new_empty(0)
+    rows, scalars = result.statistics, like.new_empty(0)
+    if realised is not None:
+        rows = (*rows, realised.token_bound, realised.divergence_error)
+        scalars = torch.stack(realised.scalars)
     return (
         loss,
         result.per_token,
-        statistics,
+        torch.stack(rows) if return_stats else like.new_empty(0),
         _or_empty(result.hidden_gradient, like),
         _or_empty(result.weight_gradient, like),
         _or_empty(result.bias_gradient, like),
+        scalars,
     )
 
 
@@ -171,7 +193,8 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     like = problem.student_hidden.new_empty(0, dtype=problem.dtype)
     wanted = [False] * 3 if _recomputes(problem.reduction, needs) else needs
     size, dim = problem.student_weight.shape
-    count = 5 if problem.target_ids is None else 7
+    skips = problem.skip_tolerance is not None
+    count = (5 if problem.target_ids is None else 7) + 2 * skips
     return (
         like.new_empty(tokens if problem.reduction == "none" else ()),
         like.new_empty(tokens),
@@ -179,6 +202,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         like.new_empty((tokens, dim) if wanted[0] else 0),
         like.new_empty((size, dim) if wanted[1] else 0),
         like.new_empty(size if wanted[2] else 0),
+        like.new_empty(4 if skips else 0),
     )
 
 
@@ -193,7 +217,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(*packed[: len(TENSORS)])
         ctx.options = packed[len(TENSORS) :]
     else:
-        ctx.save_for_backward(*output[3:])
+        ctx.save_for_backward(*output[3:6])
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -251,6 +275,8 @@ def _recompute(
     return_stats: bool,
     workspace_bytes: int | None,
     process_group: str | None,
+    skip_tolerance: float | None,
+    exact_value: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dH, dW, db or empty each) of Σ upstream·divergence, by a second run over the chunks."""
@@ -258,6 +284,7 @@ def _recompute(
         student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
         token_weight, None, divergence, beta, temperature, logit_scale, logit_softcap,
         own_teacher_bias, vocab_size, reduction, False, workspace_bytes, process_group,
+        skip_tolerance, exact_value,
     )  # fmt: skip
     shard, problem = _shard(problem, needs)
     with torch.autocast(student_hidden.device.type, enabled=False):

@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass
 import torch
 
 from opsdc_kernels.gemm import UPCAST_BLOCK_BYTES
+from opsdc_kernels.native.build import native
 
 CPU_WORKSPACE_CAP_BYTES = 192 << 20
 """More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""
 GPU_MINIMUM_CHUNK_ROWS = 512
 """Below this a GPU's GEMMs no longer run at their full rate."""
 CPU_BUFFERS = 6
-"""Blocks that the row passes in torch write to: t − s and those of `rows_cpu`."""
+"""Blocks that the row passes in torch (not those in C) write to: t − s and those of `rows_cpu`."""
 EXACT_TEMPORARIES = 16
 """Results of the size of its rows that the exact row pass holds at once, at most."""
 
@@ -37,6 +38,8 @@ class Plan:
     """Head GEMMs of forward and backward together; one is 2·N·V·D flop."""
     peak_bytes: int
     """Predicted peak beside inputs: scratch, kept gradients and returned gradients."""
+    row_passes: str
+    """What computes divergence and logit gradient of the rows."""
 
     def as_dict(self) -> dict[str, str | int]:
         return asdict(self)
@@ -45,7 +48,7 @@ class Plan:
         return (
             f"backend {self.backend} ({self.reason}), chunks of {self.chunk_rows} rows, "
             f"workspace {self.workspace_bytes / 2**20:.0f} MiB, {self.gemm_units} GEMM units, "
-            f"peak {self.peak_bytes / 2**20:.0f} MiB"
+            f"peak {self.peak_bytes / 2**20:.0f} MiB, row passes {self.row_passes}"
         )
 
 
@@ -109,6 +112,7 @@ def estimate(
         workspace_bytes=scratch,
         gemm_units=units,
         peak_bytes=scratch + gradients,
+        row_passes=row_passes(picked, device, dtype),
     )
 
 
@@ -119,6 +123,20 @@ def choose_backend(backend: str, device: torch.device, gradient: bool) -> tuple[
     if device.type != "cuda":
         return "chunked", f"the fastest on {device.type}"
     return "chunked", "fewest GEMM units, and its scratch fits the workspace"
+
+
+def row_passes(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What the rows of a chunk go through, and why."""
+    if backend != "chunked":
+        return backend
+    if device.type == "cuda":
+        return "torch (float64)" if dtype == torch.float64 else "triton"
+    return "torch (float64)" if dtype == torch.float64 else native().description
+
+
+def compiled_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether they go through C."""
+    return device.type == "cpu" and dtype != torch.float64 and native().library is not None
 
 
 def default_workspace_bytes(device: torch.device) -> int:
@@ -155,6 +173,22 @@ def chunk_rows(
     return equal_rows(tokens, rows)
 
 
+def column_chunk_rows(
+    tokens: int,
+    vocab_size: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    workspace_bytes: int | None,
+) -> int:
+    """Rows per chunk where columns are left out: half of `chunk_rows`, but on a GPU no fewer than
+    `GPU_MINIMUM_CHUNK_ROWS` of them. The other half of the workspace is for what is gathered, and
+    a chunk of fewer tokens needs fewer columns."""
+    whole = chunk_rows(tokens, vocab_size, dims, dtype, device, workspace_bytes)
+    least = GPU_MINIMUM_CHUNK_ROWS if device.type == "cuda" else 1
+    return equal_rows(tokens, min(whole, max(-(-whole // 2), least)))
+
+
 def equal_rows(tokens: int, rows: int) -> int:
     """Rows per chunk of as many, about equal chunks as chunks of `rows` would be."""
     chunks = max(-(-tokens // rows), 1)
@@ -176,12 +210,14 @@ def scratch_bytes(
     rows: int, vocab_size: int, dims: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> int:
     """Two logit buffers, copies of the chunk's hidden states, the blocks of the row passes in torch
-    (in Triton they have none) and, for a 16-bit head on a CPU, its upcast block."""
+    (in Triton they have none, in C those of rows in doubt) and, for a 16-bit head on a CPU, its
+    upcast block."""
     wide = 8 if dtype == torch.float64 else 4
     block = 0
     if device.type != "cuda" or wide == 8:
         height = min(block_rows(vocab_size, device), rows)
-        height = CPU_BUFFERS * height + EXACT_TEMPORARIES * min(exact_rows(height), height)
+        buffers = 0 if compiled_rows(device, dtype) else CPU_BUFFERS * height
+        height = buffers + EXACT_TEMPORARIES * min(exact_rows(height), height)
         block = height * vocab_size * wide
     upcast = 0
     if device.type == "cpu" and dtype.itemsize == 2:

@@ -49,6 +49,10 @@ class Problem:
     workspace_bytes: int | None
     process_group: str | None = None
     """Name of the group over whose ranks the vocabulary is sharded."""
+    skip_tolerance: float | None = None
+    """Accepted relative error of the gradients, or None for all columns."""
+    exact_value: bool = False
+    """With a `skip_tolerance`: divergence and statistics from all columns all the same."""
 
     @property
     def shared_logits(self) -> bool:

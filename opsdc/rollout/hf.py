@@ -110,6 +110,8 @@ class HFSampler:
                 use_cache=True,
             ),
             logits_processor=processors,
+            # Ranks of an FSDP model do not wait for each other: see `opsdc.sharding.whole`.
+            synced_gpus=False,
         )
         logprobs = chosen.finish(output[:, -1])
         return [

@@ -13,10 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config import OPSDCConfig
+from opsdc.distributed import ALONE, Ranks
 from opsdc.errors import ConfigError
 from opsdc.model import unwrap
 from opsdc.rollout import Sampler
 from opsdc.rollout.hf import HFSampler, eos_token_ids
+from opsdc.rollout.ranks import RankedSampler
 
 # Long enough to touch every weight, short enough to cost nothing.
 _PROBE_TOKENS = 64
@@ -27,15 +29,16 @@ def start_sampler(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     probe_ids: Sequence[int],
+    ranks: Ranks = ALONE,
 ) -> Sampler:
     """The sampler of a run. vLLM is imported, or its process started, only when it is asked for.
 
     `probe_ids`: a prompt, whose first tokens are the fixed sequence that proves each push.
     """
     if config.rollout.engine == "hf":
-        return HFSampler(model, tokenizer, seed=config.seed)
-    ranks = torch.distributed
-    if ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
+        sampler = HFSampler(model, tokenizer, seed=config.seed)
+        return sampler if ranks.size == 1 else RankedSampler(sampler, model, ranks)
+    if ranks.size > 1:
         raise ConfigError(
             f"rollout.engine {config.rollout.engine} runs with one trainer process; use hf"
         )

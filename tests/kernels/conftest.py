@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from opsdc_kernels.native import build
 from opsdc_kernels.problem import Problem
 
 
@@ -12,6 +13,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def row_passes(request):
+    """A module's tests with the row passes in C, then with those in torch."""
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setenv(build.SWITCH, "1" if request.param == "compiled" else "0")
+        if request.param == "compiled" and build.native().library is None:
+            pytest.skip(f"row passes run in {build.native().description}")
+        yield request.param
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import torch
 
 from opsdc_kernels import linear_divergence, testing
 
+pytestmark = pytest.mark.usefixtures("row_passes")
+
 ENTROPIES = (0.01, 0.3, 2.0, 6.0, 10.0)
 KLS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0, 5.0)
 DTYPES = (torch.float32, torch.bfloat16)

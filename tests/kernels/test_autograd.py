@@ -15,13 +15,14 @@ def leaves(dtype=torch.float32, seed=0):
     return h.requires_grad_(), w.requires_grad_(), ht
 
 
-def arguments(reduction, stats, weight, divergence="reverse_kl", needs=(True, True, True)):
+def arguments(reduction, stats, weight, divergence="reverse_kl", needs=(True, True, True),
+              tolerance=None):  # fmt: skip
     h, w, ht = leaves()
     bias = torch.randn(V, requires_grad=True)
     ids = torch.randint(0, V, (N,)) if stats else None
     return (
         h, w, ht, None, bias, bias.detach(), weight, ids, divergence, 0.5, 1.0, [1.0, 1.0],
-        [0.0, 0.0], False, V, reduction, stats, None, None, list(needs),
+        [0.0, 0.0], False, V, reduction, stats, None, None, tolerance, False, list(needs),
     )  # fmt: skip
 
 
@@ -37,6 +38,12 @@ def test_opcheck_forward_without_gradients():
     torch.library.opcheck(
         chunked_op._forward, arguments("mean", True, None, "jsd", (False, False, False))
     )
+
+
+@pytest.mark.parametrize("stats", [False, True])
+def test_opcheck_forward_that_leaves_columns_out(stats):
+    call = arguments("mean", stats, torch.rand(N), tolerance=1e-2)
+    torch.library.opcheck(chunked_op._forward, call)
 
 
 def test_opcheck_backward():

@@ -7,6 +7,8 @@ import torch
 
 from opsdc_kernels import linear_divergence
 
+pytestmark = pytest.mark.usefixtures("row_passes")
+
 INF = math.inf
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 BACKENDS = ("reference", "chunked")

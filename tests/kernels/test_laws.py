@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from opsdc_kernels import linear_divergence
 
+pytestmark = pytest.mark.usefixtures("row_passes")
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 EXAMPLES = settings(max_examples=25, deadline=None)
 

@@ -5,6 +5,7 @@ self-distillation, plus three laws; it passes on the code as it is, and fails on
 """
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 
 from opsdc_kernels import chunked, chunked_op, linear_divergence, rows, testing, tile
 from opsdc_kernels.chunked import run_chunks
+from opsdc_kernels.native import build
+from opsdc_kernels.native import rows as compiled_rows
 from opsdc_kernels.problem import Problem, mean_factor
 
 N, D, V = 9, 24, 205
@@ -82,6 +85,7 @@ def rounded_tile_gradient():
     assert (got - want).norm() <= 3e-3 * want.norm()
 
 
+@pytest.mark.usefixtures("row_passes")
 def test_the_gate_passes_on_the_code_as_it_is():
     gate()
 
@@ -393,9 +397,51 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_killed(monkeypatch, name):
+    monkeypatch.setenv(build.SWITCH, "0")
     for (owner, attribute), mutant in MUTANTS[name]().items():
         monkeypatch.setattr(owner, attribute, mutant)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        gate()
+
+
+# (what is in rows.c, what stands there in the mutant); each occurrence is replaced.
+COMPILED = {
+    "second-order value": ("sum += q * excess(c)", "sum += q * c * c / 2"),
+    "e^x − 1 − x by subtraction": (
+        "scale * (r * r * p) + (scale * (1 + r) - (1 + x))", "exponential(x) - 1 - x",
+    ),
+    "gradient without the −KL term": ("flushed(q * c)", "flushed(q * (c + row.mean))"),
+    "zero gradient": ("flushed(q * c)", "flushed(0 * q * c)"),
+    "tail of the vocabulary dropped": ("start < size;", "start + 64 <= size;"),
+    "last row dropped": ("i < job->rows", "i < job->rows - 1"),
+    "no temperature": ("job->other_factor)", "1)"),
+    "no bias": ("x[v] + bias[v]", "x[v]"),
+    "forward KL's gradient uncentred": ("q * minus_one)", "q * (minus_one + log_ratio))"),
+    "forward KL's terms of the reverse": (
+        "(fabsf(r) < 1 ? near : far);\n            if", "excess(r);\n            if",
+    ),
+    "JSD with β and 1 − β exchanged": (
+        "(1 - beta) * from_student + beta", "beta * from_student + (1 - beta)",
+    ),
+    "JSD gradient without its mean": ("row.other[v] + shift", "row.other[v]"),
+    "log(1 + y) of a rounded sum": ("n ? m - 1 : y", "m - 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_mutant_is_killed(monkeypatch, tmp_path, name):
+    monkeypatch.setenv(build.SWITCH, "1")
+    if build.native().library is None:
+        pytest.skip(f"row passes run in {build.native().description}")
+    old, new = COMPILED[name]
+    text = build.SOURCE.read_text("utf-8")
+    assert old in text
+    source = tmp_path / "rows.c"
+    # Short blocks, so that a row of the gate has several.
+    source.write_text(text.replace(old, new).replace("#define BLOCK 1024", "#define BLOCK 64"))
+    library = build.load(shutil.which("cc"), source, tmp_path)
+    monkeypatch.setattr(compiled_rows, "native", lambda: build.Build(library, "mutant"))
+    with pytest.raises(AssertionError):
         gate()
 
 

@@ -89,6 +89,15 @@ def test_a_sampler_of_other_weights_is_found():
         preflight.sampler_agreement(sampler, model, pairs(), config())
 
 
+def test_weights_that_are_no_numbers_are_found_before_the_first_step():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
+    sampler = HFSampler(model, byte_tokenizer(), seed=0)
+    with pytest.raises(ModelError, match=r"not finite.*float32"):
+        preflight.sampler_agreement(sampler, model, pairs(), config())
+
+
 def test_where_both_prompts_end_alike():
     one = Pair(student_prompt_ids=[1, 9, 4, 5], teacher_prompt_ids=[7, 4, 5], response_ids=[3])
     other = Pair(student_prompt_ids=[4, 5], teacher_prompt_ids=[9, 9, 4, 5], response_ids=[3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests_tiny import byte_tokenizer, tiny_model
 
-from opsdc import checkpoint, cli, replay
+from opsdc import checkpoint, cli, preflight, replay
 from opsdc.errors import CheckpointError, DataError, TrainingError
 from opsdc.train import OPSDCTrainer
 
@@ -15,8 +15,10 @@ SICK_TOKEN = 200
 
 
 @pytest.fixture
-def gave_up(make_config, tmp_path):
+def gave_up(make_config, tmp_path, monkeypatch):
     """A model in which one token's embedding is not a number: sick where a response holds it."""
+    # Not to be found before the first step: one sampled token is nobody's input.
+    monkeypatch.setattr(preflight, "_SAMPLED_TOKENS", 1)
     model = tiny_model(tied=False)
     with torch.no_grad():
         model.model.embed_tokens.weight[SICK_TOKEN] = math.nan

@@ -78,7 +78,10 @@ def _run(settings, prepare, arguments):
     plots.plot_run = lambda run: run
     # YAML reads JSON; the command's own way in brings its handlers and its exit status.
     config = out.with_suffix(".json")
-    config.write_text(json.dumps(settings))
+    # Aside and renamed: ranks of one run all write it.
+    aside = config.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(settings))
+    aside.replace(config)
     if prepare is not None:
         prepare(*arguments)
     sys.exit(cli.main(["train", "--config", str(config)]))
@@ -95,7 +98,7 @@ def outcome(out):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     record = [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
     (last,) = sorted((out / "checkpoints").glob("step-*"))[-1:]
-    weights = [last / "model", last / "teacher", last / "optimizer.safetensors", out / "model"]
+    weights = [last / "model", last / "teacher", out / "model", *last.glob("optimizer*")]
     return {
         "record": record,
         "rollouts": (out / "rollouts.jsonl").read_text(),

@@ -1,0 +1,51 @@
+"""Sampling by all ranks: each its share of the requests, all get the answers to all of them.
+
+Noise is keyed by request, so that the number of ranks does not change what is sampled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from opsdc import sharding
+from opsdc.distributed import Ranks
+from opsdc.rollout import Request, Rollout, Sampler, SamplingParams
+
+
+class RankedSampler:
+    """A sampler on every rank, which only sees its share."""
+
+    def __init__(self, sampler: Sampler, model: Any, ranks: Ranks) -> None:
+        self._sampler, self._model, self._ranks = sampler, model, ranks
+
+    def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
+        return self._sampler.push(model, version)
+
+    def close(self) -> None:
+        self._sampler.close()
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, *, label: str
+    ) -> list[Rollout]:
+        ranks = self._ranks
+        # Prompts of like length share a batch, so every rank gets some of each length.
+        order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
+        mine = order[ranks.rank :: ranks.size]
+
+        def sample() -> list[dict[str, Any]]:
+            if not mine:
+                return []
+            found = self._sampler.generate([requests[i] for i in mine], params, label=label)
+            return [dataclasses.asdict(rollout) for rollout in found]
+
+        with sharding.whole(self._model):
+            shares = ranks.each(sample)
+        rollouts: dict[int, Rollout] = {}
+        for rank, share in enumerate(shares):
+            for i, fields in zip(order[rank :: ranks.size], share, strict=True):
+                rollouts[i] = Rollout(**fields)
+        return [rollouts[i] for i in range(len(requests))]

@@ -1,0 +1,172 @@
+r"""How much the gradient of the reverse KL can lack when vocabulary columns are left out.
+
+Letters as in `reference`. A chunk of tokens keeps the columns K and drops D. On K the gradient is
+−q·c̃ with c̃ = d − m̃, m̃ = E_q[d | K]: what (8) becomes when the teacher is not asked about D. It
+needs no teacher normalizer, which cancels in c. Then, with W_q = E_q[W] and any vector a::
+
+    dH − dH̃ = −Σ_D q·c̃·(W_v − W_q)                                                          (11)
+
+exactly: the shift m − m̃ = Σ_D q·c̃ of the columns that were kept is what subtracts W_q. The mass
+Q = Σ_D q is known, the difference of a dropped column is not, but one head gives both logits::
+
+    c̃_v = Δh·(W_v − E_q[W | K]),   so   |c̃_v| ≤ η·(ρ_v + κ) + ν                             (12)
+
+with Δh the difference of the hidden states in units of the logits, η = ‖Δh‖, ρ_v = ‖W_v − a‖ and
+κ = √E_q[ρ²]. ν = 0 for one head. For heads of one size d = Δh·W_v + h_t·(T_v − W_v) + β_v, T the
+teacher's, β the difference of the biases; then ν = 2·(‖h_t‖·max‖T_v − W_v‖ + max|β|): a teacher
+some steps old is bounded nearly as tightly as one head. Heads of different sizes are taken for one
+head [T, W] that sees [h_t, −h_s], η = ‖[h_t, h_s]‖: true, and so loose that few columns go.
+a is the mean row of W, as a shift of all logits changes nothing; 0 under a soft-cap, which has
+slope ≤ 1 and so keeps (11) and (12) as bounds, but does change a shifted logit.
+
+With S = Σ_D q·(ρ+κ)² ≤ 2·Σ_D q·ρ² + 2·κ²·Q and Cauchy–Schwarz for the mixed terms, per token::
+
+    ‖dH − dH̃‖ ≤ η·S + ν·√(Q·S),     |m − m̃| ≤ δ = η·√(Q·S) + ν·Q                           (13)
+
+and per column of dW, over the tokens: Σ ‖h‖·q·δ, on a dropped one Σ ‖h‖·q·(η·(ρ+κ) + ν + δ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opsdc_kernels.problem import Problem
+
+CUTS = 16
+CUT_RATIO = 2.5
+"""Cuts are this far apart: the choice is within it of the best one."""
+LARGEST_CUT = 1e-3
+SLACK = 1.001
+"""Rounding of the sums: all terms are positive."""
+RADIUS_ROWS = 4096
+"""Rows of a head that are centred at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What the bound knows of the heads."""
+
+    radius_V: Tensor
+    """ρ [V]"""
+    drift: Tensor
+    """max ‖T_v − W_v‖, 0-dim."""
+    offset: Tensor
+    """max |β|, 0-dim; infinite where only one of the two masks a column."""
+    stacked: bool
+    """Heads of different sizes."""
+
+    @classmethod
+    def of(cls, problem: Problem) -> Heads:
+        size, dtype = problem.vocab_size, problem.dtype
+        weight = problem.student_weight.detach()[:size]
+        other = problem.teacher_weight
+        centred = problem.logit_softcap[0] is None
+        radius = _radius(weight, None, dtype, centred)
+        drift = radius.new_zeros(())
+        stacked = other is not None and other.shape[1] != weight.shape[1]
+        if other is not None:
+            other = other[:size]
+            if stacked:
+                radius = torch.hypot(radius, _radius(other, None, dtype, centred))
+            else:
+                drift = _radius(other, weight, dtype, False).amax()
+        return cls(radius, drift, _offset(problem).to(radius), stacked)
+
+    def slopes(self, problem: Problem, tokens: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """(η, ν), each [C]."""
+        own, other = (scale / problem.temperature for scale in problem.logit_scale)
+        student = problem.student_hidden.detach()[tokens].to(problem.dtype) * own
+        teacher = problem.teacher_hidden[tokens].to(problem.dtype) * other
+        size = torch.linalg.vector_norm(teacher, dim=1)
+        if self.stacked:
+            eta = torch.hypot(size, torch.linalg.vector_norm(student, dim=1))
+        else:
+            eta = torch.linalg.vector_norm(teacher - student, dim=1)
+        return eta, 2 * (size * self.drift + self.offset)
+
+
+def _radius(weight: Tensor, other: Tensor | None, dtype: torch.dtype, centred: bool) -> Tensor:
+    """‖row − mean row‖, ‖row‖, or the norm of the difference from `other`'s row, [V]."""
+    centre = weight.mean(0, dtype=dtype) if centred else weight.new_zeros((), dtype=dtype)
+    found = []
+    for start in range(0, weight.shape[0], RADIUS_ROWS):
+        part = slice(start, start + RADIUS_ROWS)
+        minus = centre if other is None else other[part].to(dtype)
+        found.append(torch.linalg.vector_norm(weight[part].to(dtype) - minus, dim=1))
+    return torch.cat(found)
+
+
+def _offset(problem: Problem) -> Tensor:
+    zero = problem.student_weight.new_zeros((), dtype=problem.dtype)
+    if problem.shared_logits:
+        return zero
+    biases = (problem.student_bias, problem.teacher_bias)
+    own, other = (
+        zero if bias is None else bias.detach()[: problem.vocab_size].to(problem.dtype) * scale
+        for bias, scale in zip(biases, problem.logit_scale, strict=True)
+    )
+    # −inf on both sides: no such column.
+    return ((other - own).nan_to_num(0.0, torch.inf, -torch.inf) / problem.temperature).abs().amax()
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of a chunk, at every cut: the columns go whose largest probability in the chunk is below."""
+
+    cut_V: Tensor
+    """[V] int64: the first cut that drops the column; `CUTS` where none does."""
+    hidden_CJ: Tensor
+    """Largest ‖dH̃ − dH‖ of each token at each cut [C, CUTS], unweighted."""
+    shift_CJ: Tensor
+    """δ [C, CUTS]."""
+    dropped_CJ: Tensor
+    """Q [C, CUTS]."""
+    outer_C2: Tensor
+    """η and η·κ + ν: a dropped column is off by q·(ρ·η + (η·κ + ν) + δ)."""
+
+
+def bounds(
+    mass_CV: Tensor, peak_V: Tensor, forced: Tensor, heads: Heads, slopes: tuple[Tensor, Tensor]
+) -> Bounds:
+    """(13) at every cut, from the probabilities `mass_CV` and their largest in a column."""
+    cut_V, sums_CJ, total_C = _sums(mass_CV, peak_V, forced, heads.radius_V.square())
+    dropped, squares = sums_CJ.unbind(2)
+    eta, nu = (x[:, None] for x in slopes)
+    kappa2 = total_C[:, None]
+    around = 2 * (squares + kappa2 * dropped)  # S
+    mixed = (dropped * around).sqrt()
+    return Bounds(
+        cut_V,
+        (eta * around + nu * mixed) * SLACK,
+        (eta * mixed + nu * dropped) * SLACK,
+        dropped,
+        torch.cat([eta, eta * kappa2.sqrt() + nu], 1),
+    )
+
+
+def bounds_of_gradient(size_CV: Tensor, peak_V: Tensor, forced: Tensor, norm_V: Tensor) -> Bounds:
+    """The same where dZ is known: ‖Σ_D dZ·W_v‖ ≤ Σ_D |dZ|·‖W_v‖, and nothing shifts."""
+    cut_V, sums_CJ, _ = _sums(size_CV, peak_V, forced, norm_V)
+    products = sums_CJ[:, :, 1]
+    zero = torch.zeros_like(products)
+    one = torch.stack([zero[:, 0], zero[:, 0] + 1], 1)
+    return Bounds(cut_V, products * SLACK, zero, zero, one)
+
+
+def _sums(
+    mass_CV: Tensor, peak_V: Tensor, forced: Tensor, feature_V: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(cut of each column [V], Σ_D mass and Σ_D mass·feature at each cut [C, CUTS, 2], Σ of the
+    latter over all columns [C])."""
+    steps = torch.arange(CUTS - 1, -1, -1, device=peak_V.device, dtype=peak_V.dtype)
+    edges = peak_V.amax() * LARGEST_CUT * CUT_RATIO**-steps  # rising
+    cut_V = torch.bucketize(peak_V, edges).index_fill_(0, forced, CUTS)
+    table = mass_CV.new_zeros(len(peak_V), CUTS + 1, 2)
+    every = torch.arange(len(peak_V), device=peak_V.device)
+    table[every, cut_V, 0] = 1
+    table[every, cut_V, 1] = feature_V
+    parts = (mass_CV @ table.flatten(1)).unflatten(1, (CUTS + 1, 2))
+    return cut_V, parts[:, :-1].cumsum(1), parts[:, :, 1].sum(1)

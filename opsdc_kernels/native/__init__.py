@@ -1,0 +1,1 @@
+"""Row passes in C, compiled on first use, for CPUs with a C compiler."""
