@@ -232,6 +232,11 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
+    if arguments.dry_run:
+        from opsdc.dry_run import dry_run
+
+        dry_run(config)
+        return 0
     from opsdc import stop
 
     # From before anything large is imported: a stop asked for then still ends with status 0.
