@@ -48,6 +48,9 @@ LARGEST_RATIO = 6.0
 """|c| of a dropped column that the estimate of the divergence's error reckons with."""
 
 
+Tokens = slice | Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Realised:
     """What leaving columns out did."""
@@ -141,8 +144,6 @@ class _Pass:
         self.operand = gemm.operand_dtype(self.weight, problem.dtype)
         self.lift = lift_of(problem, needs, row_weight_N, kept_K, self.operand)
         self.result = empty_result(problem, needs)
-        if self.result.weight_gradient is not None:
-            self.result.weight_gradient.zero_()
         self.heads = Heads.of(problem)
         self.token_error_N = torch.zeros_like(self.result.per_token)
         self.divergence_error_N = torch.zeros_like(self.result.per_token)
@@ -151,7 +152,7 @@ class _Pass:
         """Of the tolerance, by the chunks so far: what Σ‖error of dH‖² may still be more."""
         self.backward_units = needs.hidden + needs.weight
         self.kept_columns = self.units = 0.0  # summed over the tokens
-        self.chunks, self.looks = 1, True
+        self.chunks, self.looks, self.weight_written = 1, True, False
 
     def over_chunks(self, kept_K: Tensor | None, ahead: bool) -> Realised:
         problem, size = self.problem, self.problem.vocab_size
@@ -159,8 +160,11 @@ class _Pass:
         dims = (problem.student_hidden.shape[1], problem.teacher_hidden.shape[1])
         dtype, device = problem.student_hidden.dtype, problem.student_hidden.device
         height = plan.column_chunk_rows(kept, size, dims, dtype, device, problem.workspace_bytes)
-        every = torch.arange(kept, device=device) if kept_K is None else kept_K
-        chunks = every.split(height) if kept else ()
+        starts = range(0, kept, height)
+        chunks = [slice(i, min(i + height, kept)) if kept_K is None else kept_K[i : i + height]
+                  for i in starts]  # fmt: skip
+        if self.result.weight_gradient is not None:
+            self.result.weight_gradient[size if kept else 0 :].zero_()
         self.chunks = len(chunks)
         buffers = self.token_error_N.new_empty(2 + ahead, min(height, kept), size)
         spare, *logits = buffers
@@ -169,36 +173,36 @@ class _Pass:
             if i == 0 or not ahead:
                 self._student_logits(tokens, here)
             following = (chunks[i + 1], there) if ahead and i + 1 < len(chunks) else None
-            rows = len(tokens)
+            rows = _count(tokens)
             chunk = self._exact_chunk if self.exact_value else self._chunk
             chunk(tokens, here[:rows], spare[:rows], following)
         if self.lift is not None and self.result.weight_gradient is not None:
             self.result.weight_gradient.div_(self.lift)
         return self._realised(max(kept, 1))
 
-    def _student_logits(self, tokens: Tensor, out_CV: Tensor) -> None:
+    def _student_logits(self, tokens: Tokens, out_CV: Tensor) -> None:
         hidden = self.problem.student_hidden.detach()[tokens]
-        gemm.logits_into(out_CV[: len(tokens)], hidden.to(self.operand), self.weight)
+        gemm.logits_into(out_CV[: len(hidden)], hidden.to(self.operand), self.weight)
 
     def _chunk(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         x_CV: Tensor,
         spare_CV: Tensor,
-        following: tuple[Tensor, Tensor] | None,
+        following: tuple[Tokens, Tensor] | None,
     ) -> None:
-        if self.looks and len(tokens) >= LOOK_ROWS:
-            some, x = tokens[::LOOK_PARTS], x_CV[::LOOK_PARTS]
-            choice, *_ = self._choose(some, x, spare_CV[: len(some)])
+        if self.looks and len(x_CV) >= LOOK_ROWS:
+            some, x = _every(tokens, LOOK_PARTS), x_CV[::LOOK_PARTS]
+            choice, *_ = self._choose(some, x, spare_CV[: len(x)])
             share = choice.keeps_V.sum() / len(choice.keeps_V)
-            self.units += len(some) / PILOT_PARTS * (1 + self.backward_units)
+            self.units += len(x) / PILOT_PARTS * (1 + self.backward_units)
             self.looks = bool(share > LOOK_SHARE)
         else:
             self.looks = False
         columns = None
         if not self.looks:
             choice, student = self._choose(tokens, x_CV, spare_CV)
-            self.units += len(tokens) / PILOT_PARTS * (1 + self.backward_units)
+            self.units += _count(tokens) / PILOT_PARTS * (1 + self.backward_units)
             keeps = choice.keeps_V
             if following is not None:
                 self._student_logits(*following)
@@ -213,7 +217,7 @@ class _Pass:
             self._student_logits(*following)
 
     def _choose(
-        self, tokens: Tensor, x_CV: Tensor, q_CV: Tensor
+        self, tokens: Tokens, x_CV: Tensor, q_CV: Tensor
     ) -> tuple[_Choice, tuple[Tensor, Tensor]]:
         """The cut to take, and the student's log-normalizer and entropy [C]; q goes to `q_CV`."""
         problem = self.problem
@@ -230,14 +234,14 @@ class _Pass:
         choice = self._cut(tokens, q_CV, peak_V, found, pilot_CK, part.student_weight)
         return choice, (lse_C, entropy_C)
 
-    def _forced(self, pilot: Tensor, tokens: Tensor) -> Tensor:
+    def _forced(self, pilot: Tensor, tokens: Tokens) -> Tensor:
         """Columns that are kept at any cut."""
         targets = self.problem.target_ids
         return pilot if targets is None else torch.cat([pilot, targets[tokens]])
 
     def _cut(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         mass_CV: Tensor,
         peak_V: Tensor,
         found: Bounds,
@@ -294,22 +298,22 @@ class _Pass:
             vocab_size=len(columns),
         )
 
-    def _gradient_rows(self, part: Problem, x_CK: Tensor, tokens: Tensor) -> Tensor:
+    def _gradient_rows(self, part: Problem, x_CK: Tensor, tokens: Tokens) -> Tensor:
         """dZ of the columns of `part` replaces the student's raw products, up to a factor [C, 1]
         that is returned; values and statistics are those of these columns."""
         other_CK = torch.empty_like(x_CK)
         other_logits_into(other_CK, part, part.student_weight, tokens, self.operand)
         return _row_passes(part, x_CK, other_CK, tokens, True, self.result, None)
 
-    def _dense(self, tokens: Tensor, x_CV: Tensor, spare_CV: Tensor) -> None:
+    def _dense(self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor) -> None:
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
         scale_C1 = _row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
-        self.units += len(tokens)
+        self.units += _count(tokens)
         self._multiply_back(tokens, x_CV, spare_CV, scale_C1, self.weight, None)
 
     def _sparse(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         x_CV: Tensor,
         q_CV: Tensor,
         choice: _Choice,
@@ -319,7 +323,7 @@ class _Pass:
         part, result = self._restricted(columns), self.result
         dz_CK, q_CK = x_CV.index_select(1, columns), q_CV.index_select(1, columns)
         scale_C1 = self._gradient_rows(part, dz_CK, tokens)
-        self.units += len(tokens) * len(columns) / len(self.weight)
+        self.units += _count(tokens) * len(columns) / len(self.weight)
         dropped_C = choice.at_cut(choice.bounds.dropped_CJ)
         largest = torch.where(choice.keeps_V, 0.0, choice.peak_V).amax()
         rest_C = _rest(q_CK, dz_CK, scale_C1 / self.problem.logit_factor, dropped_C, largest)
@@ -337,10 +341,10 @@ class _Pass:
 
     def _exact_chunk(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         x_CV: Tensor,
         spare_CV: Tensor,
-        following: tuple[Tensor, Tensor] | None,
+        following: tuple[Tokens, Tensor] | None,
     ) -> None:
         """All columns up to dZ, the columns that matter in the gradient GEMMs."""
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
@@ -358,7 +362,7 @@ class _Pass:
         if following is not None:
             self._student_logits(*following)
         columns = keeps.nonzero().squeeze(1)
-        self.units += len(tokens) * (1 + self.backward_units / PILOT_PARTS)
+        self.units += _count(tokens) * (1 + self.backward_units / PILOT_PARTS)
         if len(columns) > DENSE_SHARE * len(keeps):
             self._multiply_back(tokens, x_CV, spare_CV, scale_C1, self.weight, None)
             return
@@ -368,7 +372,7 @@ class _Pass:
         scratch = torch.empty_like(dz_CK)
         self._multiply_back(tokens, dz_CK, scratch, scale_C1, weight_KD, columns)
 
-    def _add_errors(self, tokens: Tensor, mass_CV: Tensor, choice: _Choice) -> None:
+    def _add_errors(self, tokens: Tokens, mass_CV: Tensor, choice: _Choice) -> None:
         self.token_error_N[tokens] = choice.at_cut(choice.bounds.hidden_CJ) * choice.size_C
         shift_C = choice.at_cut(choice.bounds.shift_CJ) * choice.reach_C
         self.weight_error_V += mass_CV.T @ shift_C
@@ -376,7 +380,7 @@ class _Pass:
 
     def _multiply_back(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         dz_CK: Tensor,
         scratch_CK: Tensor,
         scale_C1: Tensor,
@@ -386,8 +390,8 @@ class _Pass:
         """Adds the gradients of a tile; `columns` None: of all."""
         result, size = self.result, self.problem.vocab_size
         share = 1.0 if columns is None else len(columns) / size
-        self.kept_columns += len(tokens) * share
-        self.units += len(tokens) * (1 + self.backward_units * share)
+        self.kept_columns += _count(tokens) * share
+        self.units += _count(tokens) * (1 + self.backward_units * share)
         if self.row_weight_N is not None:
             scale_C1 = scale_C1 * self.row_weight_N[tokens, None]
         if result.bias_gradient is not None:
@@ -402,6 +406,8 @@ class _Pass:
         if result.weight_gradient is not None:
             all_VD = result.weight_gradient[:size]
             out_KD = all_VD if columns is None else all_VD.new_empty(weight_KD.shape)
+            if columns is not None and not self.weight_written:
+                all_VD.zero_()
         rounds = self.operand != self.problem.dtype
         gradient_CD = multiply_back(
             rounded_tile(dz_CK, scratch_CK, self.operand),
@@ -412,8 +418,9 @@ class _Pass:
             hidden=result.hidden_gradient is not None,
             out_VD=out_KD,
             lift=self.lift,
-            first=columns is not None,
+            first=columns is not None or not self.weight_written,
         )
+        self.weight_written = True
         if gradient_CD is not None and result.hidden_gradient is not None:
             result.hidden_gradient[tokens] = gradient_CD
             size, error = gradient_CD.norm(), self.token_error_N[tokens].norm()
@@ -438,6 +445,16 @@ class _Pass:
             kept_share=torch.full_like(size, self.kept_columns / tokens),
             gemm_units=torch.full_like(size, self.units / tokens),
         )
+
+
+def _count(tokens: Tokens) -> int:
+    return tokens.stop - tokens.start if isinstance(tokens, slice) else len(tokens)
+
+
+def _every(tokens: Tokens, step: int) -> Tokens:
+    if isinstance(tokens, slice):
+        return slice(tokens.start, tokens.stop, step)
+    return tokens[::step]
 
 
 def _relative(error: Tensor, size: Tensor) -> Tensor:
