@@ -29,11 +29,15 @@ AXES = {
     "vocab_size": (8192, 32768, 131072, 262144),
     "dim": (128, 512, 2048),
 }
-WIDE_TOKENS = 256
-"""Tokens while the vocabulary grows: the naive path must still fit."""
+STARTS = {
+    # The naive path must still fit at the largest vocabulary.
+    "vocab_size": replace(BASE, tokens=256),
+    # A head whose hidden size is not of the order of its vocabulary.
+    "dim": replace(BASE, tokens=512, vocab_size=32768),
+}
 QUICK_BASE = Shape(tokens=1024, dim=64, vocab_size=32768)
 QUICK_AXES = {"tokens": (512, 2048, 4096)}
-LONG_CALL_S = 1.5
+LONG_CALL_S = 0.7
 """A call that takes longer is timed once."""
 
 
@@ -65,9 +69,7 @@ def measure(device: torch.device, *, quick: bool) -> list[Point | Failure]:
     found = []
     for axis, sizes in (QUICK_AXES if quick else AXES).items():
         for size in sizes:
-            start = QUICK_BASE if quick else BASE
-            if axis == "vocab_size":
-                start = replace(start, tokens=WIDE_TOKENS)
+            start = QUICK_BASE if quick else STARTS.get(axis, BASE)
             shape = replace(start, **{axis: size})
             case = inputs(shape, device=device)
             for contender in running.values():

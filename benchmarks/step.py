@@ -85,7 +85,7 @@ def measure(*, repeats: int) -> list[Step | Failure]:
             ways.model.zero_grad()
             spent[name].append(phases(update, ways.model.get_decoder(), teacher.get_decoder()))
             if name not in errors:
-                errors[name] = _relative(ways.model, true_gradients)
+                errors[name] = relative_error(ways.model, true_gradients)
     for name in ways.updates:
         medians = {
             phase: statistics.median(each[phase] for each in spent[name][1:]) for phase in PHASES
@@ -160,7 +160,7 @@ def _truth(recorded: Rollouts) -> tuple[Case, list[Tensor]]:
     return case, [parameter.grad for parameter in model.parameters()]
 
 
-def _relative(model: Any, true: list[Tensor]) -> float:
+def relative_error(model: Any, true: list[Tensor]) -> float:
     """Frobenius norm of the error of all gradients, over that of all true gradients."""
     error = size = 0.0
     for parameter, want in zip(model.parameters(), true, strict=True):

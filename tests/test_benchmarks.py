@@ -1,15 +1,24 @@
 """The benchmarks measure what they say, and the README shows what the records hold."""
 
+import json
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from start import load as tiny_model
+from start import questions, sample
 
-from benchmarks import memory, phases, record, scaling, speed, tables
+from benchmarks import __main__ as everything
+from benchmarks import clock, memory, phases, planned, record, scaling, sdft, speed, step, tables
 from benchmarks.__main__ import gate
-from benchmarks.contenders import PEER_MODULES, contenders
+from benchmarks.contenders import PEER_MODULES, Contender, Failure, contenders
 from benchmarks.inputs import Shape, inputs
+from benchmarks.rollouts import Rollouts
+from opsdc.prompts import build_prompts
+from opsdc.tasks import Problem
 from opsdc_kernels import chunked
 from opsdc_kernels.testing import truth
 
@@ -50,17 +59,38 @@ def test_gate_refuses_wrong_code(monkeypatch):
         gate()
 
 
-def test_speed_counts_gemms():
-    """A call of four GEMMs takes about four units."""
-    case = inputs(Shape(tokens=128, dim=256, vocab_size=4096))
-    gemm = speed.bare_gemm(case)
+class Clock:
+    """Time that passes only when told to."""
 
-    def four():
-        for _ in range(4):
-            gemm()
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
-    (timing,) = speed._interleaved({"four": four}, case, "x", 9)
-    assert 3 < timing.units < 5.5
+    def advance(self, seconds):
+        self.now += seconds
+
+
+def test_units_are_those_of_the_gemm_beside_the_call(monkeypatch):
+    """Also on a machine that becomes three times slower and slower."""
+    passing = Clock(monkeypatch)
+    pace = [1.0]
+
+    def takes(units):
+        def call():
+            passing.advance(units * pace[0])
+            if units == 9:
+                pace[0] *= 3  # after the last of a round
+
+        return call
+
+    monkeypatch.setattr(speed, "bare_gemm", lambda case: takes(1))
+    calls = {"four": takes(4), "two": takes(2)}
+    four, two = speed._interleaved(calls, inputs(SMALL), "x", 5)
+    assert (four.units, four.units_p20, two.units) == (4, 4, 2)
+    calls["nine"] = takes(9)
+    four, *_ = speed._interleaved(calls, inputs(SMALL), "x", 5)
+    assert four.units == 4
+    assert four.seconds > 100
 
 
 def test_memory_sees_what_a_contender_holds():
@@ -81,7 +111,126 @@ def test_planned_memory_is_what_is_measured():
 
 
 def test_a_failing_contender_says_so():
-    assert "StopIteration" in memory.measure("nobody", SMALL, True)
+    assert "StopIteration" in memory.measure("nobody", SMALL, True).reason
+
+
+def test_a_failing_contender_stops_nobody_else(monkeypatch):
+    def fails(*tensors):
+        raise RuntimeError("out of luck\nand a long story")
+
+    naive = next(c for c in contenders(CPU)[0] if c.name == "naive")
+    running = [Contender("unlucky", fails, "torch"), naive]
+    monkeypatch.setattr(speed, "contenders", lambda device: (running, {}))
+    found = speed.measure(SMALL, CPU, repeats=1)
+    assert Failure("unlucky", "RuntimeError: out of luck") in found
+    assert [t.mode for t in found if isinstance(t, speed.Timing)] == list(speed.MODES)
+
+
+def test_gemms_are_counted():
+    assert [(u.planned, u.counted) for u in planned.measure()] == [(4, 4.0), (3, 3.0), (2, 2.0)]
+
+
+def test_the_clock_splits_an_update(monkeypatch):
+    passing = Clock(monkeypatch)
+
+    class Backbone(torch.nn.Module):
+        def __init__(self, seconds):
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x):
+            passing.advance(self.seconds)
+            return SimpleNamespace(last_hidden_state=Slow.apply(x))
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            passing.advance(0.2)
+            return gradient
+
+    student, teacher = Backbone(0.1), Backbone(0.05)
+    x = torch.ones(3, requires_grad=True)
+
+    def update():
+        passing.advance(0.5)  # batching: nobody's phase
+        hidden = student(x).last_hidden_state
+        with torch.no_grad():
+            teacher(x)
+        passing.advance(0.15)
+        hidden.sum().backward()
+
+    spent = clock.phases(update, student, teacher)
+    want = {"teacher": 0.05, "forward": 0.1, "loss": 0.15, "backward": 0.2}
+    assert spent == pytest.approx(want)
+    assert not student._forward_hooks
+
+
+def test_sdft_trainer_computes_the_naive_loss_of_the_same_tokens(tmp_path):
+    """TRL's trainer, set up as OPSDC: its loss and gradients on our rollouts are those of naive
+    logits in a plain loop, whatever the lengths of the prompts."""
+    made, tokenizer = tiny_model()
+    made.save_pretrained(tmp_path)
+    model, teacher = (type(made).from_pretrained(tmp_path) for _ in range(2))
+    messages = [({"role": "user", "content": text * (i + 1)},)
+                for i, text in enumerate(questions(3))]  # fmt: skip
+    instruction = "Be concise."
+    pairs = []
+    for asked, sampled in zip(messages, sample(model, tokenizer, 3)):
+        prompts = build_prompts(Problem(id="x", messages=asked), tokenizer, instruction=instruction)
+        pairs.append(
+            type(sampled)(
+                student_prompt_ids=prompts.student_ids,
+                teacher_prompt_ids=prompts.teacher_ids,
+                response_ids=[*sampled.response_ids, 5, 6, 7, 8][:4],
+            )
+        )
+    recorded = Rollouts(messages, instruction, pairs)
+    update, own_teacher = sdft.update_of(model, tokenizer, recorded)
+    assert own_teacher is not model
+    value = update()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    naive = next(c for c in contenders(CPU)[0] if c.name == "naive")
+    assert value == pytest.approx(step.plain_update(model, teacher, recorded, naive.loss), rel=1e-4)
+    assert step.relative_error(model, gradients) < 1e-3
+
+
+def test_a_run_goes_on_where_it_stopped(monkeypatch, tmp_path, capsys):
+    environment = {**record.environment(CPU), "dirty": False}
+    monkeypatch.setattr(record, "RECORDS", tmp_path)
+    monkeypatch.setattr(record, "environment", lambda device: dict(environment))
+    monkeypatch.setattr(tables, "render", lambda found: "tables")
+    monkeypatch.setattr(everything, "gate", lambda: None)
+    calls = []
+
+    def section(name, fails=False):
+        def measure():
+            calls.append(name)
+            if fails:
+                raise RuntimeError("power cut")
+            return [planned.Units(name, 4, 4.0), Failure("unlucky", "of old age")]
+
+        return name, measure
+
+    plan = {"a": section("a"), "b": section("b", fails=True), "c": section("c")}
+    monkeypatch.setattr(everything, "_sections", lambda *a, **k: plan)
+    assert everything.main(["--save", "x"]) == 1
+    assert calls == ["a", "b", "c"]
+    assert "power cut" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+    plan["b"] = section("b")
+    assert everything.main(["--save", "x"]) == 0
+    assert calls == ["a", "b", "c", "b"]
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["a"] == [{"mode": "a", "planned": 4, "counted": 4.0}]
+    assert found["missing"]["unlucky"] == "of old age"
+    environment["commit"] = "another"
+    assert everything.main(["--save", "x"]) == 0
+    assert calls[4:] == ["a", "b", "c"]
 
 
 def test_phases_add_up(capsys):
@@ -97,6 +246,7 @@ def test_slope_of_memory():
         for n in (256, 1024, 4096)
     ]
     assert scaling.bytes_per_token(points, "x") == 1024
+    assert scaling.forecast_error(points, "x") == pytest.approx(0)
 
 
 def test_a_dirty_tree_is_not_recorded(tmp_path):
@@ -111,6 +261,34 @@ def test_readme_shows_the_record(path):
     found = record.load(path)
     assert not found["environment"]["dirty"]
     assert tables.between(tables.README.read_text("utf-8"), path.stem) == tables.render(found)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_the_record_keeps_what_was_promised(path):
+    """The planner within a tenth; memory of ours flat in N beyond the returned gradients."""
+    found = record.load(path)
+    for row in [*found["memory"], *found["scaling"]]:
+        if row["predicted_mib"] is not None:
+            assert abs(row["predicted_mib"] - row["peak_mib"]) < 0.1 * row["peak_mib"], row
+    for row in found["planned"]:
+        assert abs(row["counted"] / row["planned"] - 1) < 0.1, row
+    points = [scaling.Point(**row) for row in found["scaling"]]
+    ours, naive = (scaling.bytes_per_token(points, x) for x in ("ours, chunked", "naive"))
+    assert ours < 0.05 * naive
+    minutes = sum(found["seconds"].values()) / 60
+    assert minutes < (5 if found["quick"] else 60)
+
+
+@pytest.mark.slow
+def test_the_suite_saves_and_compares(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "naive and frozen or grown",
+               "--import-mode=importlib", f"--benchmark-storage={tmp_path}"]  # fmt: skip
+    subprocess.run([*command, "--benchmark-save=before"], check=True)
+    done = subprocess.run([*command, "--benchmark-compare"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "before" in done.stdout
+    (saved,) = tmp_path.rglob("*_before.json")
+    assert json.loads(saved.read_text())["benchmarks"][0]["stats"]["median"] > 0
 
 
 @pytest.mark.slow
