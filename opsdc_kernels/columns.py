@@ -12,6 +12,7 @@ Cost in head GEMMs: 1 + 3·(share of columns kept), with a frozen head 1 + 2·sh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,19 +32,25 @@ from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import capped
 from opsdc_kernels.tile import rounded_tile
 
-DENSE_SHARE = 0.6
+DENSE_SHARE = 0.4
 """From this share of columns on, gathering costs more than it saves."""
 PILOT_PARTS = 64
 """V over the columns whose gradient tells the size of the whole one."""
 LOOK_PARTS = 8
 LOOK_SHARE = 0.35
-"""Every 8th token of a chunk is looked at first; if these alone need that share, all are dense."""
+LOOK_CUT = 1e-4
+"""After a dense chunk, every 8th token of the next is looked at first: it is dense too if these
+alone give that share of the columns more than the tolerance times this, about where cuts lie."""
 LOOK_ROWS = 64
 """Chunks of fewer rows are not looked at first."""
 HEADROOM = 0.8
 """Share of the tolerance that a choice may use up: the gradient's size is an estimate then."""
+LOWEST = -70.0
+"""Logits below the largest by more count as this: a mass of 4e-31, which the bound may have."""
 TINY = 1e-30
 """Probabilities below carry no digits of c."""
+REST_COLUMNS = 1024
+"""Kept columns, about, that the estimate of the divergence's error looks at."""
 LARGEST_RATIO = 6.0
 """|c| of a dropped column that the estimate of the divergence's error reckons with."""
 
@@ -144,7 +151,6 @@ class _Pass:
         self.operand = gemm.operand_dtype(self.weight, problem.dtype)
         self.lift = lift_of(problem, needs, row_weight_N, kept_K, self.operand)
         self.result = empty_result(problem, needs)
-        self.heads = Heads.of(problem)
         self.token_error_N = torch.zeros_like(self.result.per_token)
         self.divergence_error_N = torch.zeros_like(self.result.per_token)
         self.weight_error_V = self.token_error_N.new_zeros(len(self.weight))
@@ -153,6 +159,10 @@ class _Pass:
         self.backward_units = needs.hidden + needs.weight
         self.kept_columns = self.units = 0.0  # summed over the tokens
         self.chunks, self.looks, self.weight_written = 1, True, False
+
+    @cached_property
+    def heads(self) -> Heads:
+        return Heads.of(self.problem)
 
     def over_chunks(self, kept_K: Tensor | None, ahead: bool) -> Realised:
         problem, size = self.problem, self.problem.vocab_size
@@ -192,10 +202,9 @@ class _Pass:
         following: tuple[Tokens, Tensor] | None,
     ) -> None:
         if self.looks and len(x_CV) >= LOOK_ROWS:
-            some, x = _every(tokens, LOOK_PARTS), x_CV[::LOOK_PARTS]
-            choice, *_ = self._choose(some, x, spare_CV[: len(x)])
-            share = choice.keeps_V.sum() / len(choice.keeps_V)
-            self.units += len(x) / PILOT_PARTS * (1 + self.backward_units)
+            x_CV8 = x_CV[::LOOK_PARTS]
+            *_, peak_V = _probabilities(self.problem, x_CV8, spare_CV[: len(x_CV8)])
+            share = (peak_V > LOOK_CUT * self.tolerance).sum() / len(peak_V)
             self.looks = bool(share > LOOK_SHARE)
         else:
             self.looks = False
@@ -230,7 +239,9 @@ class _Pass:
         part = replace(self._restricted(pilot), return_stats=False, target_ids=None)
         dz_CK = x_CV.index_select(1, pilot)
         scale_C1 = self._gradient_rows(part, dz_CK, tokens)
-        pilot_CK = dz_CK.mul_(scale_C1)
+        # The pilot's rows are renormalized over its columns.
+        mass_C1 = q_CV.index_select(1, pilot).sum(1, keepdim=True)
+        pilot_CK = dz_CK.mul_(scale_C1 * mass_C1)
         choice = self._cut(tokens, q_CV, peak_V, found, pilot_CK, part.student_weight)
         return choice, (lse_C, entropy_C)
 
@@ -321,12 +332,16 @@ class _Pass:
         student: tuple[Tensor, Tensor],
     ) -> None:
         part, result = self._restricted(columns), self.result
-        dz_CK, q_CK = x_CV.index_select(1, columns), q_CV.index_select(1, columns)
+        dz_CK = x_CV.index_select(1, columns)
         scale_C1 = self._gradient_rows(part, dz_CK, tokens)
         self.units += _count(tokens) * len(columns) / len(self.weight)
         dropped_C = choice.at_cut(choice.bounds.dropped_CJ)
         largest = torch.where(choice.keeps_V, 0.0, choice.peak_V).amax()
-        rest_C = _rest(q_CK, dz_CK, scale_C1 / self.problem.logit_factor, dropped_C, largest)
+        some = slice(None, None, len(columns) // REST_COLUMNS + 1)
+        rest_C = _rest(
+            q_CV.index_select(1, columns[some]), dz_CK[:, some],
+            scale_C1 / self.problem.logit_factor, dropped_C, largest,
+        )  # fmt: skip
         result.per_token[tokens] = (1 - dropped_C) * result.per_token[tokens]
         self.divergence_error_N[tokens] = rest_C
         if result.statistics:
@@ -337,7 +352,7 @@ class _Pass:
             result.statistics[2][tokens] = entropy_C
         self._add_errors(tokens, q_CV, choice)
         scale_C1 = scale_C1 * (1 - dropped_C)[:, None]
-        self._multiply_back(tokens, dz_CK, q_CK, scale_C1, part.student_weight, columns)
+        self._multiply_back(tokens, dz_CK, None, scale_C1, part.student_weight, columns)
 
     def _exact_chunk(
         self,
@@ -369,8 +384,7 @@ class _Pass:
         self._add_errors(tokens, size_CV, choice)
         dz_CK = x_CV.index_select(1, columns)
         weight_KD = self.weight.index_select(0, columns)
-        scratch = torch.empty_like(dz_CK)
-        self._multiply_back(tokens, dz_CK, scratch, scale_C1, weight_KD, columns)
+        self._multiply_back(tokens, dz_CK, None, scale_C1, weight_KD, columns)
 
     def _add_errors(self, tokens: Tokens, mass_CV: Tensor, choice: _Choice) -> None:
         self.token_error_N[tokens] = choice.at_cut(choice.bounds.hidden_CJ) * choice.size_C
@@ -382,7 +396,7 @@ class _Pass:
         self,
         tokens: Tokens,
         dz_CK: Tensor,
-        scratch_CK: Tensor,
+        scratch_CK: Tensor | None,
         scale_C1: Tensor,
         weight_KD: Tensor,
         columns: Tensor | None,
@@ -409,6 +423,8 @@ class _Pass:
             if columns is not None and not self.weight_written:
                 all_VD.zero_()
         rounds = self.operand != self.problem.dtype
+        if scratch_CK is None:
+            scratch_CK = torch.empty_like(dz_CK) if rounds else dz_CK
         gradient_CD = multiply_back(
             rounded_tile(dz_CK, scratch_CK, self.operand),
             scale_C1,
@@ -451,12 +467,6 @@ def _count(tokens: Tokens) -> int:
     return tokens.stop - tokens.start if isinstance(tokens, slice) else len(tokens)
 
 
-def _every(tokens: Tokens, step: int) -> Tokens:
-    if isinstance(tokens, slice):
-        return slice(tokens.start, tokens.stop, step)
-    return tokens[::step]
-
-
 def _relative(error: Tensor, size: Tensor) -> Tensor:
     """error / ‖exact‖ from the size of what was computed, which is within `error` of ‖exact‖."""
     found = torch.where(size > error, error / (size - error), torch.inf)
@@ -480,10 +490,11 @@ def _probabilities(problem: Problem, x_CV: Tensor, q_CV: Tensor) -> tuple[Tensor
         )
         z = capped(z if scale == 1.0 else z.mul_(scale), cap, problem.temperature)
         top = z.amax(1, keepdim=True)
-        total = torch.exp(z.sub_(top), out=q).sum(1, keepdim=True)
+        # Below, products with q would meet denormals, which take a CPU a hundred times as long.
+        total = torch.exp(z.sub_(top).clamp_(min=LOWEST), out=q).sum(1, keepdim=True)
         normalizers.append((top + total.log()).squeeze(1))
         if problem.return_stats:
-            mean = torch.linalg.vecdot(q, z.clamp_(min=-1e4))  # 0·(−inf) is no entropy
+            mean = torch.linalg.vecdot(q, z)
             entropies.append(total.log().squeeze(1) - mean / total.squeeze(1))
         torch.maximum(peak_V, q.div_(total).amax(0), out=peak_V)
     lse_C = torch.cat(normalizers)
