@@ -46,7 +46,8 @@ LOOK_ROWS = 64
 HEADROOM = 0.8
 """Share of the tolerance that a choice may use up: the gradient's size is an estimate then."""
 LOWEST = -70.0
-"""Logits below the largest by more count as this: a mass of 4e-31, which the bound may have."""
+"""Logits that are below the largest by more count as this, a mass of 4e-31: products with denormal
+ones take a CPU a hundred times as long."""
 TINY = 1e-30
 """Probabilities below carry no digits of c."""
 REST_COLUMNS = 1024
@@ -271,8 +272,8 @@ class _Pass:
         square = hidden_CD.square().sum(1) * needs.weight + needs.bias
         reach_C = size_C * square.sqrt()
         radius = self.heads.radius_V
-        outer_V2 = mass_CV.T @ (found.outer_C2 * reach_C[:, None])
-        outer_V = radius * outer_V2[:, 0] + outer_V2[:, 1]
+        slope_V, rest_V = (found.outer_C2.T * reach_C).contiguous() @ mass_CV
+        outer_V = radius * slope_V + rest_V
 
         pilot_CK = pilot_CK * weight_C[:, None]
         within = torch.ones(CUTS, dtype=torch.bool, device=size_C.device)
@@ -286,7 +287,7 @@ class _Pass:
             error_J = squares[:CUTS].cumsum(0).sqrt()
             # δ reaches the columns as the rest does, but for its size: an estimate.
             shift_J = reach_C @ found.shift_CJ / (reach_C @ found.outer_C2[:, 1]).clamp(min=TINY)
-            error_J = error_J + shift_J * torch.linalg.vector_norm(outer_V2[:, 1])
+            error_J = error_J + shift_J * torch.linalg.vector_norm(rest_V)
             gradient = pilot_CK.T @ hidden_CD if needs.weight else pilot_CK.sum(0)
             # Errors of chunks may add up where their gradients do not.
             share = self.tolerance / self.chunks**0.5
@@ -483,15 +484,16 @@ def _probabilities(problem: Problem, x_CV: Tensor, q_CV: Tensor) -> tuple[Tensor
     normalizers, entropies = [], []
     for start in range(0, len(x_CV), step):
         x, q = x_CV[start : start + step], q_CV[start : start + step]
-        z = (
-            buffer[: len(x)].copy_(x)
-            if bias is None
-            else torch.add(x, bias.detach()[:size], out=buffer[: len(x)])
-        )
-        z = capped(z if scale == 1.0 else z.mul_(scale), cap, problem.temperature)
+        z, free = x, buffer[: len(x)]
+        if bias is not None:
+            z = torch.add(z, bias.detach()[:size], out=free)
+        if scale != 1.0:
+            z = torch.mul(z, scale, out=free)
+        if cap is not None or problem.temperature != 1.0:
+            z = capped(free.copy_(z) if z is x else z, cap, problem.temperature)
         top = z.amax(1, keepdim=True)
-        # Below, products with q would meet denormals, which take a CPU a hundred times as long.
-        total = torch.exp(z.sub_(top).clamp_(min=LOWEST), out=q).sum(1, keepdim=True)
+        z = torch.sub(z, top, out=free).clamp_(min=LOWEST)
+        total = torch.exp(z, out=q).sum(1, keepdim=True)
         normalizers.append((top + total.log()).squeeze(1))
         if problem.return_stats:
             mean = torch.linalg.vecdot(q, z)
