@@ -74,7 +74,7 @@ def same_prompt_divergence(
     pairs: list[Pair],
     layout: Layout,
     config: OPSDCConfig,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean divergence in nats, the student's prompt on both sides; 0 while weights are equal."""
     same = [
