@@ -17,6 +17,7 @@ Settings come from a recipe or a YAML file whose sections are the groups above; 
 
   opsdc train                                            the demo model on two CPU cores
   opsdc train --config qwen3-8b --output_dir runs/8b     the paper's hyper-parameters
+  opsdc train --config qwen3-8b --dry-run                does it fit, and does every part work
   opsdc train --config my.yaml --optim.lr 2e-6 --train.steps 50
   opsdc train --config my.yaml                           again: goes on from the newest checkpoint
 
@@ -102,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
         f"[--config FILE] {_ANY}",
     )
     _config_flag(train)
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, train one step of a tiny twin, leave nothing behind",
+    )
     _setting_flags(train)
 
     evaluate = command(
@@ -226,6 +232,11 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
+    if arguments.dry_run:
+        from opsdc.dry_run import dry_run
+
+        dry_run(config)
+        return 0
     from opsdc import stop
 
     # From before anything large is imported: a stop asked for then still ends with status 0.

@@ -152,6 +152,16 @@ class LossConfig:
         Literal["auto", "chunked", "fused", "reference"], "of opsdc_kernels; reference materialises"
     ] = "auto"
     workspace_bytes: Annotated[int | None, "scratch of the loss; unset: by the device"] = None
+    skip_tolerance: Annotated[
+        float | None,
+        "reverse_kl only: largest relative error of the loss's gradients to accept for leaving out "
+        "vocabulary columns that the student hardly gives any probability; unset: exact",
+    ] = None
+    exact_value_every: Annotated[
+        int,
+        "with skip_tolerance: steps between logged losses from all columns, at one GEMM more; the "
+        "others are lower bounds; 0: never",
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -573,6 +583,7 @@ def _check(c: OPSDCConfig) -> None:
     at_least_0 = {
         "data.eval_size": c.data.eval_size,
         "rollout.max_staleness": c.rollout.max_staleness,
+        "loss.exact_value_every": c.loss.exact_value_every,
         "optim.lr": c.optim.lr,
         "optim.weight_decay": c.optim.weight_decay,
         "optim.warmup_steps": c.optim.warmup_steps,
@@ -628,6 +639,17 @@ def _check(c: OPSDCConfig) -> None:
     low, high = c.guard.min_entropy, c.guard.max_entropy
     need(low < high, "guard.max_entropy", high, f"above guard.min_entropy ({low:g})")
     need(0 < c.loss.beta < 1, "loss.beta", c.loss.beta, "in (0, 1)")
+    tolerance = c.loss.skip_tolerance
+    need(tolerance is None or 0 < tolerance < 1, "loss.skip_tolerance", tolerance, "in (0, 1)")
+    if tolerance is not None:
+        kind, backend = c.loss.divergence, c.loss.backend
+        need(kind == "reverse_kl", "loss.divergence", kind, "reverse_kl with loss.skip_tolerance")
+        need(
+            backend in ("auto", "chunked"),
+            "loss.backend",
+            backend,
+            "auto or chunked with loss.skip_tolerance",
+        )
     need(bool(c.output_dir.strip()), "output_dir", c.output_dir, "a folder")
     need(bool(c.model.name_or_path.strip()), "model.name_or_path", c.model.name_or_path, "a model")
     need(
@@ -663,6 +685,8 @@ def ignored_settings(config: OPSDCConfig) -> list[str]:
         notes.append("guard.accuracy has no effect without eval.every and eval.problems")
     if c.loss.divergence != "jsd" and c.loss.beta != default.loss.beta:
         notes.append(f"loss.beta has no effect with loss.divergence {c.loss.divergence}")
+    if c.loss.exact_value_every and c.loss.skip_tolerance is None:
+        notes.append("loss.exact_value_every has no effect without loss.skip_tolerance")
     users = {
         "memory_share": ("vllm", "vllm_server"),
         "timeout_s": ("vllm_server",),

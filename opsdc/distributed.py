@@ -1,7 +1,7 @@
 """Several processes, one run: who they are, what they tell each other, how they end together.
 
     torchrun --nproc_per_node 8 -m opsdc train --config my.yaml
-    accelerate launch --num_processes 8 -m opsdc train --config my.yaml
+    accelerate launch --multi_gpu --num_processes 8 -m opsdc train --config my.yaml
 
 Both say in environment variables which process this is; without them a run is one process and
 nothing here does anything. Every rank runs the same loop on the same step. What ranks do apart

@@ -19,6 +19,7 @@ def distillation_loss(
     *,
     reduction: str = "sum",
     target_ids: torch.Tensor | None = None,
+    exact_value: bool = False,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """Σ_t w_t · D(student_t, teacher_t) over the full vocabulary, at temperature 1.
 
@@ -28,12 +29,15 @@ def distillation_loss(
         teacher_hidden: [n, D], no gradient.
         teacher_head: the teacher's; the same tensors where the head is not trained.
         token_weight: [n] from `batch.token_weights`, or None with reduction "none".
-        config: divergence, backend and scratch budget.
+        config: divergence, backend, scratch budget and tolerance. With a `skip_tolerance` the loss
+            is a lower bound unless `exact_value`; reduction "none" ignores it.
         reduction: "sum" in training; "none" gives [n].
+        exact_value: loss and statistics from all columns.
         target_ids: [n], adds the sampled tokens' log-probabilities to the statistics.
 
     Returns: the loss in nats, and per-token statistics without gradient.
     """
+    tolerance = config.skip_tolerance if reduction != "none" else None
     return linear_divergence(
         student_hidden,
         student_head.weight,
@@ -51,4 +55,6 @@ def distillation_loss(
         return_stats=True,
         backend=config.backend,
         workspace_bytes=config.workspace_bytes,
+        skip_tolerance=tolerance,
+        exact_value=exact_value and tolerance is not None,
     )

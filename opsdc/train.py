@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from opsdc import checkpoint, distributed, evaluate, guard, plots, preflight, replay, sharding, stop
 from opsdc.batch import Pair
-from opsdc.config import OPSDCConfig, ignored_settings
+from opsdc.config import LossConfig, OPSDCConfig, ignored_settings
 from opsdc.dataset import Prompted, prompted_sets
 from opsdc.errors import ConfigError, OutOfMemoryError, TrainingError
 from opsdc.metrics import (
@@ -168,6 +168,7 @@ class OPSDCTrainer:
                 ranks=ranks,
                 sampled_finite=all(r.is_finite for r in rollouts),
                 on_tokens=bar.advance,
+                exact_value=_exact_value_due(config.loss, step),
             )
             bar.close()
             if result.skipped and self.skipped_in_a_row == MAX_SKIPPED - 1:
@@ -500,6 +501,11 @@ def _schedule(optimizer: torch.optim.Optimizer, config: OPSDCConfig) -> Callable
     return lambda step: config.optim.lr * factor(step - 1)
 
 
+def _exact_value_due(loss: LossConfig, step: int) -> bool:
+    every = loss.exact_value_every
+    return every > 0 and step % every == 0
+
+
 def _record(
     step: int,
     rollouts: Sequence[Rollout],
@@ -524,6 +530,7 @@ def _record(
         "student_entropy": finite(result.student_entropy),
         "teacher_entropy": finite(result.teacher_entropy),
         "agreement": finite(result.agreement),
+        **{name: finite(value) for name, value in result.skipped_columns.items()},
         "response_tokens_mean": sum(lengths) / len(lengths) if lengths else None,
         "response_tokens_max": max(lengths, default=0),
         "truncated_share": sum(not r.finished for r in rollouts) / len(rollouts),

@@ -66,6 +66,9 @@ class UpdateResult:
     student_entropy: float
     teacher_entropy: float
     agreement: float
+    skipped_columns: dict[str, float]
+    """with `loss.skip_tolerance`, of the loss and its gradients: share of columns kept, GEMM units,
+    the largest bounds of the error and an estimate of the nats the loss lacks, per token"""
     seconds: dict[str, float]
     """by phase: teacher, student (forward and backward), optimizer"""
     layout: Layout
@@ -140,6 +143,7 @@ def update(
     ranks: Ranks = ALONE,
     sampled_finite: bool = True,
     on_tokens: Callable[[int], None] = lambda n: None,
+    exact_value: bool = False,
 ) -> UpdateResult:
     """Accumulate the gradient of the whole step and take one optimizer step, if it is finite.
 
@@ -160,8 +164,9 @@ def update(
             kept = teacher_hidden_states(model, teacher, scored, layout, ranks=ranks)
             teacher_done = time.perf_counter()
             loss, stats = backward(
-                model, teacher, scored, kept, layout, config, ranks=ranks, on_tokens=on_tokens
-            )
+                model, teacher, scored, kept, layout, config,
+                ranks=ranks, on_tokens=on_tokens, exact_value=exact_value,
+            )  # fmt: skip
             break
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -203,6 +208,7 @@ def update(
         student_entropy=means[1],
         teacher_entropy=means[2],
         agreement=means[3],
+        skipped_columns=_skipped_columns(stats, ranks) if config.loss.skip_tolerance else {},
         seconds={
             "teacher": teacher_done - started,
             "student": student_done - teacher_done,
@@ -257,6 +263,7 @@ def backward(
     *,
     ranks: Ranks = ALONE,
     on_tokens: Callable[[int], None] = lambda n: None,
+    exact_value: bool = False,
 ) -> tuple[float, list[DivergenceStats]]:
     """Student forward, loss and backward, micro-batch by micro-batch; gradients accumulate.
 
@@ -283,6 +290,7 @@ def backward(
             student_head if shared else teacher_head,
             token_weight,
             config.loss,
+            exact_value=exact_value,
         )
 
     losses: list[torch.Tensor] = []
@@ -324,6 +332,29 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def _skipped_columns(stats: Sequence[DivergenceStats], ranks: Ranks) -> dict[str, float]:
+    """Means over the tokens and the largest bounds over the micro-batches of all ranks: the step's
+    gradient is within them unless theirs cancel."""
+    names = ("kept_share", "gemm_units", "hidden_gradient_bound", "weight_gradient_bound")
+    rows = [
+        [
+            float(s.divergence.numel()),
+            *(float(getattr(s, name)) for name in names),
+            0.0 if s.divergence_error is None else float(s.divergence_error.sum()),
+        ]
+        for s in stats
+    ]
+    found = ranks.concat(torch.tensor(rows).reshape(-1, 2 + len(names))).double()
+    tokens = found[:, 0]
+    return {
+        "kept_columns_share": float(tokens @ found[:, 1] / tokens.sum()),
+        "loss_gemm_units": float(tokens @ found[:, 2] / tokens.sum()),
+        "hidden_gradient_bound": float(found[:, 3].max()),
+        "weight_gradient_bound": float(found[:, 4].max()),
+        "kl_missing": float(found[:, 5].sum() / tokens.sum()),
+    }
+
+
 def _columns(stats: Sequence[DivergenceStats]) -> torch.Tensor:
     """[n, 4] float32: divergence, both entropies, agreement of every token."""
     if not stats:
@@ -343,6 +374,7 @@ def _nothing_to_learn(layout: Layout) -> UpdateResult:
         student_entropy=nan,
         teacher_entropy=nan,
         agreement=nan,
+        skipped_columns={},
         seconds={"teacher": 0.0, "student": 0.0, "optimizer": 0.0},
         layout=layout,
     )

@@ -34,20 +34,20 @@ class Plan:
     chunk_rows: int
     workspace_bytes: int
     """Scratch the chunks take; freed before the call returns."""
-    gemm_units: int
+    gemm_units: float
     """Head GEMMs of forward and backward together; one is 2·N·V·D flop."""
     peak_bytes: int
     """Predicted peak beside inputs: scratch, kept gradients and returned gradients."""
     row_passes: str
     """What computes divergence and logit gradient of the rows."""
 
-    def as_dict(self) -> dict[str, str | int]:
+    def as_dict(self) -> dict[str, str | float]:
         return asdict(self)
 
     def __str__(self) -> str:
         return (
             f"backend {self.backend} ({self.reason}), chunks of {self.chunk_rows} rows, "
-            f"workspace {self.workspace_bytes / 2**20:.0f} MiB, {self.gemm_units} GEMM units, "
+            f"workspace {self.workspace_bytes / 2**20:.0f} MiB, {self.gemm_units:g} GEMM units, "
             f"peak {self.peak_bytes / 2**20:.0f} MiB, row passes {self.row_passes}"
         )
 
@@ -67,6 +67,7 @@ def estimate(
     reduction: str = "mean",
     backend: str = "auto",
     workspace_bytes: int | None = None,
+    kept_share: float | None = None,
 ) -> Plan:
     """Predicts what `linear_divergence` does for these sizes.
 
@@ -82,12 +83,15 @@ def estimate(
         shared_head: of 16 bits, costs the fused backend a GEMM more per pass, for the low half of
             the difference of hidden states.
         reduction, backend, workspace_bytes: as given to `linear_divergence`.
+        kept_share: with a `skip_tolerance`, the share of columns that it keeps (`DivergenceStats`
+            of an earlier call say; it depends on the data). None: none is left out.
 
     Raises:
         ValueError: `workspace_bytes` holds not one row.
     """
     device = torch.device(device)
     picked, reason = choose_backend(backend, device, gradient)
+    dims = (student_dim, teacher_dim or student_dim)
     wide = 8 if dtype == torch.float64 else 4
     gradients = 0
     if gradient:
@@ -97,11 +101,14 @@ def estimate(
     if picked == "reference":
         rows, scratch = tokens, 6 * wide * tokens * vocab_size
     else:
-        dims = (student_dim, teacher_dim or student_dim)
         rows = chunk_rows(tokens, vocab_size, dims, dtype, device, workspace_bytes)
         scratch = scratch_bytes(rows, vocab_size, dims, dtype, device)
     recomputes = picked == "fused" or (reduction == "none" and trainable_head)
-    units = 2 + gradient * (1 + trainable_head + 2 * recomputes)
+    units: float = 2 + gradient * (1 + trainable_head + 2 * recomputes)
+    if kept_share is not None and gradient:
+        units = 1 + kept_share * (2 + trainable_head)
+        if picked == "chunked":
+            rows = column_chunk_rows(tokens, vocab_size, dims, dtype, device, workspace_bytes)
     if picked == "fused":
         units += 2 * (divergence == "jsd")
         units += (1 + gradient) * (shared_head and dtype.itemsize == 2)

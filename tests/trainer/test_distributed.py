@@ -307,7 +307,7 @@ def test_ranks_agree_which_checkpoint_is_good(settings, alone, tmp_path):
 
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc_per_node", "2"],
-    "accelerate": ["accelerate", "launch", "--cpu", "--num_processes", "2"],
+    "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"],
 }
 
 

@@ -3,7 +3,6 @@
 Each engine is a process of its own: the run's server, or a script for the engine in the trainer's.
 """
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -195,11 +194,18 @@ def test_server_answers_nobody_without_the_key(server):
 
 
 @pytest.mark.slow
-def test_a_run_told_to_stop_while_its_server_starts_ends_at_once(server, tmp_path):
-    _, _, config = server
+@needs_vllm
+def test_a_run_told_to_stop_while_its_server_starts_ends_at_once(
+    make_config, tmp_path_factory, tmp_path
+):
     out = tmp_path / "run"
     path = tmp_path / "config.yaml"
-    path.write_text(dataclasses.replace(config, output_dir=str(out)).to_yaml(), "utf-8")
+    folder = small_folder(tmp_path_factory, "llama")
+    config = make_config(
+        **{"model.name_or_path": str(folder), "rollout.engine": "vllm_server"},
+        output_dir=str(out),
+    )
+    path.write_text(config.to_yaml(), "utf-8")
     command = [sys.executable, "-m", "opsdc", "train", "--config", str(path)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not (out / "vllm_server.log").exists():

@@ -1,0 +1,187 @@
+"""What leaving vocabulary columns out saves, and what it costs in accuracy.
+
+    python -m benchmarks.columns                             (synthetic heads)
+    python -m benchmarks.columns --dim 2048 --tokens 512
+    python -m benchmarks.columns --real real.safetensors     (states of `benchmarks.real_states`)
+
+Units of the bare head GEMM, timed beside the exact loss and the peers in one process; true errors
+beside their bounds, against the exact loss. The synthetic head has Gaussian rows and a Zipf-like
+bias (as a column of the head), the teacher's states are a step away from the student's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.contenders import contenders, default_device
+from benchmarks.inputs import Shape
+from benchmarks.speed import bare_gemm, percentile, seconds
+from opsdc_kernels import linear_divergence
+from opsdc_kernels.testing import Case
+
+TOLERANCES = (1e-2, 1e-3, 1e-4)
+RIVALS = ("Liger, chunked", "TRL, chunked")
+ZIPF = 1.5
+"""A token of rank r has the bias −1.5·log r."""
+STEP = 0.5
+"""Of the teacher's states, in standard deviations of a logit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    what: str
+    entropy: float
+    units: float
+    """Median of the time over the bare GEMM's beside it."""
+    kept_share: float
+    gemm_units: float
+    hidden_error: float
+    hidden_bound: float
+    weight_error: float
+    weight_bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"entropy {self.entropy:4.2f}  {self.what:<18}{self.units:6.2f} units"
+            f"  kept {self.kept_share:6.1%}  GEMMs {self.gemm_units:5.2f}"
+            f"  dH {self.hidden_error:.0e} ≤ {self.hidden_bound:.0e}"
+            f"  dW {self.weight_error:.0e} ≤ {self.weight_bound:.0e}"
+        )
+
+
+def synthetic(shape: Shape, entropy: float) -> Case:
+    """Rows whose mean entropy is `entropy`: reached by a temperature over Zipf-like logits."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape.vocab_size, shape.dim, generator=g) / math.sqrt(shape.dim)
+    weight[:, -1] = -ZIPF * torch.arange(1.0, shape.vocab_size + 1).log()
+    ranks = torch.rand(shape.tokens, 3, generator=g).mul(math.log(shape.vocab_size)).exp()
+    favourites = weight[(ranks.long() - 1).clamp(0)]
+    sharpness = 6 + 6 * torch.rand(shape.tokens, 1, generator=g)
+    hidden = sharpness * (favourites * torch.tensor([1.0, 0.8, 0.6])[:, None]).sum(1)
+    hidden = hidden + torch.randn(shape.tokens, shape.dim, generator=g)
+    hidden[:, -1] = 1
+    teacher = hidden + STEP * torch.randn(shape.tokens, shape.dim, generator=g)
+    teacher[:, -1] = 1
+    some = hidden[:: max(shape.tokens // 64, 1)] @ weight.T
+    low, high = 0.01, 10.0
+    for _ in range(20):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if _entropy(some / middle) < entropy else (low, middle)
+    return Case(hidden / low, weight, teacher / low)
+
+
+def _entropy(logits: Tensor) -> float:
+    log_q = logits.log_softmax(1)
+    return -float((log_q.exp() * log_q).sum(1).mean())
+
+
+def measure(case: Case, *, repeats: int, rivals: Sequence[str] = RIVALS) -> list[Row]:
+    """Exact, every tolerance and the peers, interleaved; prints each line."""
+    device = case.student_hidden.device
+    found = {c.name: c.loss for c in contenders(device)[0] if c.name in rivals}
+    exact = _gradients(case, None)
+    entropy = float(exact[0].student_entropy.mean())
+    calls: dict[str, Callable[[], object]] = {"exact": partial(_gradients, case, None)}
+    calls |= {f"skip {t:.0e}": partial(_gradients, case, t) for t in TOLERANCES}
+    calls |= {name: partial(_rival, loss, case) for name, loss in found.items()}
+    gemm = bare_gemm(case)
+    units: dict[str, list[float]] = {name: [] for name in calls}
+    gemm()
+    before = seconds(gemm, device)
+    for repeat in range(repeats + 1):
+        for name, call in calls.items():
+            spent = seconds(call, device)  # type: ignore[arg-type]
+            after = seconds(gemm, device)
+            if repeat:  # the first touches memory
+                units[name].append(2 * spent / (before + after))
+            before = after
+    rows = []
+    for name, times in units.items():
+        tolerance = float(name.removeprefix("skip ")) if name.startswith("skip") else None
+        if tolerance is None and name != "exact":
+            print(f"entropy {entropy:4.2f}  {name:<18}{percentile(times, 50):6.2f} units")
+            continue
+        stats, *got = _gradients(case, tolerance)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, exact[1:], strict=True)]
+        bounds = (stats.hidden_gradient_bound, stats.weight_gradient_bound)
+        rows.append(
+            Row(
+                name,
+                entropy,
+                percentile(times, 50),
+                1.0 if stats.kept_share is None else float(stats.kept_share),
+                4.0 if stats.gemm_units is None else float(stats.gemm_units),
+                errors[0],
+                0.0 if bounds[0] is None else float(bounds[0]),
+                errors[1],
+                0.0 if bounds[1] is None else float(bounds[1]),
+            )
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _gradients(case: Case, tolerance: float | None):  # type: ignore[no-untyped-def]
+    hidden, weight = (
+        x.detach().requires_grad_() for x in (case.student_hidden, case.student_weight)
+    )
+    loss, stats = linear_divergence(
+        hidden, weight, case.teacher_hidden, return_stats=True, skip_tolerance=tolerance
+    )
+    dh, dw = torch.autograd.grad(loss, (hidden, weight))
+    return stats, dh, dw
+
+
+def _rival(loss: Callable[..., Tensor], case: Case) -> None:
+    hidden, weight = (
+        x.detach().requires_grad_() for x in (case.student_hidden, case.student_weight)
+    )
+    torch.autograd.grad(loss(hidden, weight, case.teacher_hidden, weight), (hidden, weight))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--dim", type=int, default=576)
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--entropy", type=float, nargs="+", default=[0.3, 0.5, 2.8])
+    parser.add_argument("--real", type=Path, metavar="FILE", help="states of a real model instead")
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.3])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--alone", action="store_true", help="without the peers")
+    options = parser.parse_args()
+    rivals = () if options.alone else RIVALS
+    if options.real:
+        from safetensors.torch import load_file
+
+        states = load_file(options.real)
+        for temperature in options.temperature:
+            student, weight, teacher = (
+                states[name] for name in ("student_hidden", "student_weight", "teacher_hidden")
+            )
+            case = Case(student / temperature, weight, teacher / temperature)
+            print(f"{options.real}, {len(student)} tokens, temperature {temperature}")
+            measure(case, repeats=options.repeats, rivals=rivals)
+        return
+    shape = Shape(tokens=options.tokens, dim=options.dim, vocab_size=options.vocab)
+    for entropy in options.entropy:
+        print(shape)
+        case = synthetic(shape, entropy)
+        device = default_device()
+        case = Case(*(x.to(device) for x in (case.student_hidden, case.student_weight,
+                                             case.teacher_hidden)))  # fmt: skip
+        measure(case, repeats=options.repeats, rivals=rivals)
+
+
+if __name__ == "__main__":
+    main()
