@@ -113,11 +113,6 @@ def _ours() -> Iterator[Contender]:
         "opsdc",
         cuda_only=True,
     )
-    yield Contender(
-        "ours, skip 1e-3",
-        lambda h, w, ht, wt: linear_divergence(h, w, ht, wt, skip_tolerance=1e-3),
-        "opsdc",
-    )
 
 
 def materialized(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
