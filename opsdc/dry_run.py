@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -57,7 +58,7 @@ def dry_run(config: OPSDCConfig) -> None:
         OPSDCTrainer(twin, small, rows, rows, tokenizer).train()
 
 
-def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The same architecture, two small layers deep, float32, random."""
     small = shallower(architecture, 2)
     text = small.get_text_config()

@@ -30,6 +30,7 @@ from opsdc_kernels import plan as kernels
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: the rest goes to its context and to gaps."""
+_PROMPT = "# $ opsdc plan"
 _MOST_ROWS = 1 << 14
 PHASES = ("sampling", "teacher", "loss", "backward", "update")
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -110,9 +111,7 @@ def loss_plan(
 class Plan:
     """Bytes per device of one configuration; `str` gives the table."""
 
-    name: str
     memory_bytes: int
-    gpus: int
     rows: int
     """sequences of full length in one forward"""
     width: int
@@ -162,11 +161,12 @@ def report(
     plan = make(config)
     devices = f"one device of {plan.memory_bytes / 1e9:.0f} GB"
     if gpus > 1:
-        devices = f"{gpus} devices of {plan.memory_bytes / 1e9:.0f} GB, {_strategy(config)}"
+        strategy = config.distributed.strategy
+        devices = f"{gpus} devices of {plan.memory_bytes / 1e9:.0f} GB, {strategy}"
     adapter = "full fine-tuning" if config.model.lora is None else f"LoRA r {config.model.lora.r}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     if not plan.fits and plan.phase == "sampling":
-        verdict += " (lower rollout.batch_size and eval.batch_size, or sample with vLLM)"
+        verdict += " (lower rollout.batch_size and eval.batch_size)"
     most = largest_rows(config, make)
     lines = [
         f"{config.model.name_or_path}, {adapter}, {config.model.dtype}; {devices}",
@@ -182,7 +182,7 @@ def report(
         "",
         f"{'instead':<34}{'peak GiB':>10}{'fits':>6}  most per forward",
     ]
-    for name, other in _alternatives(config).items():
+    for name, other in _alternatives(config, gpus).items():
         found, rows = make(other), largest_rows(other, make)
         lines.append(
             f"{name:<34}{found.peak_bytes / 2**30:>10.1f}{'yes' if found.fits else 'no':>6}  "
@@ -203,7 +203,7 @@ def largest_rows(config: OPSDCConfig, make: Callable[..., Plan]) -> int:
     return bisect.bisect_left(heights, True, key=lambda rows: not fits(rows))
 
 
-def _alternatives(config: OPSDCConfig) -> dict[str, OPSDCConfig]:
+def _alternatives(config: OPSDCConfig, gpus: int) -> dict[str, OPSDCConfig]:
     """Neighbours of a configuration that a user would ask about next."""
     model = config.model
     full, adapter = replace(model, lora=None), replace(model, lora=model.lora or LoRAConfig())
@@ -216,20 +216,18 @@ def _alternatives(config: OPSDCConfig) -> dict[str, OPSDCConfig]:
             config, model=checkpointed
         ),
     }
-    if model.lora is None and config.teacher.mode != "live":
+    sharded = gpus > 1 and config.distributed.strategy == "fsdp"
+    if model.lora is None and config.teacher.mode != "live" and not sharded:
         offload = not config.teacher.offload
         found[f"teacher.offload {str(offload).lower()}"] = replace(
             config, teacher=replace(config.teacher, offload=offload)
         )
-    if config.rollout.engine == "hf":
+    # vLLM samples for one trainer process.
+    if config.rollout.engine == "hf" and gpus == 1:
         found["rollout.engine vllm"] = replace(
             config, rollout=replace(config.rollout, engine="vllm")
         )
     return found
-
-
-def _strategy(config: OPSDCConfig) -> str:
-    return "fsdp"
 
 
 def architecture_of(name: str, *, revision: str | None = None) -> PreTrainedConfig:
@@ -252,6 +250,20 @@ def architecture_of(name: str, *, revision: str | None = None) -> PreTrainedConf
         ) from error
 
 
+def write_header(recipe: Path, command: str, text: str) -> None:
+    """Put a command and what it printed over the settings of a YAML file, in place of the last.
+
+    Raises ConfigError where the file has no line that begins with "# $ opsdc plan".
+    """
+    lines = recipe.read_text("utf-8").splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith(_PROMPT)), None)
+    if start is None:
+        raise ConfigError(f"{recipe} has no comment line '{_PROMPT} ...' for the plan to follow")
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("#"))
+    shown = [f"# $ {command}", *(f"# {line}".rstrip() for line in text.splitlines())]
+    recipe.write_text("\n".join([*lines[:start], *shown, *lines[end:]]) + "\n", "utf-8")
+
+
 def parse_bytes(text: str) -> int:
     """ "80GB" → 80·10⁹, "76GiB" → 76·2³⁰; raises ConfigError."""
     number = text.upper().rstrip("KMGTIB")
@@ -268,7 +280,6 @@ def make_plan(
     gpus: int = 1,
     architecture: PreTrainedConfig | None = None,
     rows: int | None = None,
-    name: str = "",
 ) -> Plan:
     """What a step of this configuration takes at its worst: every sequence at its full length.
 
@@ -308,9 +319,7 @@ def make_plan(
         on_gpu=device.type == "cuda",
     )
     return Plan(
-        name=name or config.model.name_or_path,
         memory_bytes=memory_bytes,
-        gpus=gpus,
         rows=rows,
         width=width,
         parts={
@@ -342,7 +351,7 @@ class _Context:
 
     @property
     def sharded(self) -> bool:
-        return self.gpus > 1
+        return self.gpus > 1 and self.config.distributed.strategy == "fsdp"
 
 
 def _parts(
@@ -365,7 +374,11 @@ def _parts(
         paged = {"loss": float(head), "backward": float(head)}
         copy = during(4 * sizes.trained / cut)
         yield "teacher's copy (float32)", paged if config.teacher.offload else copy
-    yield "gradients (float32)", during(4 * sizes.trained / cut, "loss", "backward", "update")
+    gradients = during(4 * sizes.trained / cut, "loss", "backward", "update")
+    if c.sharded and not config.distributed.reduce_every_micro_batch:
+        # Added over the ranks once a step: until then each rank's own are of the whole model.
+        gradients |= during(4 * sizes.trained, "loss", "backward")
+    yield "gradients (float32)", gradients
 
     masked = config.model.attn_implementation not in VARIABLE_LENGTH
     one, more = activations(*c.keys, width=width, masked=masked)
@@ -422,9 +435,16 @@ def _sampling(c: _Context) -> Iterator[tuple[str, dict[str, float]]]:
     item = c.sizes.item if c.sizes.frozen or c.sharded else 4
     per_layer = 2 * heads * size * item
     prompts = c.config.prompt.max_tokens
-    asked = [(rollout.batch_size, rollout.max_new_tokens)]
-    if evaluation.problems != 0 and c.config.data.eval_size:
-        asked.append((evaluation.batch_size, evaluation.max_new_tokens))
+
+    def together(batch: int, sequences: int) -> int:
+        return min(batch, -(-sequences // c.gpus))
+
+    step = rollout.prompts_per_step * rollout.samples_per_prompt
+    asked = [(together(rollout.batch_size, step), rollout.max_new_tokens)]
+    held_out = c.config.data.eval_size if evaluation.problems is None else evaluation.problems
+    if held_out:
+        batch = together(evaluation.batch_size, held_out * evaluation.samples)
+        asked.append((batch, evaluation.max_new_tokens))
     # Transformers' cache grows by copying a layer's keys and values.
     cache = max(
         batch * (prompts + new) * per_layer * (text.num_hidden_layers + 1) for batch, new in asked

@@ -12,6 +12,7 @@ Cost in head GEMMs: 1 + 3·(share of columns kept), with a frozen head 1 + 2·sh
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,21 +32,31 @@ from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import capped
 from opsdc_kernels.tile import rounded_tile
 
-DENSE_SHARE = 0.6
+DENSE_SHARE = 0.4
 """From this share of columns on, gathering costs more than it saves."""
 PILOT_PARTS = 64
 """V over the columns whose gradient tells the size of the whole one."""
 LOOK_PARTS = 8
 LOOK_SHARE = 0.35
-"""Every 8th token of a chunk is looked at first; if these alone need that share, all are dense."""
+LOOK_CUT = 1e-4
+"""After a dense chunk, every 8th token of the next is looked at first: it is dense too if these
+alone give that share of the columns more than the tolerance times this, about where cuts lie."""
 LOOK_ROWS = 64
 """Chunks of fewer rows are not looked at first."""
 HEADROOM = 0.8
 """Share of the tolerance that a choice may use up: the gradient's size is an estimate then."""
+LOWEST = -70.0
+"""Logits that are below the largest by more count as this, a mass of 4e-31: products with denormal
+ones take a CPU a hundred times as long."""
 TINY = 1e-30
 """Probabilities below carry no digits of c."""
+REST_COLUMNS = 1024
+"""Kept columns, about, that the estimate of the divergence's error looks at."""
 LARGEST_RATIO = 6.0
 """|c| of a dropped column that the estimate of the divergence's error reckons with."""
+
+
+Tokens = slice | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +152,6 @@ class _Pass:
         self.operand = gemm.operand_dtype(self.weight, problem.dtype)
         self.lift = lift_of(problem, needs, row_weight_N, kept_K, self.operand)
         self.result = empty_result(problem, needs)
-        if self.result.weight_gradient is not None:
-            self.result.weight_gradient.zero_()
-        self.heads = Heads.of(problem)
         self.token_error_N = torch.zeros_like(self.result.per_token)
         self.divergence_error_N = torch.zeros_like(self.result.per_token)
         self.weight_error_V = self.token_error_N.new_zeros(len(self.weight))
@@ -151,7 +159,11 @@ class _Pass:
         """Of the tolerance, by the chunks so far: what Σ‖error of dH‖² may still be more."""
         self.backward_units = needs.hidden + needs.weight
         self.kept_columns = self.units = 0.0  # summed over the tokens
-        self.chunks, self.looks = 1, True
+        self.chunks, self.looks, self.weight_written = 1, True, False
+
+    @cached_property
+    def heads(self) -> Heads:
+        return Heads.of(self.problem)
 
     def over_chunks(self, kept_K: Tensor | None, ahead: bool) -> Realised:
         problem, size = self.problem, self.problem.vocab_size
@@ -159,8 +171,11 @@ class _Pass:
         dims = (problem.student_hidden.shape[1], problem.teacher_hidden.shape[1])
         dtype, device = problem.student_hidden.dtype, problem.student_hidden.device
         height = plan.column_chunk_rows(kept, size, dims, dtype, device, problem.workspace_bytes)
-        every = torch.arange(kept, device=device) if kept_K is None else kept_K
-        chunks = every.split(height) if kept else ()
+        starts = range(0, kept, height)
+        chunks = [slice(i, min(i + height, kept)) if kept_K is None else kept_K[i : i + height]
+                  for i in starts]  # fmt: skip
+        if self.result.weight_gradient is not None:
+            self.result.weight_gradient[size if kept else 0 :].zero_()
         self.chunks = len(chunks)
         buffers = self.token_error_N.new_empty(2 + ahead, min(height, kept), size)
         spare, *logits = buffers
@@ -169,36 +184,35 @@ class _Pass:
             if i == 0 or not ahead:
                 self._student_logits(tokens, here)
             following = (chunks[i + 1], there) if ahead and i + 1 < len(chunks) else None
-            rows = len(tokens)
+            rows = _count(tokens)
             chunk = self._exact_chunk if self.exact_value else self._chunk
             chunk(tokens, here[:rows], spare[:rows], following)
         if self.lift is not None and self.result.weight_gradient is not None:
             self.result.weight_gradient.div_(self.lift)
         return self._realised(max(kept, 1))
 
-    def _student_logits(self, tokens: Tensor, out_CV: Tensor) -> None:
+    def _student_logits(self, tokens: Tokens, out_CV: Tensor) -> None:
         hidden = self.problem.student_hidden.detach()[tokens]
-        gemm.logits_into(out_CV[: len(tokens)], hidden.to(self.operand), self.weight)
+        gemm.logits_into(out_CV[: len(hidden)], hidden.to(self.operand), self.weight)
 
     def _chunk(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         x_CV: Tensor,
         spare_CV: Tensor,
-        following: tuple[Tensor, Tensor] | None,
+        following: tuple[Tokens, Tensor] | None,
     ) -> None:
-        if self.looks and len(tokens) >= LOOK_ROWS:
-            some, x = tokens[::LOOK_PARTS], x_CV[::LOOK_PARTS]
-            choice, *_ = self._choose(some, x, spare_CV[: len(some)])
-            share = choice.keeps_V.sum() / len(choice.keeps_V)
-            self.units += len(some) / PILOT_PARTS * (1 + self.backward_units)
+        if self.looks and len(x_CV) >= LOOK_ROWS:
+            x_CV8 = x_CV[::LOOK_PARTS]
+            *_, peak_V = _probabilities(self.problem, x_CV8, spare_CV[: len(x_CV8)])
+            share = (peak_V > LOOK_CUT * self.tolerance).sum() / len(peak_V)
             self.looks = bool(share > LOOK_SHARE)
         else:
             self.looks = False
         columns = None
         if not self.looks:
             choice, student = self._choose(tokens, x_CV, spare_CV)
-            self.units += len(tokens) / PILOT_PARTS * (1 + self.backward_units)
+            self.units += _count(tokens) / PILOT_PARTS * (1 + self.backward_units)
             keeps = choice.keeps_V
             if following is not None:
                 self._student_logits(*following)
@@ -213,7 +227,7 @@ class _Pass:
             self._student_logits(*following)
 
     def _choose(
-        self, tokens: Tensor, x_CV: Tensor, q_CV: Tensor
+        self, tokens: Tokens, x_CV: Tensor, q_CV: Tensor
     ) -> tuple[_Choice, tuple[Tensor, Tensor]]:
         """The cut to take, and the student's log-normalizer and entropy [C]; q goes to `q_CV`."""
         problem = self.problem
@@ -226,18 +240,20 @@ class _Pass:
         part = replace(self._restricted(pilot), return_stats=False, target_ids=None)
         dz_CK = x_CV.index_select(1, pilot)
         scale_C1 = self._gradient_rows(part, dz_CK, tokens)
-        pilot_CK = dz_CK.mul_(scale_C1)
+        # The pilot's rows are renormalized over its columns.
+        mass_C1 = q_CV.index_select(1, pilot).sum(1, keepdim=True)
+        pilot_CK = dz_CK.mul_(scale_C1 * mass_C1)
         choice = self._cut(tokens, q_CV, peak_V, found, pilot_CK, part.student_weight)
         return choice, (lse_C, entropy_C)
 
-    def _forced(self, pilot: Tensor, tokens: Tensor) -> Tensor:
+    def _forced(self, pilot: Tensor, tokens: Tokens) -> Tensor:
         """Columns that are kept at any cut."""
         targets = self.problem.target_ids
         return pilot if targets is None else torch.cat([pilot, targets[tokens]])
 
     def _cut(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         mass_CV: Tensor,
         peak_V: Tensor,
         found: Bounds,
@@ -256,8 +272,8 @@ class _Pass:
         square = hidden_CD.square().sum(1) * needs.weight + needs.bias
         reach_C = size_C * square.sqrt()
         radius = self.heads.radius_V
-        outer_V2 = mass_CV.T @ (found.outer_C2 * reach_C[:, None])
-        outer_V = radius * outer_V2[:, 0] + outer_V2[:, 1]
+        slope_V, rest_V = (found.outer_C2.T * reach_C).contiguous() @ mass_CV
+        outer_V = radius * slope_V + rest_V
 
         pilot_CK = pilot_CK * weight_C[:, None]
         within = torch.ones(CUTS, dtype=torch.bool, device=size_C.device)
@@ -271,7 +287,7 @@ class _Pass:
             error_J = squares[:CUTS].cumsum(0).sqrt()
             # δ reaches the columns as the rest does, but for its size: an estimate.
             shift_J = reach_C @ found.shift_CJ / (reach_C @ found.outer_C2[:, 1]).clamp(min=TINY)
-            error_J = error_J + shift_J * torch.linalg.vector_norm(outer_V2[:, 1])
+            error_J = error_J + shift_J * torch.linalg.vector_norm(rest_V)
             gradient = pilot_CK.T @ hidden_CD if needs.weight else pilot_CK.sum(0)
             # Errors of chunks may add up where their gradients do not.
             share = self.tolerance / self.chunks**0.5
@@ -294,22 +310,22 @@ class _Pass:
             vocab_size=len(columns),
         )
 
-    def _gradient_rows(self, part: Problem, x_CK: Tensor, tokens: Tensor) -> Tensor:
+    def _gradient_rows(self, part: Problem, x_CK: Tensor, tokens: Tokens) -> Tensor:
         """dZ of the columns of `part` replaces the student's raw products, up to a factor [C, 1]
         that is returned; values and statistics are those of these columns."""
         other_CK = torch.empty_like(x_CK)
         other_logits_into(other_CK, part, part.student_weight, tokens, self.operand)
         return _row_passes(part, x_CK, other_CK, tokens, True, self.result, None)
 
-    def _dense(self, tokens: Tensor, x_CV: Tensor, spare_CV: Tensor) -> None:
+    def _dense(self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor) -> None:
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
         scale_C1 = _row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
-        self.units += len(tokens)
+        self.units += _count(tokens)
         self._multiply_back(tokens, x_CV, spare_CV, scale_C1, self.weight, None)
 
     def _sparse(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         x_CV: Tensor,
         q_CV: Tensor,
         choice: _Choice,
@@ -317,12 +333,16 @@ class _Pass:
         student: tuple[Tensor, Tensor],
     ) -> None:
         part, result = self._restricted(columns), self.result
-        dz_CK, q_CK = x_CV.index_select(1, columns), q_CV.index_select(1, columns)
+        dz_CK = x_CV.index_select(1, columns)
         scale_C1 = self._gradient_rows(part, dz_CK, tokens)
-        self.units += len(tokens) * len(columns) / len(self.weight)
+        self.units += _count(tokens) * len(columns) / len(self.weight)
         dropped_C = choice.at_cut(choice.bounds.dropped_CJ)
         largest = torch.where(choice.keeps_V, 0.0, choice.peak_V).amax()
-        rest_C = _rest(q_CK, dz_CK, scale_C1 / self.problem.logit_factor, dropped_C, largest)
+        some = slice(None, None, len(columns) // REST_COLUMNS + 1)
+        rest_C = _rest(
+            q_CV.index_select(1, columns[some]), dz_CK[:, some],
+            scale_C1 / self.problem.logit_factor, dropped_C, largest,
+        )  # fmt: skip
         result.per_token[tokens] = (1 - dropped_C) * result.per_token[tokens]
         self.divergence_error_N[tokens] = rest_C
         if result.statistics:
@@ -333,14 +353,14 @@ class _Pass:
             result.statistics[2][tokens] = entropy_C
         self._add_errors(tokens, q_CV, choice)
         scale_C1 = scale_C1 * (1 - dropped_C)[:, None]
-        self._multiply_back(tokens, dz_CK, q_CK, scale_C1, part.student_weight, columns)
+        self._multiply_back(tokens, dz_CK, None, scale_C1, part.student_weight, columns)
 
     def _exact_chunk(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         x_CV: Tensor,
         spare_CV: Tensor,
-        following: tuple[Tensor, Tensor] | None,
+        following: tuple[Tokens, Tensor] | None,
     ) -> None:
         """All columns up to dZ, the columns that matter in the gradient GEMMs."""
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
@@ -358,17 +378,16 @@ class _Pass:
         if following is not None:
             self._student_logits(*following)
         columns = keeps.nonzero().squeeze(1)
-        self.units += len(tokens) * (1 + self.backward_units / PILOT_PARTS)
+        self.units += _count(tokens) * (1 + self.backward_units / PILOT_PARTS)
         if len(columns) > DENSE_SHARE * len(keeps):
             self._multiply_back(tokens, x_CV, spare_CV, scale_C1, self.weight, None)
             return
         self._add_errors(tokens, size_CV, choice)
         dz_CK = x_CV.index_select(1, columns)
         weight_KD = self.weight.index_select(0, columns)
-        scratch = torch.empty_like(dz_CK)
-        self._multiply_back(tokens, dz_CK, scratch, scale_C1, weight_KD, columns)
+        self._multiply_back(tokens, dz_CK, None, scale_C1, weight_KD, columns)
 
-    def _add_errors(self, tokens: Tensor, mass_CV: Tensor, choice: _Choice) -> None:
+    def _add_errors(self, tokens: Tokens, mass_CV: Tensor, choice: _Choice) -> None:
         self.token_error_N[tokens] = choice.at_cut(choice.bounds.hidden_CJ) * choice.size_C
         shift_C = choice.at_cut(choice.bounds.shift_CJ) * choice.reach_C
         self.weight_error_V += mass_CV.T @ shift_C
@@ -376,9 +395,9 @@ class _Pass:
 
     def _multiply_back(
         self,
-        tokens: Tensor,
+        tokens: Tokens,
         dz_CK: Tensor,
-        scratch_CK: Tensor,
+        scratch_CK: Tensor | None,
         scale_C1: Tensor,
         weight_KD: Tensor,
         columns: Tensor | None,
@@ -386,8 +405,8 @@ class _Pass:
         """Adds the gradients of a tile; `columns` None: of all."""
         result, size = self.result, self.problem.vocab_size
         share = 1.0 if columns is None else len(columns) / size
-        self.kept_columns += len(tokens) * share
-        self.units += len(tokens) * (1 + self.backward_units * share)
+        self.kept_columns += _count(tokens) * share
+        self.units += _count(tokens) * (1 + self.backward_units * share)
         if self.row_weight_N is not None:
             scale_C1 = scale_C1 * self.row_weight_N[tokens, None]
         if result.bias_gradient is not None:
@@ -402,7 +421,11 @@ class _Pass:
         if result.weight_gradient is not None:
             all_VD = result.weight_gradient[:size]
             out_KD = all_VD if columns is None else all_VD.new_empty(weight_KD.shape)
+            if columns is not None and not self.weight_written:
+                all_VD.zero_()
         rounds = self.operand != self.problem.dtype
+        if scratch_CK is None:
+            scratch_CK = torch.empty_like(dz_CK) if rounds else dz_CK
         gradient_CD = multiply_back(
             rounded_tile(dz_CK, scratch_CK, self.operand),
             scale_C1,
@@ -412,8 +435,9 @@ class _Pass:
             hidden=result.hidden_gradient is not None,
             out_VD=out_KD,
             lift=self.lift,
-            first=columns is not None,
+            first=columns is not None or not self.weight_written,
         )
+        self.weight_written = True
         if gradient_CD is not None and result.hidden_gradient is not None:
             result.hidden_gradient[tokens] = gradient_CD
             size, error = gradient_CD.norm(), self.token_error_N[tokens].norm()
@@ -440,6 +464,10 @@ class _Pass:
         )
 
 
+def _count(tokens: Tokens) -> int:
+    return tokens.stop - tokens.start if isinstance(tokens, slice) else len(tokens)
+
+
 def _relative(error: Tensor, size: Tensor) -> Tensor:
     """error / ‖exact‖ from the size of what was computed, which is within `error` of ‖exact‖."""
     found = torch.where(size > error, error / (size - error), torch.inf)
@@ -456,17 +484,19 @@ def _probabilities(problem: Problem, x_CV: Tensor, q_CV: Tensor) -> tuple[Tensor
     normalizers, entropies = [], []
     for start in range(0, len(x_CV), step):
         x, q = x_CV[start : start + step], q_CV[start : start + step]
-        z = (
-            buffer[: len(x)].copy_(x)
-            if bias is None
-            else torch.add(x, bias.detach()[:size], out=buffer[: len(x)])
-        )
-        z = capped(z if scale == 1.0 else z.mul_(scale), cap, problem.temperature)
+        z, free = x, buffer[: len(x)]
+        if bias is not None:
+            z = torch.add(z, bias.detach()[:size], out=free)
+        if scale != 1.0:
+            z = torch.mul(z, scale, out=free)
+        if cap is not None or problem.temperature != 1.0:
+            z = capped(free.copy_(z) if z is x else z, cap, problem.temperature)
         top = z.amax(1, keepdim=True)
-        total = torch.exp(z.sub_(top), out=q).sum(1, keepdim=True)
+        z = torch.sub(z, top, out=free).clamp_(min=LOWEST)
+        total = torch.exp(z, out=q).sum(1, keepdim=True)
         normalizers.append((top + total.log()).squeeze(1))
         if problem.return_stats:
-            mean = torch.linalg.vecdot(q, z.clamp_(min=-1e4))  # 0·(−inf) is no entropy
+            mean = torch.linalg.vecdot(q, z)
             entropies.append(total.log().squeeze(1) - mean / total.squeeze(1))
         torch.maximum(peak_V, q.div_(total).amax(0), out=peak_V)
     lse_C = torch.cat(normalizers)

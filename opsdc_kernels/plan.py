@@ -188,12 +188,14 @@ def column_chunk_rows(
     device: torch.device,
     workspace_bytes: int | None,
 ) -> int:
-    """Rows per chunk where columns are left out: half of `chunk_rows`, but on a GPU no fewer than
-    `GPU_MINIMUM_CHUNK_ROWS` of them. The other half of the workspace is for what is gathered, and
-    a chunk of fewer tokens needs fewer columns."""
-    whole = chunk_rows(tokens, vocab_size, dims, dtype, device, workspace_bytes)
-    least = GPU_MINIMUM_CHUNK_ROWS if device.type == "cuda" else 1
-    return equal_rows(tokens, min(whole, max(-(-whole // 2), least)))
+    """Rows per chunk where columns are left out: a third of the workspace is for what is gathered.
+    Lower chunks need fewer columns, but their GEMMs are slower."""
+    budget = default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes
+    share = max(2 * budget // 3, scratch_bytes(1, vocab_size, dims, dtype, device))
+    rows = chunk_rows(tokens, vocab_size, dims, dtype, device, share)
+    if workspace_bytes is None and device.type == "cuda":
+        rows = max(rows, equal_rows(tokens, GPU_MINIMUM_CHUNK_ROWS))
+    return rows
 
 
 def equal_rows(tokens: int, rows: int) -> int:

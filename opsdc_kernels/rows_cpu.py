@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opsdc_kernels.plan import exact_rows
+from opsdc_kernels.reference import log_mean_exp
 from opsdc_kernels.rows_exact import divergence_and_gradient
 
 SERIES_RANGE = 0.3
@@ -112,9 +113,10 @@ def _centred(
     c = d.sub_(mean[:, None])
     terms = torch.expm1(c, out=x).sub_(c)
     kl = _dot(q, terms, x).div_(total).log1p_()
-    for rows in few_at_once(~(kl <= 1)):
+    far = ~(kl <= 1)  # NaN too: where e^c overflows and q underflows, however small the KL
+    for rows in few_at_once(far):
         kl[rows] = _log_mean_exp(s[rows], q[rows], c[rows])
-    coarse = kl < NEVER_COARSE
+    coarse = (kl < NEVER_COARSE) & ~far
     if needs_weighted or coarse.any():
         # q·(c − E_q[c]) in one pass; that mean is 0 but for rounding.
         torch.ops.aten._softmax_backward_data(c, q, 1, c.dtype, grad_input=weighted)
@@ -140,7 +142,8 @@ def _dot(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 def _log_mean_exp(s: Tensor, q: Tensor, c: Tensor) -> Tensor:
     """log E_q[e^c] where e^c may overflow, or where a rest of E_q[c] would show."""
     c = c - (torch.linalg.vecdot(q, c) / q.sum(1))[:, None]
-    return torch.logsumexp(s + c, 1) - torch.logsumexp(s, 1)
+    none = torch.zeros_like(c, dtype=torch.bool)
+    return log_mean_exp(torch.log_softmax(s, 1), c, none).squeeze(1)
 
 
 def _mean_excess(q: Tensor, x: Tensor, expm1_x: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from benchmarks.inputs import Shape, inputs
 from benchmarks.rollouts import Rollouts
 from opsdc.prompts import build_prompts
 from opsdc.tasks import Problem
-from opsdc_kernels import chunked
+from opsdc_kernels import chunked, plan
 from opsdc_kernels.testing import truth
 
 CPU = torch.device("cpu")
@@ -108,6 +108,16 @@ def test_planned_memory_is_what_is_measured():
     shape = Shape(tokens=1024, dim=256, vocab_size=16384)
     peak = memory.measure("ours, chunked", shape, True)
     assert abs(peak.peak_mib / peak.predicted_mib - 1) < 0.1
+
+
+@pytest.mark.slow
+def test_memory_at_full_size():
+    """The scratch stays within its budget and below a tenth of the naive path's memory."""
+    naive, ours = (memory.measure(name, speed.FULL, True) for name in ("naive", "ours, chunked"))
+    beside_gradients = ours.peak_mib - ours.returned_mib
+    assert beside_gradients <= plan.CPU_WORKSPACE_CAP_BYTES / 2**20
+    assert beside_gradients <= 0.1 * naive.peak_mib
+    assert abs(ours.peak_mib / ours.predicted_mib - 1) < 0.1
 
 
 def test_a_failing_contender_says_so():

@@ -135,6 +135,22 @@ def test_long_peaked_rows():
         assert found.weight_gradient < 1.5e-5, divergence
 
 
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_log_ratio_that_overflows_where_the_student_has_no_mass(divergence):
+    """A KL of 1.5e-4 all the same: e^110 times a mass of e^−122, in a row of huge logits."""
+    s = torch.tensor([8355.0, 8342.0, 8233.0, 8281.0])
+    t = torch.tensor([8547.0, 8534.5, 8535.0, 8480.0])
+    w = torch.eye(4)
+    per_token = linear_divergence(
+        s[None], w, t[None], w.clone(), divergence=divergence, reduction="none", backend="chunked"
+    )
+    want = linear_divergence(
+        s[None].double(), w.double(), t[None].double(), w.double(), divergence=divergence,
+        reduction="none", backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(per_token.double(), want, rtol=1e-5, atol=0)
+
+
 @pytest.mark.slow
 def test_production_vocabulary():
     assert sweep((0.5, 3.0), (1e-5, 1e-2), [(7, 512, 151936)]) >= 10

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from tests_tiny import tiny_model
 
 from opsdc.cli import main
-from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig
+from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, recipe_names
 from opsdc.errors import ConfigError, ModelError
 from opsdc.plan import architecture_of, make_plan, parse_bytes, sizes_of
 from opsdc.trace import _trace, activations, on_meta
@@ -119,16 +120,22 @@ def test_predicted_peaks_are_the_measured_ones_and_an_adapter_takes_under_60_per
 @pytest.mark.model
 @pytest.mark.slow
 def test_checkpointed_activations_are_predicted_and_fewer(smollm2):
-    base, found = measured(), measured(**{"model.gradient_checkpointing": True})
+    # Long enough that what a layer keeps is a good part of the whole.
+    long = {
+        "prompt.max_tokens": 160,
+        "rollout.max_new_tokens": 96,
+        "train.max_tokens_per_micro_batch": 520,
+    }
+    base = measured(**long)
+    found = measured(**long, **{"model.gradient_checkpointing": True})
     for phase, (predicted, peak) in found.items():
         assert predicted == pytest.approx(peak, rel=0.10), phase
     assert found["loss"][1] < 0.9 * base["loss"][1]
 
 
 def test_what_few_layers_and_rows_tell_is_what_more_of_them_take():
-    model = tiny_model("qwen3", num_hidden_layers=7)
+    model = tiny_model("qwen3", num_hidden_layers=5)
     for settings in (
-        ModelConfig(dtype="bfloat16"),
         ModelConfig(dtype="bfloat16", gradient_checkpointing=True),
         ModelConfig(lora=LoRAConfig(r=2)),
     ):
@@ -136,7 +143,7 @@ def test_what_few_layers_and_rows_tell_is_what_more_of_them_take():
         one, more = activations(
             keys[0], json.dumps(keys[1].to_dict()["model"]), width=64, masked=True
         )
-        whole = _trace(model.config, settings, layers=7, rows=4, width=64, masked=True)
+        whole = _trace(model.config, settings, layers=5, rows=4, width=64, masked=True)
         predicted = one + more * 3
         for field in ("teacher", "forward", "kept", "backward"):
             assert getattr(predicted, field) == pytest.approx(getattr(whole, field), rel=0.05)
@@ -216,6 +223,42 @@ def test_the_command_says_whether_it_fits(tiny_folder, capsys):
         assert words in shown
     assert main([*arguments, "--gpu-memory", "1MB", "--loss.workspace_bytes", "500000"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+RECIPES = resources.files("opsdc") / "recipes"
+PLANNED = [name for name in recipe_names() if name.startswith("qwen3")]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_recipe_holds_the_plan_that_its_command_prints(name, tmp_path, capsys):
+    text = (RECIPES / f"{name}.yaml").read_text("utf-8")
+    command = next(x for x in text.splitlines() if x.startswith("# $ ")).removeprefix("# $ ")
+    again = tmp_path / f"{name}.yaml"
+    # Its settings under a header that holds another plan.
+    again.write_text(text.replace("GiB per device", "GiB per planet"), "utf-8")
+    assert main([*command.split()[1:], "--into", str(again)]) == 0
+    assert "fits: peak" in capsys.readouterr().out
+    assert again.read_text("utf-8") == text
+
+
+def test_ranks_cut_what_fsdp_cuts_and_ddp_does_not():
+    architecture = tiny_model("qwen3").config
+
+    def parts(**distributed):
+        config = OPSDCConfig.from_dict({"distributed": distributed})
+        return make_plan(config, memory_bytes=10**9, architecture=architecture, gpus=4).parts
+
+    trained = sum(p.numel() for p in tiny_model("qwen3").parameters())
+    ddp, once, always = (
+        parts(),
+        parts(strategy="fsdp"),
+        parts(strategy="fsdp", reduce_every_micro_batch=True),
+    )
+    for name in ("weights, trained (float32)", "teacher's copy (float32)"):
+        assert ddp[name]["loss"] == 4 * once[name]["loss"] == 4 * trained
+    found = [p["gradients (float32)"] for p in (ddp, once, always)]
+    assert [g["loss"] for g in found] == [4 * trained, 4 * trained, trained]
+    assert [g["update"] for g in found] == [4 * trained, trained, trained]
 
 
 def test_a_paged_teacher_leaves_its_head_alone_on_the_device():

@@ -245,6 +245,8 @@ def test_qwen3_recipes_train_a_random_twin(recipe, tied, problem_file, tmp_path)
             "eval.max_new_tokens": "4",
             "eval.samples": "1",
             "eval.every": "0",
+            "rollout.engine": "hf",
+            "rollout.server_address": "null",
         },
     )
     run(config)

@@ -336,3 +336,38 @@ for limit in (now + (40 << 20), soft):
     found.append(flat(optimizer))
 print(float((found[1] - found[0]).norm() / found[0].norm()))
 """
+
+
+def test_columns_left_out_stay_within_the_tolerance_and_are_on_record():
+    exact_loss, exact, _ = gradients(tiny_model(), config(), layout())
+    settings = config(skip_tolerance=1e-2)
+    loss, found, _ = gradients(tiny_model(), settings, layout(max_tokens=24))
+    assert relative(exact, found) <= 1e-2
+    assert loss <= exact_loss * (1 + 1e-5)
+    model = tiny_model()
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    recorded = update(model, teacher, pairs(), optimizer, layout(), settings).skipped_columns
+    assert set(recorded) == {"kept_columns_share", "loss_gemm_units", "hidden_gradient_bound",
+                             "weight_gradient_bound", "kl_missing"}  # fmt: skip
+    assert 0 < recorded["kept_columns_share"] <= 1
+    assert recorded["hidden_gradient_bound"] <= 1e-2
+    assert update(model, teacher, pairs(), optimizer, layout(), config()).skipped_columns == {}
+
+
+def test_an_exact_value_with_columns_left_out(monkeypatch):
+    seen = []
+    original = module.distillation_loss
+
+    def spy(*arguments, **options):
+        seen.append(options["exact_value"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(module, "distillation_loss", spy)
+    model = tiny_model()
+    teacher = Teacher(model, TeacherConfig(mode="frozen"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    settings = config(skip_tolerance=1e-2)
+    result = update(model, teacher, pairs(), optimizer, layout(), settings, exact_value=True)
+    assert seen == [True]
+    assert result.skipped_columns["kl_missing"] == 0
