@@ -103,15 +103,15 @@ def _tried(make: Callable[[], Iterator[Contender]], missing: dict[str, str]) -> 
 def _ours() -> Iterator[Contender]:
     yield Contender("ours, chunked", lambda h, w, ht, wt: linear_divergence(h, w, ht, wt), "opsdc")
     yield Contender(
+        "ours, skip 1e-3",
+        lambda h, w, ht, wt: linear_divergence(h, w, ht, wt, skip_tolerance=1e-3),
+        "opsdc",
+    )
+    yield Contender(
         "ours, fused",
         lambda h, w, ht, wt: linear_divergence(h, w, ht, wt, backend="fused"),
         "opsdc",
         cuda_only=True,
-    )
-    yield Contender(
-        "ours, skip 1e-3",
-        lambda h, w, ht, wt: linear_divergence(h, w, ht, wt, skip_tolerance=1e-3),
-        "opsdc",
     )
 
 

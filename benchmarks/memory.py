@@ -32,6 +32,8 @@ from opsdc_kernels.memory import PeakMemory
 
 WARM_UP = Shape(tokens=4, dim=8, vocab_size=64)
 """Loads code and thread pools, whose memory is not the contender's."""
+PLANNED = {"ours, chunked": "chunked", "ours, fused": "fused"}
+"""Backends whose memory follows from the sizes alone."""
 PRODUCT_ROWS = 512
 """Enough for the matrix library to take all the packing buffers that it takes for a head."""
 
@@ -47,7 +49,7 @@ class Peak:
     returned_mib: float
     """Gradients of hidden states and head."""
     predicted_mib: float | None
-    """By `opsdc_kernels.plan`, for ours."""
+    """By `opsdc_kernels.plan`, for `PLANNED`."""
 
     def __str__(self) -> str:
         head = "trainable" if self.trainable else "frozen"
@@ -81,7 +83,7 @@ def measure_here(contender: Contender, shape: Shape, trainable: bool, device: to
     run(shape if contender.compiled else WARM_UP)
     returned = shape.tokens * shape.dim + (shape.vocab_size * shape.dim if trainable else 0)
     predicted = None
-    if contender.package == "opsdc":
+    if contender.name in PLANNED:
         predicted = (
             plan.estimate(
                 tokens=shape.tokens,
@@ -89,7 +91,7 @@ def measure_here(contender: Contender, shape: Shape, trainable: bool, device: to
                 student_dim=shape.dim,
                 device=device,
                 trainable_head=trainable,
-                backend=contender.name.split()[-1],
+                backend=PLANNED[contender.name],
             ).peak_bytes
             / 2**20
         )

@@ -18,7 +18,7 @@ def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     points = [Point(**row) for row in found["scaling"]]
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,6 +45,11 @@ def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
         )
         for plot, quantity in ((time, "loss and both gradients, s"), (memory, "peak memory, MiB")):
             plot.set(xscale="log", yscale="log", xlabel=label, ylabel=quantity)
+            sizes = sorted({getattr(p, axis) for p in line})
+            plot.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            plot.minorticks_off()
+            plot.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            plot.yaxis.set_major_formatter("{x:g}")
             plot.grid(alpha=0.3)
         lines, labels = time.get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=9)
