@@ -161,20 +161,23 @@ def chunk_rows(
     dtype: torch.dtype,
     device: torch.device,
     workspace_bytes: int | None,
+    *,
+    in_torch: bool = False,
 ) -> int:
     """Rows per chunk, all chunks about equal, such that `scratch_bytes` fits the workspace."""
     asked = workspace_bytes
     budget = default_workspace_bytes(device) if asked is None else asked
     heights = range(1, max(tokens, 1) + 1)
-    rows = bisect_right(
-        heights, budget, key=lambda rows: scratch_bytes(rows, vocab_size, dims, dtype, device)
-    )
+
+    def scratch(rows: int) -> int:
+        return scratch_bytes(rows, vocab_size, dims, dtype, device, in_torch=in_torch)
+
+    rows = bisect_right(heights, budget, key=scratch)
     if asked is None:
         rows = max(rows, GPU_MINIMUM_CHUNK_ROWS if device.type == "cuda" else 1)
     if rows < 1:
         raise ValueError(
-            f"workspace_bytes={asked} is below the "
-            f"{scratch_bytes(1, vocab_size, dims, dtype, device)} that one row of {vocab_size} "
+            f"workspace_bytes={asked} is below the {scratch(1)} that one row of {vocab_size} "
             "columns takes; give more, or None for the default"
         )
     return equal_rows(tokens, rows)
@@ -216,16 +219,23 @@ def exact_rows(block_height: int) -> int:
 
 
 def scratch_bytes(
-    rows: int, vocab_size: int, dims: tuple[int, int], dtype: torch.dtype, device: torch.device
+    rows: int,
+    vocab_size: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    in_torch: bool = False,
 ) -> int:
     """Two logit buffers, copies of the chunk's hidden states, the blocks of the row passes in torch
     (in Triton they have none, in C those of rows in doubt) and, for a 16-bit head on a CPU, its
-    upcast block."""
+    upcast block. `in_torch`: the row passes are in torch wherever they run."""
     wide = 8 if dtype == torch.float64 else 4
     block = 0
     if device.type != "cuda" or wide == 8:
         height = min(block_rows(vocab_size, device), rows)
-        buffers = 0 if compiled_rows(device, dtype) else CPU_BUFFERS * height
+        in_c = compiled_rows(device, dtype) and not in_torch
+        buffers = 0 if in_c else CPU_BUFFERS * height
         height = buffers + EXACT_TEMPORARIES * min(exact_rows(height), height)
         block = height * vocab_size * wide
     upcast = 0

@@ -133,7 +133,13 @@ def agree(problem: Problem, needs: tuple[bool, ...]) -> tuple[Shard, Problem]:
             rows,
             rows if problem.teacher_weight is None else problem.teacher_weight.shape[0],
             plan.chunk_rows(
-                n_tokens, max(rows, 1), dims, hidden.dtype, hidden.device, problem.workspace_bytes
+                n_tokens,
+                max(rows, 1),
+                dims,
+                hidden.dtype,
+                hidden.device,
+                problem.workspace_bytes,
+                in_torch=True,
             ),
         ],
         device=hidden.device,
