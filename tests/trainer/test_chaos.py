@@ -82,17 +82,23 @@ def test_killed_at_a_random_moment(settings, whole, tmp_path, kills):
     expected, seconds = whole
     rng = random.Random(kills)
     struck = 0
-    for i in range(kills):
+    # A kill that came too late tests nothing, and shows that runs are faster than thought.
+    for i in range(4 * kills):
         out = tmp_path / str(i)
         process = runs.start(settings(out))
-        process.join(rng.uniform(0, seconds))
+        after = rng.uniform(0, seconds)
+        process.join(after)
         process.kill()
         process.join()
-        struck += process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
+            struck += 1
+        else:
+            seconds = after
         assert resumed(settings, out) == expected, i
         shutil.rmtree(out)
-    # A kill that came too late tests nothing; how many do depends on the machine's other work.
-    assert struck >= 0.25 * kills
+        if struck == kills:
+            break
+    assert struck == kills
 
 
 @pytest.mark.parametrize("when", ["before_save", "after_save"])
@@ -232,23 +238,27 @@ def test_sigterm_at_a_random_moment(settings, whole, tmp_path, times):
     expected, seconds = whole
     rng = random.Random(times)
     asked, stopped = 0, 0
-    for i in range(times):
+    for i in range(4 * times):
         out = tmp_path / str(i)
         process = runs.start(settings(out))
         while not caught_sigterm(process.pid):
             time.sleep(0.002)
-        process.join(rng.uniform(0, 0.9 * seconds))
-        chosen = rng.choice([signal.SIGTERM, signal.SIGINT])
+        after = rng.uniform(0, 0.9 * seconds)
+        process.join(after)
         if process.exitcode is None:
             asked += 1
             with contextlib.suppress(ProcessLookupError):  # it may end in this very moment
-                os.kill(process.pid, chosen)
+                os.kill(process.pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
+        else:
+            seconds = after
         assert runs.wait(process, 30) < 30
         assert process.exitcode == 0, runs.log(out)
         stopped += "stopped by SIG" in runs.log(out)
         assert resumed(settings, out) == expected, i
         shutil.rmtree(out)
-    assert asked >= 0.25 * times
+        if asked == times:
+            break
+    assert asked == times
     # One asked for in the very last moments finds nothing left to leave.
     assert stopped >= 1
 
