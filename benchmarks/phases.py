@@ -22,7 +22,7 @@ from opsdc_kernels import chunked, gemm, linear_divergence
 
 PHASES = {
     "logits (2 GEMMs)": (chunked, "_logits_into"),
-    "row passes": (chunked, "_row_passes"),
+    "row passes": (chunked, "row_passes"),
     "hidden gradient (1 GEMM)": (chunked, "hidden_gradient"),
     "weight gradient (1 GEMM)": (gemm, "add_weight_gradient"),
 }

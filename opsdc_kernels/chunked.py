@@ -102,7 +102,7 @@ def run_chunks(
         tokens = slice(start, stop) if kept_K is None else kept_K[start:stop]
         s_CV, other_CV = buffer[: stop - start], buffer[stop - start : 2 * (stop - start)]
         _logits_into(buffer[: 2 * (stop - start)], problem, weight, tokens, operand)
-        scale_C1 = _row_passes(problem, s_CV, other_CV, tokens, bool(needs), result, shard)
+        scale_C1 = row_passes(problem, s_CV, other_CV, tokens, bool(needs), result, shard)
         if not needs or size == 0:
             continue
         if row_weight_N is not None:
@@ -225,7 +225,7 @@ def other_logits_into(
     gemm.logits_into(out_CV, teacher.to(operand), weight)
 
 
-def _row_passes(
+def row_passes(
     problem: Problem,
     s_CV: Tensor,
     other_CV: Tensor,

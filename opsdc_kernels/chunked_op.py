@@ -1,4 +1,4 @@
-"""`chunked` as `torch.library` custom operators: what autograd and `torch.compile` see of it.
+"""`chunked` as custom operators of PyTorch: what autograd and `torch.compile` see of it.
 
 Gradients come out of the forward operator and wait, in fp32, for the upstream gradient. They are
 scaled in place only when the graph is freed with it, so backward may run twice. Only
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from opsdc_kernels.chunked import Needs, run_chunks
 from opsdc_kernels.columns import exact, run_columns
@@ -111,7 +111,7 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-@torch.library.custom_op("opsdc_kernels::chunked_forward", mutates_args=())
+@library.custom_op("opsdc_kernels::chunked_forward", mutates_args=())
 def _forward(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -253,7 +253,7 @@ def _graph_is_freed(upstream: Tensor) -> bool:
     return type(upstream) is Tensor and not kept()
 
 
-@torch.library.custom_op("opsdc_kernels::chunked_backward", mutates_args=())
+@library.custom_op("opsdc_kernels::chunked_backward", mutates_args=())
 def _recompute(
     upstream: Tensor,
     student_hidden: Tensor,
@@ -310,7 +310,7 @@ def _recompute_fake(upstream: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.custom_op("opsdc_kernels::times_upstream", mutates_args=())
+@library.custom_op("opsdc_kernels::times_upstream", mutates_args=())
 def _times_upstream(saved: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """saved · upstream, multiplied in the saved dtype and rounded once to `dtype`."""
     return torch.mul(saved, upstream, out=saved.new_empty(saved.shape, dtype=dtype))

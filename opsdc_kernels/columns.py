@@ -21,11 +21,11 @@ from opsdc_kernels import gemm, plan
 from opsdc_kernels.chunked import (
     Needs,
     Result,
-    _row_passes,
     empty_result,
     lift_of,
     multiply_back,
     other_logits_into,
+    row_passes,
 )
 from opsdc_kernels.column_bound import CUTS, Bounds, Heads, bounds, bounds_of_gradient
 from opsdc_kernels.problem import Problem
@@ -315,11 +315,11 @@ class _Pass:
         that is returned; values and statistics are those of these columns."""
         other_CK = torch.empty_like(x_CK)
         other_logits_into(other_CK, part, part.student_weight, tokens, self.operand)
-        return _row_passes(part, x_CK, other_CK, tokens, True, self.result, None)
+        return row_passes(part, x_CK, other_CK, tokens, True, self.result, None)
 
     def _dense(self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor) -> None:
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
-        scale_C1 = _row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
+        scale_C1 = row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
         self.units += _count(tokens)
         self._multiply_back(tokens, x_CV, spare_CV, scale_C1, self.weight, None)
 
@@ -364,7 +364,7 @@ class _Pass:
     ) -> None:
         """All columns up to dZ, the columns that matter in the gradient GEMMs."""
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
-        scale_C1 = _row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
+        scale_C1 = row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
         size_CV = torch.mul(x_CV, scale_C1, out=spare_CV).abs_()
         peak_V = size_CV.amax(0)
         pilot = peak_V.topk(-(-len(peak_V) // PILOT_PARTS)).indices

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from opsdc_kernels.plan import default_workspace_bytes
 from opsdc_kernels.problem import Problem, reduce_tokens
@@ -91,7 +91,7 @@ def _require_device(hidden: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("opsdc_kernels::fused_forward", mutates_args=())
+@library.custom_op("opsdc_kernels::fused_forward", mutates_args=())
 def _forward(
     student_hidden: Tensor,
     student_weight: Tensor,
@@ -148,7 +148,7 @@ def _forward_fake(student_hidden: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return single.new_empty(N), single.new_empty(7, N), single.new_empty(5, N), kept, count
 
 
-@torch.library.custom_op("opsdc_kernels::fused_backward", mutates_args=())
+@library.custom_op("opsdc_kernels::fused_backward", mutates_args=())
 def _backward(
     upstream: Tensor,
     saved: Tensor,

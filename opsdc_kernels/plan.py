@@ -143,7 +143,7 @@ def row_passes(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 def compiled_rows(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether they go through C."""
-    return device.type == "cpu" and dtype != torch.float64 and native().library is not None
+    return device.type == "cpu" and dtype != torch.float64 and native().dll is not None
 
 
 def default_workspace_bytes(device: torch.device) -> int:

@@ -27,7 +27,7 @@ TIMEOUT_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    library: ctypes.CDLL | None
+    dll: ctypes.CDLL | None
     description: str
     """What runs the row passes and, where not this library, why."""
 

@@ -103,7 +103,7 @@ def _run(
     target_ids: Tensor | None,
 ) -> Tensor:
     """[FIELDS, B]; NaN in the first for rows left alone. `raw`: biases and factors are to apply."""
-    library = native().library
+    library = native().dll
     assert library is not None
     rows, columns = s.shape
     results = s.new_empty(FIELDS, rows)

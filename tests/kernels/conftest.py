@@ -21,7 +21,7 @@ def row_passes(request):
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setenv(build.SWITCH, "1" if request.param == "compiled" else "0")
-        if request.param == "compiled" and build.native().library is None:
+        if request.param == "compiled" and build.native().dll is None:
             pytest.skip(f"row passes run in {build.native().description}")
         yield request.param
 

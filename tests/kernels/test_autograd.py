@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 from torch.utils.checkpoint import checkpoint
 
 from opsdc_kernels import chunked_op, linear_divergence
@@ -31,11 +32,11 @@ def arguments(reduction, stats, weight, divergence="reverse_kl", needs=(True, Tr
 @pytest.mark.parametrize("weighted", [False, True])
 def test_opcheck_forward(reduction, stats, weighted):
     weight = torch.rand(N) if weighted else None
-    torch.library.opcheck(chunked_op._forward, arguments(reduction, stats, weight))
+    library.opcheck(chunked_op._forward, arguments(reduction, stats, weight))
 
 
 def test_opcheck_forward_without_gradients():
-    torch.library.opcheck(
+    library.opcheck(
         chunked_op._forward, arguments("mean", True, None, "jsd", (False, False, False))
     )
 
@@ -43,14 +44,14 @@ def test_opcheck_forward_without_gradients():
 @pytest.mark.parametrize("stats", [False, True])
 def test_opcheck_forward_that_leaves_columns_out(stats):
     call = arguments("mean", stats, torch.rand(N), tolerance=1e-2)
-    torch.library.opcheck(chunked_op._forward, call)
+    library.opcheck(chunked_op._forward, call)
 
 
 def test_opcheck_backward():
     detached = [x.detach() if isinstance(x, torch.Tensor) else x
                 for x in arguments("none", False, torch.rand(N), "jsd")]  # fmt: skip
-    torch.library.opcheck(chunked_op._recompute, (torch.rand(N), *detached))
-    torch.library.opcheck(
+    library.opcheck(chunked_op._recompute, (torch.rand(N), *detached))
+    library.opcheck(
         chunked_op._times_upstream, (torch.randn(3, 4), torch.tensor(2.0), torch.bfloat16)
     )
 

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsdc_kernels import linear_divergence
@@ -172,7 +173,7 @@ def test_opcheck(tensors, weighted):
     )  # fmt: skip
     every = ("test_schema", "test_autograd_registration", "test_faketensor")
     every += ("test_aot_dispatch_dynamic",) if weighted else ()
-    torch.library.opcheck(module._forward, arguments, test_utils=every)
+    library.opcheck(module._forward, arguments, test_utils=every)
 
 
 def test_compiles_in_one_graph(tensors):

@@ -431,7 +431,7 @@ COMPILED = {
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_mutant_is_killed(monkeypatch, tmp_path, name):
     monkeypatch.setenv(build.SWITCH, "1")
-    if build.native().library is None:
+    if build.native().dll is None:
         pytest.skip(f"row passes run in {build.native().description}")
     old, new = COMPILED[name]
     text = build.SOURCE.read_text("utf-8")

@@ -17,7 +17,7 @@ from opsdc_kernels.native import build, rows
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(
-    build.native().library is None, reason=f"row passes run in {build.native().description}"
+    build.native().dll is None, reason=f"row passes run in {build.native().description}"
 )
 
 
@@ -151,7 +151,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
-    assert build.native().library is None
+    assert build.native().dll is None
     assert build.native().description == f"torch ({broken} or its cache failed: out of order)"
 
 
