@@ -86,7 +86,10 @@ def _entropy(logits: Tensor) -> float:
 def measure(case: Case, *, repeats: int, rivals: Sequence[str] = RIVALS) -> list[Row]:
     """Exact, every tolerance and the peers, interleaved; prints each line."""
     device = case.student_hidden.device
-    found = {c.name: c.loss for c in contenders(device)[0] if c.name in rivals}
+    there, missing = contenders(device)
+    found = {c.name: c.loss for c in there if c.name in rivals}
+    for name in set(rivals) - set(found):
+        print(f"not run: {name} (missing: {missing})")
     exact = _gradients(case, None)
     entropy = float(exact[0].student_entropy.mean())
     calls: dict[str, Callable[[], object]] = {"exact": partial(_gradients, case, None)}

@@ -39,8 +39,9 @@ PILOT_PARTS = 64
 LOOK_PARTS = 8
 LOOK_SHARE = 0.35
 LOOK_CUT = 1e-4
-"""After a dense chunk, every 8th token of the next is looked at first: it is dense too if these
-alone give that share of the columns more than the tolerance times this, about where cuts lie."""
+"""Every 8th token of the first chunk is looked at first: the call is dense if these alone give that
+share of the columns more than the tolerance times this, about where cuts lie. One chunk that turns
+out dense makes the rest of the call so: what was spent on it would be lost again."""
 LOOK_ROWS = 64
 """Chunks of fewer rows are not looked at first."""
 HEADROOM = 0.8
@@ -159,7 +160,9 @@ class _Pass:
         """Of the tolerance, by the chunks so far: what Σ‖error of dH‖² may still be more."""
         self.backward_units = needs.hidden + needs.weight
         self.kept_columns = self.units = 0.0  # summed over the tokens
-        self.chunks, self.looks, self.weight_written = 1, True, False
+        self.chunks, self.weight_written = 1, False
+        self.looks, self.dense = True, False
+        """Whether the next chunk is looked at first, and whether it and all others are dense."""
 
     @cached_property
     def heads(self) -> Heads:
@@ -206,11 +209,10 @@ class _Pass:
             x_CV8 = x_CV[::LOOK_PARTS]
             *_, peak_V = _probabilities(self.problem, x_CV8, spare_CV[: len(x_CV8)])
             share = (peak_V > LOOK_CUT * self.tolerance).sum() / len(peak_V)
-            self.looks = bool(share > LOOK_SHARE)
-        else:
-            self.looks = False
+            self.dense = bool(share > LOOK_SHARE)
+        self.looks = False
         columns = None
-        if not self.looks:
+        if not self.dense:
             choice, student = self._choose(tokens, x_CV, spare_CV)
             self.units += _count(tokens) / PILOT_PARTS * (1 + self.backward_units)
             keeps = choice.keeps_V
@@ -218,8 +220,8 @@ class _Pass:
                 self._student_logits(*following)
                 following = None
             columns = keeps.nonzero().squeeze(1)
-            self.looks = len(columns) > DENSE_SHARE * len(keeps)
-        if self.looks or columns is None:
+            self.dense = len(columns) > DENSE_SHARE * len(keeps)
+        if self.dense or columns is None:
             self._dense(tokens, x_CV, spare_CV)
         else:
             self._sparse(tokens, x_CV, spare_CV, choice, columns, student)
