@@ -372,7 +372,6 @@ class OPSDCTrainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "model": describe(self.model),
             "config": self.config.to_dict(),
-            "versions": versions(),
         }
         checkpoint.save(
             root,
@@ -423,7 +422,10 @@ class OPSDCTrainer:
             return
         state = self._restore(Path(found))
         print(f"resuming after step {self.step} from {found}", flush=True)
-        for line in _changes(state["config"], self.config.to_dict()):
+        changed = _changes(state["config"], self.config.to_dict())
+        # Other software, processor or threads may round otherwise: no promise of the same bits.
+        changed += _changes(state["versions"], versions())
+        for line in changed:
             print(f"  changed since that checkpoint: {line}", file=sys.stderr)
 
     def _checkpoint_to_resume(self) -> str | None:
