@@ -59,7 +59,13 @@ BANNED_CALLS = (
     *("eval", "exec", "compile", "__import__"),
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__"),
     *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
-    *("torch.hub.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
+    *("torch.hub.load", "torch.jit.load", "torch.export.load", "torch.serialization.load"),
+    *("yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "importlib.import_module"),
+)
+# torch.distributed's ways to send Python objects, which arrive by unpickling.
+OBJECT_COLLECTIVES = (
+    *("all_gather_object", "gather_object", "broadcast_object_list"),
+    *("scatter_object_list", "send_object_list", "recv_object_list"),
 )
 # Under their bare names the rules below would not know them.
 BANNED_NAMES = (*BANNED_CALLS, "torch.load", "yaml.load", "numpy.load")
@@ -78,6 +84,7 @@ def violations(source):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == REFUSAL
         for constant in ast.walk(node)
     }
+    called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for name in imports(tree):
         if any(name == m or name.startswith(f"{m}.") for m in BANNED_MODULES):
             yield 0, f"imports {name}"
@@ -88,6 +95,10 @@ def violations(source):
                     yield node.lineno, f"imports {node.module}.{name.name}"
         if isinstance(node, ast.Attribute) and ast.unparse(node) in BANNED_MODULES:
             yield node.lineno, f"uses {ast.unparse(node)}"
+        # Given another name, or handed on, no rule below would see it called.
+        is_read = isinstance(getattr(node, "ctx", None), ast.Load) and node not in called
+        if is_read and ast.unparse(node) in BANNED_NAMES:
+            yield node.lineno, f"takes {ast.unparse(node)} without calling it"
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if "0.0.0.0" in node.value or node.value == "::":
                 yield node.lineno, "listens on every interface"
@@ -96,6 +107,8 @@ def violations(source):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
+        if name.split(".")[-1] in OBJECT_COLLECTIVES:
+            yield node.lineno, f"calls {name}, which unpickles"
         words = {k.arg: ast.unparse(k.value) for k in node.keywords}
         if name in BANNED_CALLS:
             yield node.lineno, f"calls {name}"
@@ -127,6 +140,13 @@ def test_bans(path):
     "line",
     [
         "import pickle",
+        "importlib.import_module('pickle')",
+        "dist.all_gather_object(found, mine)",
+        "broadcast_object_list(found, src=0)",
+        "load = torch.load",
+        "list(map(eval, answers))",
+        "torch.serialization.load(path)",
+        "torch.jit.load(path)",
         "from pickle import loads",
         "import torch.distributed.checkpoint as dcp",
         "from torch.distributed import checkpoint",

@@ -1,12 +1,14 @@
 """Heads: what the loss describes is used exactly, what it does not describe is refused."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from tests_tiny import tiny_model
+from tests_tiny import byte_tokenizer, tiny_model
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -118,6 +120,28 @@ def test_a_missing_model_is_named():
 def test_trained_parameters_are_float32_whatever_the_forward_computes_in(tiny_folder):
     model = load_model(ModelConfig(name_or_path=str(tiny_folder), dtype="bfloat16"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_code_in_a_model_folder_runs_only_where_the_user_says_so(tmp_path):
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "model_type": "not-a-type-of-transformers",
+        "auto_map": {"AutoConfig": "ours.C", "AutoModelForCausalLM": "ours.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "ours.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    )
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load_model(ModelConfig(name_or_path=str(folder)))
+    assert not marker.exists()
+    with contextlib.suppress(Exception):  # what it then makes of the folder is its own affair
+        load_model(ModelConfig(name_or_path=str(folder), trust_remote_code=True))
+    assert marker.exists()
 
 
 def test_the_revision_of_a_hub_model_is_recorded(tmp_path):
