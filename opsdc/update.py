@@ -221,8 +221,8 @@ def update(
 def _leave_together(error: Exception, model: Any, ranks: Ranks) -> NoReturn:
     """Tell the others, who are on their way to the next micro-batch, and raise as they do.
 
-    With fsdp they are not: they wait within a layer for what this rank cannot give any more, and
-    no state can be gathered. The run then ends where its last checkpoint is.
+    With fsdp and outside the loss they are not: they wait within a layer for what this rank cannot
+    give any more, and no state can be gathered. The run then ends where its last checkpoint is.
     """
     if isinstance(error, OutOfMemoryError):
         raise error
@@ -275,23 +275,29 @@ def backward(
     device, dim = student_head.weight.device, student_head.weight.shape[1]
     teacher_head = teacher.head()
     shared = teacher_head.weight is student_head.weight
+    sharded = sharding.is_sharded(model)
     if not shared:
         teacher_head = sharding.full_head(teacher_head, layout.dtype)
 
     def divergence(
         batch: TokenBatch, teacher_rows: torch.Tensor, token_weight: torch.Tensor
-    ) -> tuple[torch.Tensor, DivergenceStats]:
+    ) -> tuple[torch.Tensor, DivergenceStats] | None:
         # Here the head is whole, whichever way the model lies.
         student_rows, student_head = hidden_states(model, batch), read_head(model)
-        return distillation_loss(
-            student_rows,
-            student_head,
-            teacher_rows.to(student_rows.dtype),
-            student_head if shared else teacher_head,
-            token_weight,
-            config.loss,
-            exact_value=exact_value,
-        )
+        try:
+            return distillation_loss(
+                student_rows,
+                student_head,
+                teacher_rows.to(student_rows.dtype),
+                student_head if shared else teacher_head,
+                token_weight,
+                config.loss,
+                exact_value=exact_value,
+            )
+        except (RuntimeError, MemoryError) as error:
+            if sharded and is_out_of_memory(error):
+                return None
+            raise
 
     losses: list[torch.Tensor] = []
     stats: list[DivergenceStats] = []
@@ -312,9 +318,14 @@ def backward(
         last = done == len(groups)
         sharding.reduce_next(model, last or config.distributed.reduce_every_micro_batch)
         with autocast(device, layout.dtype):
-            loss, found = sharding.within(
+            forward = sharding.within(
                 model, divergence, batch, torch.cat(teacher_rows), token_weight
             )
+        if sharded:
+            # In the backward the others would wait for a rank whose loss found no memory.
+            ranks.check_stop(out_of_memory=forward is None)
+        assert forward is not None
+        loss, found = forward
         loss.backward()
         if group:
             losses.append(loss.detach())

@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from tests_tiny import tiny_model
 
 from opsdc import checkpoint
 from opsdc.batch import Pair
-from opsdc.config import OPSDCConfig, TeacherConfig
+from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
 from opsdc.errors import CheckpointError
+from opsdc.model import load_weights, prepare_model, save_weights
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, update
 
@@ -266,6 +268,20 @@ def test_what_its_loaders_would_unpickle_is_not_even_looked_at(tmp_path):
     with pytest.raises(CheckpointError, match="does not fit"):
         checkpoint.restore(folder, *parts)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_weights_that_are_not_there_are_not_made_up(tmp_path, adapter):
+    settings = ModelConfig(lora=LoRAConfig(r=2, alpha=4) if adapter else None)
+    model = prepare_model(tiny_model(), settings)
+    save_weights(model, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    gone = sorted(tensors)[-1]
+    del tensors[gone]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(KeyError, match=f"1 tensors are missing, {re.escape(gone)}"):
+        load_weights(model, tmp_path)
 
 
 def test_another_models_checkpoint_is_refused_by_name(tmp_path):
