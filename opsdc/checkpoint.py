@@ -92,6 +92,7 @@ def save(
 
     def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
+        _sync(root.parent)
         clear_unfinished(root)
         aside.mkdir()
 

@@ -32,6 +32,7 @@ from opsdc.metrics import (
     read_lines,
     write_json,
     write_text,
+    writing,
 )
 from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model
 from opsdc.progress import Progress
@@ -231,9 +232,10 @@ class OPSDCTrainer:
 
     def save_model(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (with LoRA the adapter's), tokenizer included."""
-        sharding.save_weights(self.model, folder, self.ranks)
-        if self.ranks.first:
-            self.tokenizer.save_pretrained(str(folder))
+        with writing(Path(folder)):
+            sharding.save_weights(self.model, folder, self.ranks)
+            if self.ranks.first:
+                self.tokenizer.save_pretrained(str(folder))
 
     def _generate(self, batch: Sequence[Prompted], step: int) -> list[Rollout]:
         rollout = self.config.rollout
@@ -405,7 +407,8 @@ class OPSDCTrainer:
         return f"step {self.step} is saved" if self.step else "no step was complete"
 
     def _describe_run(self) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with writing(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(self.output_dir / "config.yaml", self.config.to_yaml())
 
     def _check_shared_folder(self) -> None:

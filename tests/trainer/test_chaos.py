@@ -134,7 +134,7 @@ CRASH_POINTS = {
     "after the model's weights": ("opsdc.checkpoint", "save_weights", "after", 3),
     "after the teacher's weights": ("opsdc.checkpoint", "save_weights", "after", 4),
     "after the optimizer's moments": ("opsdc.checkpoint", "save_file", "after", 2),
-    "between two syncs": ("opsdc.checkpoint", "_sync", "after", 14),
+    "between two syncs": ("opsdc.checkpoint", "_sync", "after", 20),
     "before the manifest": ("opsdc.checkpoint", "_write_json", "before", 4),
     "before the rename": ("opsdc.checkpoint.Path", "rename", "before", 2),
     "after the rename": ("opsdc.checkpoint.Path", "rename", "after", 2),
@@ -429,15 +429,18 @@ def small_disk(folder, options):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(settings, whole, tmp_path):
+@pytest.mark.parametrize("left", [300_000, 0])
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(settings, whole, tmp_path, left):
+    """Room for the record but for no checkpoint, and for nothing at all."""
     disk = tmp_path / "disk"
     with small_disk(disk, "size=3m"):
         out = disk / "run"
         # The first checkpoint fits. Then something else takes most of the rest.
-        assert runs.finish(settings(out), fill_after_save, str(disk)) == 2
+        assert runs.finish(settings(out), fill_after_save, str(disk), left) == 2
         log = runs.log(out)
         assert "No space left on device" in log
-        assert "earlier checkpoints are untouched" in log
+        assert ("cannot write checkpoint" if left else "jsonl: [Errno 28]") in log
+        assert "untouched" in log
         assert "Traceback" not in log
         root = out / "checkpoints"
         assert [p.name for p in checkpoint.listing(root)] == ["step-000002"]
@@ -446,13 +449,13 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(settings, whole, tmp_p
         assert resumed(settings, out) == whole[0]
 
 
-def fill_after_save(disk):
+def fill_after_save(disk, left):
     save = checkpoint.save
 
     def saved(*arguments, **keywords):
         save(*arguments, **keywords)
         room = shutil.disk_usage(disk).free
-        Path(disk, "ballast").write_bytes(bytes(room - 300_000))
+        Path(disk, "ballast").write_bytes(bytes(room - left))
 
     checkpoint.save = saved
 
