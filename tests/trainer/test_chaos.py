@@ -78,30 +78,39 @@ def resumed(settings, out):
     return runs.outcome(out)
 
 
-@pytest.mark.parametrize(
-    "kills", [20, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.chaos])]
-)
-def test_killed_at_a_random_moment(settings, whole, tmp_path, kills):
+# A hundred or two in ten parts, so that any share can be run by itself; one is in the quick suite.
+PARTS = [0, *(pytest.param(i, marks=[pytest.mark.slow, pytest.mark.chaos]) for i in range(1, 10))]
+
+
+def two_at_once(work, arguments):
+    """One for each core."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, arguments))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_killed_at_a_random_moment(settings, whole, tmp_path, part):
+    """Twenty kills."""
     expected, seconds = whole
-    rng = random.Random(kills)
-    struck = 0
-    # A kill that came too late tests nothing, and shows that runs are faster than thought.
-    for i in range(4 * kills):
-        out = tmp_path / str(i)
-        process = runs.start(settings(out))
-        after = rng.uniform(0, seconds)
-        process.join(after)
-        process.kill()
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
-            struck += 1
-        else:
-            seconds = after
-        assert resumed(settings, out) == expected, i
-        shutil.rmtree(out)
-        if struck == kills:
-            break
-    assert struck == kills
+
+    def kill_once(i):
+        rng, longest = random.Random(f"{part}/{i}"), seconds
+        # A kill that came too late tests nothing, and shows that runs are faster than thought.
+        for attempt in range(4):
+            out = tmp_path / f"{i}-{attempt}"
+            process = runs.start(settings(out))
+            after = rng.uniform(0, longest)
+            process.join(after)
+            process.kill()
+            process.join()
+            assert resumed(settings, out) == expected, (i, after)
+            shutil.rmtree(out)
+            if process.exitcode == -signal.SIGKILL:
+                return True
+            longest = after
+        return False
+
+    assert all(two_at_once(kill_once, range(20)))
 
 
 @pytest.mark.parametrize("when", ["before_save", "after_save"])
@@ -234,36 +243,38 @@ def caught_sigterm(pid):
     return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-@pytest.mark.parametrize(
-    "times", [10, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.chaos])]
-)
-def test_sigterm_at_a_random_moment(settings, whole, tmp_path, times):
+@pytest.mark.parametrize("part", PARTS)
+def test_sigterm_at_a_random_moment(settings, whole, tmp_path, part):
+    """Ten, each to a run of its own, which then goes on."""
     expected, seconds = whole
-    rng = random.Random(times)
-    asked, stopped = 0, 0
-    for i in range(4 * times):
-        out = tmp_path / str(i)
-        process = runs.start(settings(out))
-        while not caught_sigterm(process.pid):
-            time.sleep(0.002)
-        after = rng.uniform(0, 0.9 * seconds)
-        process.join(after)
-        if process.exitcode is None:
-            asked += 1
-            with contextlib.suppress(ProcessLookupError):  # it may end in this very moment
-                os.kill(process.pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
-        else:
-            seconds = after
-        assert runs.wait(process, 30) < 30
-        assert process.exitcode == 0, runs.log(out)
-        stopped += "stopped by SIG" in runs.log(out)
-        assert resumed(settings, out) == expected, i
-        shutil.rmtree(out)
-        if asked == times:
-            break
-    assert asked == times
+
+    def stop_once(i):
+        rng, longest = random.Random(f"{part}/{i}"), seconds
+        for attempt in range(4):
+            out = tmp_path / f"{i}-{attempt}"
+            process = runs.start(settings(out))
+            while not caught_sigterm(process.pid):
+                time.sleep(0.002)
+            after = rng.uniform(0, 0.9 * longest)
+            process.join(after)
+            asked = process.exitcode is None
+            if asked:
+                with contextlib.suppress(ProcessLookupError):  # it may end in this very moment
+                    os.kill(process.pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
+            took = runs.wait(process, 60)
+            assert process.exitcode == 0, runs.log(out)
+            stopped = "stopped by SIG" in runs.log(out)
+            assert resumed(settings, out) == expected, (i, after)
+            shutil.rmtree(out)
+            if asked:
+                return took, stopped
+            longest = after
+        raise AssertionError("runs are faster than thought")
+
+    found = two_at_once(stop_once, range(10))
+    assert max(took for took, _ in found) < 30
     # One asked for in the very last moments finds nothing left to leave.
-    assert stopped >= 1
+    assert any(stopped for _, stopped in found)
 
 
 # What a run of the demo model may be doing: module, attribute, and how long it may take.
@@ -302,14 +313,11 @@ def say_what_it_does():
     stop._ask = ask
 
 
-# Ten stops each, so that any share of the hundred can be run by itself.
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "part", [0, *(pytest.param(i, marks=pytest.mark.chaos) for i in range(1, 10))]
-)
+@pytest.mark.parametrize("part", PARTS)
 def test_the_demo_model_is_left_within_thirty_seconds(smollm2, tmp_path, part):
-    """Two runs at once, one for each core, each stopped and started again five times.
+    """Ten stops: of two runs, each stopped and started again five times.
 
     A stop comes at a random time after something, chosen at random, has begun. Part 0 takes the
     demo's own steps, the others shorter ones.
@@ -347,8 +355,7 @@ def test_the_demo_model_is_left_within_thirty_seconds(smollm2, tmp_path, part):
         shutil.rmtree(out)
         return list(zip(where, took, strict=True)), newest and newest.name
 
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(stop_again_and_again, range(2)))
+    found = two_at_once(stop_again_and_again, range(2))
     for stops, newest in found:
         print(f"at {newest}:", *(f"{word} {seconds:.1f} s" for word, seconds in stops), sep="  ")
     assert max(seconds for stops, _ in found for _, seconds in stops) < 30
