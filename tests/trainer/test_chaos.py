@@ -348,17 +348,15 @@ def test_the_demo_model_is_left_within_thirty_seconds(smollm2, tmp_path, part):
             os.kill(process.pid, signal.SIGTERM)
             took.append(runs.wait(process, 60))
             assert process.exitcode == 0, runs.log(out)
+            where = re.findall("asked in: (.*)", runs.log(out))
+            print(f"{where[-1]}: {took[-1]:.1f} s", flush=True)
         assert runs.log(out).count("stopped by SIGTERM") == len(took)
-        where = re.findall("asked in: (.*)", runs.log(out))
-        newest = checkpoint.newest_good(out / "checkpoints")
+        assert checkpoint.newest_good(out / "checkpoints") is not None
         # Not left for pytest to keep: gigabytes.
         shutil.rmtree(out)
-        return list(zip(where, took, strict=True)), newest and newest.name
+        return max(took)
 
-    found = two_at_once(stop_again_and_again, range(2))
-    for stops, newest in found:
-        print(f"at {newest}:", *(f"{word} {seconds:.1f} s" for word, seconds in stops), sep="  ")
-    assert max(seconds for stops, _ in found for _, seconds in stops) < 30
+    assert max(two_at_once(stop_again_and_again, range(2))) < 30
 
 
 # Where the signal arrives: its place, the call that sends it, and the step that is saved then.
