@@ -351,7 +351,8 @@ def test_the_demo_model_is_left_within_thirty_seconds(smollm2, tmp_path, part):
             where = re.findall("asked in: (.*)", runs.log(out))
             print(f"{where[-1]}: {took[-1]:.1f} s", flush=True)
         assert runs.log(out).count("stopped by SIGTERM") == len(took)
-        assert checkpoint.newest_good(out / "checkpoints") is not None
+        # Raises where none of them is good.
+        checkpoint.newest_good(out / "checkpoints")
         # Not left for pytest to keep: gigabytes.
         shutil.rmtree(out)
         return max(took)
