@@ -126,7 +126,10 @@ class OPSDCTrainer:
 
     def _train(self) -> dict[str, Any]:
         config, output_dir, ranks = self.config, self.output_dir, self.ranks
+        # Asked to stop while the model was loaded; verifying a checkpoint takes long as well.
+        ranks.check_stop()
         self._resume()
+        ranks.check_stop()
         step = self.step
         ranks.alone(self._describe_run)
         ranks.each(self._check_shared_folder)
