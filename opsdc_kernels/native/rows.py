@@ -6,6 +6,7 @@ to `rows_exact`, soft-capped logits through torch first.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -111,16 +112,16 @@ def _run(
     biases = [None if x is None else x.detach()[:columns].float().contiguous() for x in given]
     targets = None if target_ids is None else target_ids.contiguous()
 
-    def run(start: int, stop: int) -> None:
+    def run(_: int, start: int, stop: int) -> None:
         job = Job(
-            student=_address(s, start * s.stride(0)),
-            other=_address(other, start * other.stride(0)),
+            student=address(s, start * s.stride(0)),
+            other=address(other, start * other.stride(0)),
             rows=stop - start,
             columns=columns,
             student_stride=s.stride(0),
             other_stride=other.stride(0),
-            student_bias=_address(biases[0]) if raw else None,
-            teacher_bias=_address(biases[1]) if raw else None,
+            student_bias=address(biases[0]) if raw else None,
+            teacher_bias=address(biases[1]) if raw else None,
             student_factor=problem.logit_scale[0] / problem.temperature if raw else 1.0,
             other_factor=problem.logit_scale[1] / problem.temperature if raw else 1.0,
             shared=shared,
@@ -128,21 +129,31 @@ def _run(
             gradient=gradient,
             statistics=problem.return_stats,
             beta=problem.beta,
-            targets=_address(targets, start),
-            out=_address(results, start),
+            targets=address(targets, start),
+            out=address(results, start),
             out_stride=rows,
         )
         library.opsdc_rows(ctypes.byref(job))
 
-    threads = min(torch.get_num_threads(), rows, max(rows * columns // THREAD_LOGITS, 1))
-    if threads == 1:
-        run(0, rows)
-        return results
-    cuts = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, cuts[:-1], cuts[1:]))
+    in_threads(run, rows, threads_for(s))
     return results
 
 
-def _address(x: Tensor | None, offset: int = 0) -> int | None:
+def threads_for(x_BV: Tensor) -> int:
+    rows, columns = x_BV.shape
+    return max(min(torch.get_num_threads(), rows, rows * columns // THREAD_LOGITS), 1)
+
+
+def in_threads(run: Callable[[int, int, int], None], rows: int, threads: int) -> None:
+    """Calls `run(thread, start, stop)` with as many rows for each."""
+    if threads == 1:
+        run(0, 0, rows)
+        return
+    cuts = [rows * i // threads for i in range(threads + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads), cuts[:-1], cuts[1:]))
+
+
+def address(x: Tensor | None, offset: int = 0) -> int | None:
+    """Of the element `offset`."""
     return None if x is None else x.data_ptr() + offset * x.element_size()

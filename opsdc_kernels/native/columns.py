@@ -1,0 +1,99 @@
+"""`opsdc_kernels.column_sums` in C, for fp32 on a CPU and logits without a soft-cap."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from opsdc_kernels.column_sums import Student
+from opsdc_kernels.native.build import native
+from opsdc_kernels.native.rows import address, in_threads, threads_for
+from opsdc_kernels.problem import Problem
+
+
+class ColumnJob(ctypes.Structure):
+    """As `ColumnJob` in rows.c."""
+
+    _fields_ = (
+        ("student", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("factor", ctypes.c_float),
+        ("square", ctypes.c_void_p),
+        ("keeps", ctypes.c_void_p),
+        ("along", ctypes.c_void_p),
+        ("apart", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("entropy", ctypes.c_void_p),
+        ("spread", ctypes.c_void_p),
+        ("mass", ctypes.c_void_p),
+        ("product", ctypes.c_void_p),
+        ("peak", ctypes.c_void_p),
+        ("slope", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p),
+    )
+
+
+def student(
+    problem: Problem, x_CV: Tensor, square_V: Tensor, along_C: Tensor, apart_C: Tensor
+) -> Student:
+    rows = x_CV.new_empty(3, len(x_CV))
+    threads = threads_for(x_CV)
+    columns = x_CV.new_zeros(threads, 3, x_CV.shape[1])  # one of each per thread
+    rowwise = {"along": along_C, "apart": apart_C, **_named(("lse", "entropy", "spread"), rows)}
+    columnwise = [
+        {"square": square_V, **_named(("peak", "slope", "rest"), own)} for own in columns
+    ]
+    _run("opsdc_student", problem, x_CV, rowwise, columnwise)
+    peak_V = columns[:, 0].amax(0)
+    return Student(*rows, peak_V, *columns[:, 1:].sum(0))
+
+
+def dropped(
+    problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
+) -> tuple[Tensor, Tensor]:
+    mass_C, product_C = rows = x_CV.new_empty(2, len(x_CV))
+    rowwise = {"lse": lse_C, **_named(("mass", "product"), rows)}
+    columnwise = {"square": square_V, "keeps": keeps_V.to(x_CV.dtype)}
+    _run("opsdc_dropped", problem, x_CV, rowwise, [columnwise] * threads_for(x_CV))
+    return mass_C, product_C
+
+
+def _named(names: tuple[str, ...], rows: Tensor) -> dict[str, Tensor]:
+    return dict(zip(names, rows, strict=True))
+
+
+def _run(
+    function: str,
+    problem: Problem,
+    x_CV: Tensor,
+    rowwise: dict[str, Tensor],
+    columnwise: list[dict[str, Tensor]],
+) -> None:
+    """`columnwise`: for every thread."""
+    library = native().dll
+    assert library is not None
+    call = getattr(library, function)
+    height, size = x_CV.shape
+    bias = problem.student_bias
+    bias = None if bias is None else bias.detach()[:size].to(x_CV.dtype).contiguous()
+    rowwise = {name: x.contiguous() for name, x in rowwise.items()}
+
+    def run(thread: int, start: int, stop: int) -> None:
+        job = ColumnJob(
+            student=address(x_CV, start * x_CV.stride(0)),
+            rows=stop - start,
+            columns=size,
+            stride=x_CV.stride(0),
+            bias=address(bias),
+            factor=problem.logit_scale[0] / problem.temperature,
+            **{name: address(x, start) for name, x in rowwise.items()},
+            **{name: address(x) for name, x in columnwise[thread].items()},
+        )
+        call(ctypes.byref(job))
+
+    in_threads(run, height, len(columnwise))
