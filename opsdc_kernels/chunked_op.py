@@ -229,9 +229,13 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     else:
         per_row = upstream[:, None] if upstream.dim() else upstream
         last_use = _graph_is_freed(upstream)
+        # Of `loss.backward()`; pages of zeros that columns left out stay untouched.
+        is_one = last_use and upstream.device.type == "cpu" and upstream.dim() == 0 and upstream == 1
         found = [
             None
             if not need
+            else x
+            if is_one and x.dtype == dtype
             else x.mul_(per_row)
             if last_use and x.dtype == dtype
             else _times_upstream(x, per_row, dtype)

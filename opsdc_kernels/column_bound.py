@@ -34,6 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opsdc_kernels import plan
 from opsdc_kernels.gemm import logits_into, operand_dtype
 from opsdc_kernels.problem import Problem
 
@@ -95,10 +96,15 @@ class Heads:
 
 def _radius(weight: Tensor, dtype: torch.dtype, centred: bool) -> Tensor:
     """‖row − mean of some rows‖, or ‖row‖, [V]."""
+    centre = weight[::CENTRE_STEP].mean(0, dtype=dtype) * centred
+    in_c = weight.dtype == torch.float32 and weight.stride(1) == 1
+    if in_c and plan.compiled_rows(weight.device, weight.dtype):
+        from opsdc_kernels.native.columns import square_distances
+
+        return square_distances(weight, centre).sqrt() * SLACK
     norm = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
     if not centred:
         return norm
-    centre = weight[::CENTRE_STEP].mean(0, dtype=dtype)
     size = torch.linalg.vector_norm(centre)
     # No [V, D] differences: they take longer than the products do.
     square = norm.square() - 2 * _times(weight, centre) + size.square()

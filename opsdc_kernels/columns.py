@@ -11,6 +11,7 @@ Cost in head GEMMs: 1 + 3·(share of columns kept), with a frozen head 1 + 2·sh
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -151,7 +152,6 @@ def run_columns(
     # Chosen by estimates; what was realised is known. NaN is no bound either.
     if bool((realised.hidden_bound <= tolerance) & (realised.weight_bound <= tolerance)):
         return run.result, realised
-    run.units += 2 + run.backward_units
     return run.all_columns()
 
 
@@ -184,6 +184,8 @@ class _Pass:
         self.backward_units = needs.hidden + needs.weight
         self.kept_columns = self.units = 0.0  # summed over the tokens; units per token
         self.weight_written = self.dense = False
+        self.touched_V = torch.zeros_like(self.weight_error_V, dtype=torch.bool)
+        """Rows of dW that may not be 0."""
         dims = (problem.student_hidden.shape[1], problem.teacher_hidden.shape[1])
         self.height = plan.column_chunk_rows(
             self.count, problem.vocab_size, dims, problem.student_hidden.dtype,
@@ -203,9 +205,9 @@ class _Pass:
         problem, size = self.problem, self.problem.vocab_size
         if self.count >= LOOK_LEAST and self._looks_dense():
             return self.all_columns()[1]
-        self.result = empty_result(problem, self.needs)
-        if self.result.weight_gradient is not None:
-            self.result.weight_gradient[size if self.count else 0 :].zero_()
+        self.result = empty_result(problem, replace(self.needs, weight=False))
+        if self.needs.weight:
+            self.result.weight_gradient = untouched_zeros(problem.student_weight, problem.dtype)
         starts = range(0, self.count, self.height)
         chunks = [self._tokens(i, i + self.height) for i in starts]
         buffers = self.token_error_N.new_empty(2 + ahead, min(self.height, self.count), size)
@@ -227,12 +229,12 @@ class _Pass:
 
     def all_columns(self) -> tuple[Result, Realised]:
         """Of a pass that leaves out none."""
-        self.units += self.count * (2 + self.backward_units)
-        self.kept_columns = self.count
         self.result = run_chunks(self.problem, self.needs, self.row_weight_N, self.kept_K)
-        for error in (self.token_error_N, self.divergence_error_N, self.weight_error_V):
-            error.zero_()
-        return self.result, self._realised()
+        units = 2 + self.backward_units + self.units / max(self.count, 1)
+        realised = exact(self.result)
+        return self.result, replace(
+            realised, gemm_units=torch.full_like(realised.gemm_units, units)
+        )
 
     def _all_of_the_rest(self, start: int) -> None:
         self._undo_lift()
@@ -240,6 +242,7 @@ class _Pass:
         if isinstance(rest, slice):
             rest = torch.arange(start, self.count, device=self.weight.device)
         run_chunks(self.problem, self.needs, self.row_weight_N, rest, onto=self.result)
+        self.touched_V.fill_(True)
         self.units += len(rest) * (2 + self.backward_units)
         self.kept_columns += len(rest)
 
@@ -267,17 +270,15 @@ class _Pass:
         cut_V, cut, _ = self._choose(tokens, x_CV, spare_CV, weights, student)
         keeps_V = cut_V > cut
         smallest = torch.where(keeps_V, 0, student.peak_V).amax()
-        half = slice(rows // 2)
-        half_weights = replace(
-            weights, reach_C=weights.reach_C[half],
-            slopes=(weights.slopes[0][half], weights.slopes[1][half]),
-        )  # fmt: skip
-        fewer = (self._student(x_CV[half], half_weights).peak_V > smallest).sum()
-        # More tokens bring more columns; as many times more with every doubling.
-        growth = (keeps_V.sum() / fewer.clamp(min=1)).log2().clamp(0, 1)
-        share = keeps_V.sum() / len(keeps_V) * (self.height / rows) ** growth
+        first, second = (self._peaks(x_CV[half::2], weights, half) > smallest for half in (0, 1))
+        both, once = (first & second).sum(), (first ^ second).sum()
+        share = _more(once, both, 2 * self.height / rows) / len(keeps_V)
         self.units += rows
         return bool(share > DENSE_SHARE)
+
+    def _peaks(self, x_CV: Tensor, weights: _Weights, start: int) -> Tensor:
+        nothing = torch.zeros_like(weights.size_C[start::2])
+        return column_sums.student(self.problem, x_CV, self.square_V, nothing, nothing).peak_V
 
     def _weights(self, tokens: Tokens) -> _Weights:
         problem, needs = self.problem, self.needs
@@ -561,13 +562,12 @@ class _Pass:
             columns=columns,
         )
         if columns is not None and all_VD is not None:
-            if not self.weight_written:
-                all_VD.zero_()
             if tile.row_scale is not None:
                 scale_C1 = scale_C1 * tile.row_scale
             operand_CD = weight_operand(tile, scale_C1, hidden_CD, all_VD.dtype, self.lift)
             gemm.scatter_weight_gradient(all_VD, tile.values, operand_CD, columns)
         self.weight_written = True
+        self.touched_V[slice(None) if columns is None else columns] = True
         if gradient_CD is not None and result.hidden_gradient is not None:
             result.hidden_gradient[tokens] = gradient_CD
             norm, error = gradient_CD.norm(), self.token_error_N[tokens].norm()
@@ -578,8 +578,11 @@ class _Pass:
         size_N = torch.zeros_like(error_N)
         if result.hidden_gradient is not None:
             size_N = torch.linalg.vector_norm(result.hidden_gradient, dim=1)
-        parts = [x for x in (result.weight_gradient, result.bias_gradient) if x is not None]
-        norms = [torch.linalg.vector_norm(x) for x in parts]
+        norms = [] if result.bias_gradient is None else [result.bias_gradient.norm()]
+        if result.weight_gradient is not None:
+            touched = self.touched_V.nonzero().squeeze(1)
+            blocks = gemm.row_blocks(result.weight_gradient, error_N.dtype, touched)
+            norms += [block.norm() for _, block in blocks]
         size = torch.stack(norms).norm() if norms else error_N.new_zeros(())
         return Realised(
             token_bound=_relative(error_N, size_N),
@@ -591,6 +594,15 @@ class _Pass:
         )
 
 
+def untouched_zeros(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the weight's shape. A CPU's come as the system's pages of zeros, which take neither time
+    nor memory before they are written to: most of dW never is."""
+    if weight_VD.device.type != "cpu" or not weight_VD.numel():
+        return torch.zeros_like(weight_VD, dtype=dtype, memory_format=torch.contiguous_format)
+    pages = mmap.mmap(-1, weight_VD.numel() * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(weight_VD.shape)
+
+
 def _count(tokens: Tokens) -> int:
     return tokens.stop - tokens.start if isinstance(tokens, slice) else len(tokens)
 
@@ -599,6 +611,14 @@ def _relative(error: Tensor, size: Tensor) -> Tensor:
     """error / ‖exact‖ from the size of what was computed, which is within `error` of ‖exact‖."""
     found = torch.where(size > error, error / (size - error), torch.inf)
     return torch.where(error == 0, 0.0, found)
+
+
+def _more(once: Tensor, both: Tensor, times: float) -> Tensor:
+    """Different columns in `times` samples of tokens, of which two have these in one and in both:
+    the extrapolation of Chao's estimate of the number of species."""
+    unseen = once.square() / (4 * both.clamp(min=1))
+    rate = once / (2 * unseen + once).clamp(min=TINY)
+    return once + both + unseen * (1 - (1 - rate) ** (times - 2))
 
 
 def _gathered(spare_CV: Tensor, width: int) -> Tensor:

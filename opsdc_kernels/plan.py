@@ -26,7 +26,7 @@ COLUMN_BUFFERS = 4
 """Blocks that these passes, in torch, hold at once."""
 COLUMN_VECTORS = 64
 """Numbers per vocabulary column that choosing columns takes, those of a thread each included."""
-PILOT_PARTS = 64
+PILOT_PARTS = 128
 """V over the columns whose gradient tells the size of the whole one."""
 PILOT_BUFFERS = 6
 """Tiles of these columns at once."""

@@ -1,4 +1,5 @@
-"""`opsdc_kernels.column_sums` in C, for fp32 on a CPU and logits without a soft-cap."""
+"""`opsdc_kernels.column_sums` in C, for fp32 on a CPU and logits without a soft-cap; and the
+distances of `column_bound`."""
 
 from __future__ import annotations
 
@@ -61,6 +62,24 @@ def dropped(
     columnwise = {"square": square_V, "keeps": keeps_V.to(x_CV.dtype)}
     _run("opsdc_dropped", problem, x_CV, rowwise, [columnwise] * threads_for(x_CV))
     return mass_C, product_C
+
+
+def square_distances(weight_VD: Tensor, centre_D: Tensor) -> Tensor:
+    """‖row − centre‖² of every row [V]."""
+    library = native().dll
+    assert library is not None
+    (size, dim), stride = weight_VD.shape, weight_VD.stride(0)
+    centre_D, found_V = centre_D.contiguous(), weight_VD.new_empty(size)
+
+    def run(_: int, start: int, stop: int) -> None:
+        library.opsdc_square_distances(
+            ctypes.c_void_p(address(weight_VD, start * stride)), ctypes.c_int64(stop - start),
+            ctypes.c_int64(dim), ctypes.c_int64(stride), ctypes.c_void_p(address(centre_D)),
+            ctypes.c_void_p(address(found_V, start)),
+        )  # fmt: skip
+
+    in_threads(run, size, threads_for(weight_VD))
+    return found_V
 
 
 def _named(names: tuple[str, ...], rows: Tensor) -> dict[str, Tensor]:

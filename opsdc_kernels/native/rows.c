@@ -432,3 +432,23 @@ static inline void dropped_row(const ColumnJob *job, int64_t i, const float *bia
 void opsdc_student(const ColumnJob *job) { WITHOUT_DENORMALS(EACH_ROW(student_row)); }
 
 void opsdc_dropped(const ColumnJob *job) { WITHOUT_DENORMALS(EACH_ROW(dropped_row)); }
+
+/* |row - centre|^2 of every row. */
+void opsdc_square_distances(const float *weight, int64_t rows, int64_t columns, int64_t stride,
+                            const float *centre, float *out)
+{
+    for (int64_t i = 0; i < rows; i++) {
+        const float *row = weight + i * stride;
+        double total = 0;
+        BLOCKS(columns) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            EACH_COLUMN {
+                float difference = row[v] - centre[v];
+                sum += difference * difference;
+            }
+            total += sum;
+        }
+        out[i] = (float)total;
+    }
+}
