@@ -229,14 +229,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     else:
         per_row = upstream[:, None] if upstream.dim() else upstream
         last_use = _graph_is_freed(upstream)
-        # Of `loss.backward()`; pages of zeros that columns left out stay untouched.
-        is_one = last_use and upstream.device.type == "cpu" and upstream.dim() == 0 and upstream == 1
         found = [
             None
             if not need
-            else x
-            if is_one and x.dtype == dtype
-            else x.mul_(per_row)
+            else _scaled_in_place(x, per_row)
             if last_use and x.dtype == dtype
             else _times_upstream(x, per_row, dtype)
             for x, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
@@ -245,6 +241,12 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         if need:
             gradients[position] = gradient
     return tuple(gradients)
+
+
+def _scaled_in_place(saved: Tensor, upstream: Tensor) -> Tensor:
+    if upstream.device.type == "cpu" and upstream.dim() == 0 and upstream == 1:
+        return saved  # and its pages as they are, of which columns left out touched few
+    return saved.mul_(upstream)
 
 
 def _graph_is_freed(upstream: Tensor) -> bool:

@@ -55,7 +55,9 @@ def student(
         along = along_C[block]
         sums_2V.addmm_(torch.stack([along, along * spread.sqrt() + apart_C[block]]), q)
         rows.append(torch.stack([(top + total.log()).squeeze(1), entropy.squeeze(1), spread]))
-    return Student(*torch.cat(rows, 1), peak_V, *sums_2V)
+    lse_C, entropy_C, spread_C = torch.cat(rows, 1)
+    slope_V, rest_V = sums_2V
+    return Student(lse_C, entropy_C, spread_C, peak_V, slope_V, rest_V)
 
 
 def dropped(
@@ -66,7 +68,9 @@ def dropped(
         from opsdc_kernels.native.columns import dropped as in_c
 
         return in_c(problem, x_CV, lse_C, keeps_V, square_V)
-    weights = torch.stack([torch.ones_like(square_V), square_V], 1).masked_fill_(keeps_V[:, None], 0)
+    weights = torch.stack([torch.ones_like(square_V), square_V], 1).masked_fill_(
+        keeps_V[:, None], 0
+    )
     found = [
         probabilities_(problem, x_CV[block].clone(), lse_C[block]) @ weights
         for block in _blocks(x_CV)

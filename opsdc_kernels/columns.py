@@ -149,10 +149,14 @@ def run_columns(
         ahead = problem.student_hidden.is_cuda
     run = _Pass(problem, needs, row_weight_N, kept_K, tolerance, exact_value)
     realised = run.over_chunks(ahead)
-    # Chosen by estimates; what was realised is known. NaN is no bound either.
-    if bool((realised.hidden_bound <= tolerance) & (realised.weight_bound <= tolerance)):
+    if _holds(realised, tolerance):
         return run.result, realised
     return run.all_columns()
+
+
+def _holds(realised: Realised, tolerance: float) -> bool:
+    """Columns are chosen by estimates; what was realised is known. NaN is no bound either."""
+    return bool((realised.hidden_bound <= tolerance) & (realised.weight_bound <= tolerance))
 
 
 class _Pass:
@@ -357,12 +361,13 @@ class _Pass:
         )
         reach_R = weights.reach_C[some]
         around = reach_R @ (eta[some] * student.spread_C[some].sqrt() + nu[some])
+        # δ reaches the columns as the rest does, but for its size: an estimate.
+        shift_J = reach_R @ found.shift / around.clamp(min=TINY)
         cut = self._largest_cut(
             cut_V,
             (found.hidden * weights.size_C[some, None]).square().sum(0) * (count / len(some)),
             self.heads.radius_V * student.slope_V + student.rest_V,
-            # δ reaches the columns as the rest does, but for its size: an estimate.
-            reach_R @ found.shift / around.clamp(min=TINY) * torch.linalg.vector_norm(student.rest_V),
+            shift_J * torch.linalg.vector_norm(student.rest_V),
             allowed,
         )
         return cut_V, cut, allowed

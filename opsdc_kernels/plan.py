@@ -276,9 +276,10 @@ def column_scratch_bytes(
     """As `scratch_bytes` where columns are left out. The second logit buffer holds what is gathered
     of the logits, of student and teacher; rows of the heads are gathered in blocks."""
     wide = 8 if dtype == torch.float64 else 4
-    on_cpu = device.type == "cpu"
-    gathered = min(UPCAST_BLOCK_BYTES if on_cpu else GATHER_BLOCK_BYTES, wide * vocab_size * max(dims))
+    most = UPCAST_BLOCK_BYTES if device.type == "cpu" else GATHER_BLOCK_BYTES
+    gathered = 2 * min(most, wide * vocab_size * max(dims))
     block = COLUMN_BUFFERS * min(column_block_rows(vocab_size, device), rows) * vocab_size * wide
     pilot = -(-vocab_size // PILOT_PARTS) * (PILOT_BUFFERS * rows + 2 * max(dims)) * wide
     vectors = COLUMN_VECTORS * vocab_size * wide
-    return scratch_bytes(rows, vocab_size, dims, dtype, device) + 2 * gathered + block + pilot + vectors
+    chunks = scratch_bytes(rows, vocab_size, dims, dtype, device)
+    return chunks + gathered + block + pilot + vectors

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from opsdc_kernels.column_sums import Student
@@ -46,12 +45,11 @@ def student(
     threads = threads_for(x_CV)
     columns = x_CV.new_zeros(threads, 3, x_CV.shape[1])  # one of each per thread
     rowwise = {"along": along_C, "apart": apart_C, **_named(("lse", "entropy", "spread"), rows)}
-    columnwise = [
-        {"square": square_V, **_named(("peak", "slope", "rest"), own)} for own in columns
-    ]
+    columnwise = [{"square": square_V, **_named(("peak", "slope", "rest"), own)} for own in columns]
     _run("opsdc_student", problem, x_CV, rowwise, columnwise)
-    peak_V = columns[:, 0].amax(0)
-    return Student(*rows, peak_V, *columns[:, 1:].sum(0))
+    lse_C, entropy_C, spread_C = rows
+    slope_V, rest_V = columns[:, 1:].sum(0)
+    return Student(lse_C, entropy_C, spread_C, columns[:, 0].amax(0), slope_V, rest_V)
 
 
 def dropped(
