@@ -8,8 +8,9 @@ import ctypes
 from torch import Tensor
 
 from opsdc_kernels.column_sums import Student
+from opsdc_kernels.native import threads
 from opsdc_kernels.native.build import native
-from opsdc_kernels.native.rows import address, in_threads, threads_for
+from opsdc_kernels.native.threads import address
 from opsdc_kernels.problem import Problem
 
 
@@ -42,8 +43,7 @@ def student(
     problem: Problem, x_CV: Tensor, square_V: Tensor, along_C: Tensor, apart_C: Tensor
 ) -> Student:
     rows = x_CV.new_empty(3, len(x_CV))
-    threads = threads_for(x_CV)
-    columns = x_CV.new_zeros(threads, 3, x_CV.shape[1])  # one of each per thread
+    columns = x_CV.new_zeros(len(threads.parts(x_CV)), 3, x_CV.shape[1])  # one of each per thread
     rowwise = {"along": along_C, "apart": apart_C, **_named(("lse", "entropy", "spread"), rows)}
     columnwise = [{"square": square_V, **_named(("peak", "slope", "rest"), own)} for own in columns]
     _run("opsdc_student", problem, x_CV, rowwise, columnwise)
@@ -58,8 +58,21 @@ def dropped(
     mass_C, product_C = rows = x_CV.new_empty(2, len(x_CV))
     rowwise = {"lse": lse_C, **_named(("mass", "product"), rows)}
     columnwise = {"square": square_V, "keeps": keeps_V.to(x_CV.dtype)}
-    _run("opsdc_dropped", problem, x_CV, rowwise, [columnwise] * threads_for(x_CV))
+    _run("opsdc_dropped", problem, x_CV, rowwise, [columnwise] * len(threads.parts(x_CV)))
     return mass_C, product_C
+
+
+class DistanceJob(ctypes.Structure):
+    """As `DistanceJob` in rows.c."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("centre", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+    )
 
 
 def square_distances(weight_VD: Tensor, centre_D: Tensor) -> Tensor:
@@ -68,15 +81,18 @@ def square_distances(weight_VD: Tensor, centre_D: Tensor) -> Tensor:
     assert library is not None
     (size, dim), stride = weight_VD.shape, weight_VD.stride(0)
     centre_D, found_V = centre_D.contiguous(), weight_VD.new_empty(size)
-
-    def run(_: int, start: int, stop: int) -> None:
-        library.opsdc_square_distances(
-            ctypes.c_void_p(address(weight_VD, start * stride)), ctypes.c_int64(stop - start),
-            ctypes.c_int64(dim), ctypes.c_int64(stride), ctypes.c_void_p(address(centre_D)),
-            ctypes.c_void_p(address(found_V, start)),
-        )  # fmt: skip
-
-    in_threads(run, size, threads_for(weight_VD))
+    jobs = [
+        DistanceJob(
+            weight=address(weight_VD, start * stride),
+            rows=stop - start,
+            columns=dim,
+            stride=stride,
+            centre=address(centre_D),
+            out=address(found_V, start),
+        )
+        for start, stop in threads.parts(weight_VD)
+    ]
+    threads.run(library, "opsdc_distances", jobs)
     return found_V
 
 
@@ -94,14 +110,13 @@ def _run(
     """`columnwise`: for every thread."""
     library = native().dll
     assert library is not None
-    call = getattr(library, function)
-    height, size = x_CV.shape
+    size = x_CV.shape[1]
     bias = problem.student_bias
     bias = None if bias is None else bias.detach()[:size].to(x_CV.dtype).contiguous()
     rowwise = {name: x.contiguous() for name, x in rowwise.items()}
 
-    def run(thread: int, start: int, stop: int) -> None:
-        job = ColumnJob(
+    jobs = [
+        ColumnJob(
             student=address(x_CV, start * x_CV.stride(0)),
             rows=stop - start,
             columns=size,
@@ -109,8 +124,8 @@ def _run(
             bias=address(bias),
             factor=problem.logit_scale[0] / problem.temperature,
             **{name: address(x, start) for name, x in rowwise.items()},
-            **{name: address(x) for name, x in columnwise[thread].items()},
+            **{name: address(x) for name, x in own.items()},
         )
-        call(ctypes.byref(job))
-
-    in_threads(run, height, len(columnwise))
+        for (start, stop), own in zip(threads.parts(x_CV), columnwise, strict=True)
+    ]
+    threads.run(library, function, jobs)

@@ -347,6 +347,22 @@ static void each_row(const Job *job)
 /* Rows whose divergence comes back as NaN are left as they were but for bias and factor. */
 void opsdc_rows(const Job *job) { WITHOUT_DENORMALS(each_row(job)); }
 
+/* Jobs of a pass that threads take one after the other, however many threads there are. */
+typedef struct {
+    void (*pass)(const void *);
+    const char *jobs;
+    int64_t size, count, next; /* size: bytes of a job */
+} Queue;
+
+void opsdc_work(Queue *queue)
+{
+    for (;;) {
+        int64_t i = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
+        if (i >= queue->count) return;
+        queue->pass(queue->jobs + i * queue->size);
+    }
+}
+
 /* What opsdc_kernels/columns.py asks of the student, by opsdc_kernels/column_sums.py and with its
    letters, from raw products that stay as they are: no tile of probabilities is written. */
 typedef struct {
@@ -433,14 +449,19 @@ void opsdc_student(const ColumnJob *job) { WITHOUT_DENORMALS(EACH_ROW(student_ro
 
 void opsdc_dropped(const ColumnJob *job) { WITHOUT_DENORMALS(EACH_ROW(dropped_row)); }
 
-/* |row - centre|^2 of every row. */
-void opsdc_square_distances(const float *weight, int64_t rows, int64_t columns, int64_t stride,
-                            const float *centre, float *out)
+typedef struct {
+    const float *weight; /* [rows, columns] */
+    int64_t rows, columns, stride;
+    const float *centre; /* [columns] */
+    float *out;          /* [rows] |row - centre|^2 */
+} DistanceJob;
+
+void opsdc_distances(const DistanceJob *job)
 {
-    for (int64_t i = 0; i < rows; i++) {
-        const float *row = weight + i * stride;
+    for (int64_t i = 0; i < job->rows; i++) {
+        const float *row = job->weight + i * job->stride, *centre = job->centre;
         double total = 0;
-        BLOCKS(columns) {
+        BLOCKS(job->columns) {
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
             EACH_COLUMN {
@@ -449,6 +470,6 @@ void opsdc_square_distances(const float *weight, int64_t rows, int64_t columns, 
             }
             total += sum;
         }
-        out[i] = (float)total;
+        job->out[i] = (float)total;
     }
 }

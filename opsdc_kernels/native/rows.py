@@ -6,21 +6,19 @@ to `rows_exact`, soft-capped logits through torch first.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from opsdc_kernels.native import threads
 from opsdc_kernels.native.build import native
+from opsdc_kernels.native.threads import address
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import Rows, exact_rows_, transform_
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 FIELDS = 8
 """Divergence, the five statistics, the two log-probabilities of targets."""
-THREAD_LOGITS = 1 << 17
-"""Fewer logits per thread than this (0.2 ms) are not worth starting one."""
 
 
 class Job(ctypes.Structure):
@@ -112,8 +110,8 @@ def _run(
     biases = [None if x is None else x.detach()[:columns].float().contiguous() for x in given]
     targets = None if target_ids is None else target_ids.contiguous()
 
-    def run(_: int, start: int, stop: int) -> None:
-        job = Job(
+    def job(start: int, stop: int) -> Job:
+        return Job(
             student=address(s, start * s.stride(0)),
             other=address(other, start * other.stride(0)),
             rows=stop - start,
@@ -133,27 +131,6 @@ def _run(
             out=address(results, start),
             out_stride=rows,
         )
-        library.opsdc_rows(ctypes.byref(job))
 
-    in_threads(run, rows, threads_for(s))
+    threads.run(library, "opsdc_rows", [job(*part) for part in threads.parts(s)])
     return results
-
-
-def threads_for(x_BV: Tensor) -> int:
-    rows, columns = x_BV.shape
-    return max(min(torch.get_num_threads(), rows, rows * columns // THREAD_LOGITS), 1)
-
-
-def in_threads(run: Callable[[int, int, int], None], rows: int, threads: int) -> None:
-    """Calls `run(thread, start, stop)` with as many rows for each."""
-    if threads == 1:
-        run(0, 0, rows)
-        return
-    cuts = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(threads), cuts[:-1], cuts[1:]))
-
-
-def address(x: Tensor | None, offset: int = 0) -> int | None:
-    """Of the element `offset`."""
-    return None if x is None else x.data_ptr() + offset * x.element_size()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from opsdc_kernels import column_bound, column_sums
-from opsdc_kernels.native import build, columns, rows
+from opsdc_kernels.native import build, columns, threads
 
 C, D, V = 7, 12, 2500
 """More columns than two blocks of the passes in C."""
@@ -74,12 +74,12 @@ def test_threads_agree(monkeypatch, make_problem):
     monkeypatch.setenv(build.SWITCH, "1")
     if build.native().dll is None:
         pytest.skip(f"row passes run in {build.native().description}")
-    monkeypatch.setattr(rows, "THREAD_LOGITS", 1)
+    monkeypatch.setattr(threads, "THREAD_LOGITS", 1)
     h, w = torch.randn(C, D), torch.randn(V, D)
     problem, some = make_problem(h, w, h), torch.rand(V)
     found = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
+    for count in (1, 3):
+        torch.set_num_threads(count)
         found.append(columns.student(problem, h @ w.T, some, torch.ones(C), torch.ones(C)))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
