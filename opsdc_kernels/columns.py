@@ -43,8 +43,8 @@ LOOK_ROWS = 32
 dense goes to `chunked` before anything is spent on it."""
 LOOK_LEAST = 8 * LOOK_ROWS
 """Tokens of calls that are looked at."""
-SAMPLE_STEP = 8
-"""The cut is chosen by every 8th token in the order of their entropy."""
+SAMPLE_STEP = 16
+"""The cut is chosen by every 16th token in the order of their entropy."""
 SAMPLE_LEAST = 8
 """Tokens of a sample."""
 ATTEMPTS = 3
