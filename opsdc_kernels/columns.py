@@ -45,7 +45,7 @@ LOOK_LEAST = 8 * LOOK_ROWS
 """Tokens of calls that are looked at."""
 SAMPLE_STEP = 16
 """The cut is chosen by every 16th token in the order of their entropy."""
-SAMPLE_LEAST = 8
+SAMPLE_LEAST = 16
 """Tokens of a sample."""
 ATTEMPTS = 3
 """Cuts that are tried where the sample misled."""
