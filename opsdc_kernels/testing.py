@@ -181,7 +181,7 @@ def _bisect(rising: Any, wanted: float, count: int) -> Tensor:
     """x [count] > 0 with rising(x) = wanted, by bisection of log x."""
     low = torch.full((count,), -25.0, dtype=torch.float64)
     high = torch.full((count,), 9.0, dtype=torch.float64)
-    for _ in range(32):
+    for _ in range(22):  # to 1e-5 of x
         middle = (low + high) / 2
         above = rising(middle.exp()) > wanted
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)

@@ -163,7 +163,18 @@ def test_production_vocabulary():
     assert sweep((0.5, 3.0), (1e-5, 1e-2), [(7, 512, 151936)]) >= 10
 
 
+SIZES = list(itertools.product((1, 7, 513), (16, 65, 512), (31, 128, 1000, 32000)))
+LARGE = [size for size in SIZES if size[0] * size[2] > 100_000]
+
+
 @pytest.mark.slow
-def test_full_grid():
-    sizes = list(itertools.product((1, 7, 513), (16, 65, 512), (31, 128, 1000, 32000)))
-    sweep(ENTROPIES, KLS, sizes)
+@pytest.mark.parametrize("entropy", ENTROPIES)
+def test_full_grid(entropy):
+    assert sweep((entropy,), KLS, [size for size in SIZES if size not in LARGE]) >= 100
+
+
+@pytest.mark.slow
+def test_large_cells_of_the_grid():
+    """Seconds each, to make them and to know the truth: every 11th."""
+    cells = list(itertools.product(ENTROPIES, KLS, LARGE, DTYPES))[::11]
+    assert sum(sweep((e,), (kl,), [size], (dtype,)) for e, kl, size, dtype in cells) >= 40
