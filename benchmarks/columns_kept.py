@@ -6,34 +6,40 @@
 No bounds here but true errors, of dH and dW against those from all columns, in fp32; their norms
 are taken through 64 random directions of the hidden dimension, good to about 1 %. Four questions,
 each at temperature 1 and at that where the mean entropy is half a nat: the order of the tokens, the
-rows of a chunk, what columns are ranked by, and what stands in for the columns that are dropped.
+rows of a chunk (of those also the time of their products), what columns are ranked by, and what
+stands in for the columns that are dropped.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.real_states import real_cases
+from benchmarks.speed import seconds
 from opsdc_kernels.testing import Case
 
-PROBLEMS, RESPONSE = 16, 96
+PROBLEMS, RESPONSE, TOKENS = 16, 96, 1024
 TARGET = 1e-3
 """Relative error of the gradients at which shares of columns are compared."""
 ENTROPY = 0.5
+KEPT = 0.05
+"""Of the columns, where chunks are timed."""
 CHUNKS = (128, 256, 512, 1024)
 DIRECTIONS = 64
 
 
 @dataclass(frozen=True)
 class States:
-    """All logits of some tokens; letters as in `opsdc_kernels.problem`."""
+    """All logits of some tokens; letters as in `opsdc_kernels.problem`, P random directions."""
 
     hidden_ND: Tensor
     delta_ND: Tensor
@@ -41,97 +47,130 @@ class States:
     weight_VD: Tensor
     q_NV: Tensor
     d_NV: Tensor
-    directions_DP: Tensor
 
     @classmethod
     def of(cls, case: Case, temperature: float) -> States:
         hidden = case.student_hidden / temperature
         delta = case.teacher_hidden / temperature - hidden
         weight = case.student_weight
-        g = torch.Generator().manual_seed(0)
-        return cls(
-            hidden_ND=hidden,
-            delta_ND=delta,
-            weight_VD=weight,
-            q_NV=(hidden @ weight.T).softmax(1),
-            d_NV=delta @ weight.T,
-            directions_DP=torch.randn(hidden.shape[1], DIRECTIONS, generator=g),
-        )
+        return cls(hidden, delta, weight, (hidden @ weight.T).softmax(1), delta @ weight.T)
 
-    @property
+    def reordered(self, order: Tensor) -> States:
+        rows = (x[order] for x in (self.hidden_ND, self.delta_ND, self.q_NV, self.d_NV))
+        hidden, delta, q, d = rows
+        return States(hidden, delta, self.weight_VD, q, d)
+
+    @cached_property
     def entropy_N(self) -> Tensor:
-        return torch.special.entr(self.q_NV).sum(1)
+        return torch.cat([torch.special.entr(q).sum(1) for q in self.q_NV.split(64)])
 
-    def gradient(self, rows: Tensor) -> Tensor:
-        """dZ [C, V] of the reverse KL, from all columns."""
+    @cached_property
+    def directions_DP(self) -> Tensor:
+        g = torch.Generator().manual_seed(0)
+        return torch.randn(self.hidden_ND.shape[1], DIRECTIONS, generator=g)
+
+    @cached_property
+    def weight_VP(self) -> Tensor:
+        return self.weight_VD @ self.directions_DP
+
+    @cached_property
+    def hidden_NP(self) -> Tensor:
+        return self.hidden_ND @ self.directions_DP
+
+    @cached_property
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """dH [N, P] and dW [V, P] from all columns."""
+        hidden_NP, weight_VP = torch.zeros_like(self.hidden_NP), torch.zeros_like(self.weight_VP)
+        for rows in self.chunks(64):
+            dz = self.gradient(rows)
+            hidden_NP[rows] = dz @ self.weight_VP
+            weight_VP.addmm_(dz.T, self.hidden_NP[rows])
+        return hidden_NP, weight_VP
+
+    def gradient(self, rows: slice) -> Tensor:
+        """dZ [C, V] of the reverse KL."""
         q, d = self.q_NV[rows], self.d_NV[rows]
-        return q.mul(torch.linalg.vecdot(q, d)[:, None] - d)
+        return q * (torch.linalg.vecdot(q, d)[:, None] - d)
+
+    def chunks(self, height: int) -> list[slice]:
+        return [slice(i, i + height) for i in range(0, len(self.q_NV), height)]
 
 
-# What stands in for the dropped columns of a chunk: (states, rows, keeps [V], seed) → dZ [C, V],
-# and what dH gets beside dZ·W, [C, D] or None.
-Tail = Callable[[States, Tensor, Tensor, int], tuple[Tensor, Tensor | None]]
+@dataclass(frozen=True)
+class Found:
+    """The gradient of a chunk as some columns give it."""
+
+    columns_K: Tensor
+    dz_CK: Tensor
+    beside_CD: Tensor | None = None
+    """What dH gets beside dZ·W."""
 
 
-def renormalized(s: States, rows: Tensor, keeps_V: Tensor, seed: int) -> tuple[Tensor, None]:
+# What stands in for the columns that a chunk drops: (states, rows, kept columns, seed) → gradient.
+Tail = Callable[[States, slice, Tensor, int], Found]
+
+
+def renormalized(s: States, rows: slice, columns: Tensor, seed: int) -> Found:
     """Nothing: the mean of d is taken over the kept columns (what `skip_tolerance` does)."""
-    q = s.q_NV[rows] * keeps_V
-    d = s.d_NV[rows]
+    q, d = s.q_NV[rows].index_select(1, columns), s.d_NV[rows].index_select(1, columns)
     mean = torch.linalg.vecdot(q, d) / q.sum(1)
-    return q.mul_(mean[:, None] - d), None
+    return Found(columns, q.mul_(d.neg_().add_(mean[:, None])))
 
 
 def mean_row(by_mass: bool) -> Tail:
     """One row W̄ for all of them: d = Δh·W̄ there, which adds (m − d)·Q ⊗ W̄ to dH."""
 
-    def tail(s: States, rows: Tensor, keeps_V: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        q = s.q_NV[rows]
-        share_V = torch.where(keeps_V, 0.0, q.sum(0) if by_mass else 1.0)
+    def tail(s: States, rows: slice, columns: Tensor, seed: int) -> Found:
+        share_V = s.q_NV[rows].sum(0) if by_mass else torch.ones(len(s.weight_VD))
+        share_V[columns] = 0
         row = (share_V / share_V.sum().clamp(min=1e-30)) @ s.weight_VD
-        q = q * keeps_V
-        d = s.d_NV[rows]
+        q, d = s.q_NV[rows].index_select(1, columns), s.d_NV[rows].index_select(1, columns)
         dropped = 1 - q.sum(1)
         there = s.delta_ND[rows] @ row
         mean = torch.linalg.vecdot(q, d) + dropped * there
-        return q.mul_(mean[:, None] - d), torch.outer(dropped * (mean - there), row)
+        beside = torch.outer(dropped * (mean - there), row)
+        return Found(columns, q.mul_(d.neg_().add_(mean[:, None])), beside)
 
     return tail
 
 
-def sampled(columns: int) -> Tail:
+def sampled(count: int) -> Tail:
     """So many of them, drawn by their mass in the chunk and weighted by its inverse."""
 
-    def tail(s: States, rows: Tensor, keeps_V: Tensor, seed: int) -> tuple[Tensor, None]:
-        q, d = s.q_NV[rows], s.d_NV[rows]
-        mass_V = torch.where(keeps_V, 0.0, q.sum(0))
-        factor_V = keeps_V.float()
-        if mass_V.sum() > 0:
-            g = torch.Generator().manual_seed(seed)
-            drawn = mass_V.multinomial(columns, replacement=True, generator=g)
-            weight = mass_V.sum() / mass_V[drawn] / columns
-            factor_V = factor_V.index_add(0, drawn, weight)
-        q = q * factor_V
-        mean = torch.linalg.vecdot(q, d)
-        # Σ q is 1 in expectation alone.
-        mean = mean + (1 - q.sum(1)) * (mean / q.sum(1))
-        return q.mul_(mean[:, None] - d), None
+    def tail(s: States, rows: slice, columns: Tensor, seed: int) -> Found:
+        mass_V = s.q_NV[rows].sum(0)
+        mass_V[columns] = 0
+        g = torch.Generator().manual_seed(seed)
+        drawn = mass_V.multinomial(count, replacement=True, generator=g)
+        weight = mass_V.sum() / mass_V[drawn] / count
+        every = torch.cat([columns, drawn])
+        factor = torch.cat([torch.ones(len(columns)), weight])
+        q, d = s.q_NV[rows].index_select(1, every), s.d_NV[rows].index_select(1, every)
+        mean = torch.linalg.vecdot(q.mul_(factor), d)
+        return Found(every, q.mul_(d.neg_().add_(mean[:, None])))
 
     return tail
 
 
 # How columns are ranked in a chunk: (states, rows) → [V].
-Rank = Callable[[States, Tensor], Tensor]
-RANKS: dict[str, Rank] = {
-    "largest q": lambda s, rows: s.q_NV[rows].amax(0),
-    "Σ q²": lambda s, rows: s.q_NV[rows].square().sum(0).sqrt(),
-    "largest q·‖Δh‖": lambda s, rows: _slopes(s, rows).amax(0),
-    "Σ (q·‖Δh‖)²": lambda s, rows: _slopes(s, rows).square().sum(0).sqrt(),
-    "Σ dZ² (oracle)": lambda s, rows: s.gradient(rows).square().sum(0).sqrt(),
-}
+Rank = Callable[[States, slice], Tensor]
 
 
-def _slopes(s: States, rows: Tensor) -> Tensor:
+def by_largest(s: States, rows: slice) -> Tensor:
+    return s.q_NV[rows].amax(0)
+
+
+def _slopes(s: States, rows: slice) -> Tensor:
     return s.q_NV[rows] * s.delta_ND[rows].norm(dim=1, keepdim=True)
+
+
+RANKS: dict[str, Rank] = {
+    "largest q": by_largest,
+    "Σ q²": lambda s, rows: s.q_NV[rows].norm(dim=0),
+    "largest q·‖Δh‖": lambda s, rows: _slopes(s, rows).amax(0),
+    "Σ (q·‖Δh‖)²": lambda s, rows: _slopes(s, rows).norm(dim=0),
+    "Σ dZ² (all columns known)": lambda s, rows: s.gradient(rows).norm(dim=0),
+}
 
 
 def orders(s: States, height: int) -> Iterator[tuple[str, Tensor]]:
@@ -156,44 +195,35 @@ def _clusters(hidden_ND: Tensor, count: int) -> Tensor:
 
 
 def errors(
-    s: States, chunks: list[Tensor], keeps: list[Tensor], tail: Tail = renormalized, seed: int = 0
+    s: States, height: int, kept: list[Tensor], tail: Tail = renormalized, seed: int = 0
 ) -> tuple[float, float]:
-    """Relative errors of dH and dW where each chunk keeps the columns `keeps` [V] bool."""
-    weight_VP, hidden_NP = s.weight_VD @ s.directions_DP, s.hidden_ND @ s.directions_DP
-    gap_VP, true_VP = torch.zeros_like(weight_VP), torch.zeros_like(weight_VP)
-    gap = true = 0.0
-    for i, (rows, keeps_V) in enumerate(zip(chunks, keeps, strict=True)):
-        exact = s.gradient(rows)
-        found, beside = tail(s, rows, keeps_V, 1000 * seed + i)
-        found -= exact
-        lack = found @ weight_VP
-        if beside is not None:
-            lack += beside @ s.directions_DP
+    """Relative errors of dH and dW where each chunk keeps the columns `kept`."""
+    true_NP, true_VP = s.exact
+    gap, gap_VP = 0.0, true_VP.clone()
+    for i, (rows, columns) in enumerate(zip(s.chunks(height), kept, strict=True)):
+        found = tail(s, rows, columns, 1000 * seed + i)
+        lack = true_NP[rows] - found.dz_CK @ s.weight_VP[found.columns_K]
+        if found.beside_CD is not None:
+            lack -= found.beside_CD @ s.directions_DP
         gap += float(lack.square().sum())
-        true += float((exact @ weight_VP).square().sum())
-        gap_VP.addmm_(found.T, hidden_NP[rows])
-        true_VP.addmm_(exact.T, hidden_NP[rows])
-    return math.sqrt(gap / true), float(gap_VP.norm() / true_VP.norm())
+        gap_VP.index_add_(0, found.columns_K, found.dz_CK.T @ s.hidden_NP[rows], alpha=-1)
+    return math.sqrt(gap) / float(true_NP.norm()), float(gap_VP.norm() / true_VP.norm())
 
 
-def kept_share(
-    s: States, order: Tensor, height: int, rank: Rank, target: float = TARGET
-) -> tuple[float, float]:
-    """(mean share of the columns, cut) of the largest cut with both errors within the target."""
-    chunks = list(order.split(height))
-    scores = [rank(s, rows) for rows in chunks]
+def kept_share(s: States, height: int, rank: Rank = by_largest) -> float:
+    """Mean share of the columns above the largest cut whose errors are both within the target."""
+    scores = [rank(s, rows) for rows in s.chunks(height)]
     top = max(float(score.max()) for score in scores)
-    low, high = math.log(top * 1e-12), math.log(top)
-    for _ in range(9):
+    low, high = math.log(top * 1e-9), math.log(top)
+    for _ in range(8):
         middle = (low + high) / 2
-        keeps = [score > math.exp(middle) for score in scores]
-        if max(errors(s, chunks, keeps)) <= target:
-            low = middle
-        else:
-            high = middle
-    cut = math.exp(low)
-    kept = sum(float((x > cut).sum()) * len(rows) for x, rows in zip(scores, chunks, strict=True))
-    return kept / len(order) / len(s.weight_VD), cut
+        kept = [(score > math.exp(middle)).nonzero()[:, 0] for score in scores]
+        low, high = (middle, high) if max(errors(s, height, kept)) <= TARGET else (low, middle)
+    counts = [
+        float((score > math.exp(low)).sum()) * len(s.q_NV[rows])
+        for score, rows in zip(scores, s.chunks(height), strict=True)
+    ]
+    return sum(counts) / s.q_NV.numel()
 
 
 def at_half_a_nat(case: Case) -> float:
@@ -207,30 +237,24 @@ def at_half_a_nat(case: Case) -> float:
     return low
 
 
-def report_orders(s: States) -> None:
-    print(f"share of the columns for errors of at most {TARGET:g}, by largest q in a chunk")
-    heights = [height for height in CHUNKS if height <= len(s.q_NV)]
-    print(f"{'order':<28}" + "".join(f"{height:>9}" for height in heights) + "   rows")
-    shares: dict[str, list[float]] = {}
-    for height in heights:
-        for name, order in orders(s, height):
-            found, _ = kept_share(s, order, height, RANKS["largest q"])
-            shares.setdefault(name, []).append(found)
-    for name, found_shares in shares.items():
-        print(f"{name:<28}" + "".join(f"{share:>9.1%}" for share in found_shares), flush=True)
+def report_orders(s: States, heights: Sequence[int]) -> None:
+    print(f"share of the columns for errors of at most {TARGET:g}, by largest q in a chunk of rows")
+    print(f"{'order':<28}" + "".join(f"{height:>9}" for height in heights))
+    for name, _ in orders(s, heights[0]):
+        shares = []
+        for height in heights:
+            shares.append(kept_share(s.reordered(dict(orders(s, height))[name]), height))
+        print(f"{name:<28}" + "".join(f"{share:>9.1%}" for share in shares), flush=True)
 
 
 def report_ranks(s: States, height: int) -> None:
     print(f"share of the columns for errors of at most {TARGET:g}, chunks of {height}, by rank")
-    order = torch.arange(len(s.q_NV))
     for name, rank in RANKS.items():
-        found, _ = kept_share(s, order, height, rank)
-        print(f"{name:<28}{found:>9.1%}", flush=True)
+        print(f"{name:<28}{kept_share(s, height, rank):>9.1%}", flush=True)
 
 
 def report_tails(s: States, height: int) -> None:
-    print(f"errors of dH / dW at one cut of the largest q, chunks of {height}, as sampled")
-    chunks = list(torch.arange(len(s.q_NV)).split(height))
+    print(f"errors of dH / dW at one cut of the largest q, chunks of {height}")
     tails: dict[str, Tail] = {
         "renormalized": renormalized,
         "mean row": mean_row(by_mass=False),
@@ -238,26 +262,53 @@ def report_tails(s: States, height: int) -> None:
         "256 sampled columns": sampled(256),
         "2,048 sampled columns": sampled(2048),
     }
+    peaks = [by_largest(s, rows) for rows in s.chunks(height)]
     for cut in (1e-3, 1e-4, 1e-5, 1e-6):
-        peaks = [s.q_NV[rows].amax(0) for rows in chunks]
-        keeps = [peak > cut for peak in peaks]
-        share = float(torch.stack(keeps).float().mean())
-        dropped = 1 - sum(
-            float((s.q_NV[rows] * k).sum()) for rows, k in zip(chunks, keeps, strict=True)
-        ) / len(s.q_NV)
-        print(f"cut {cut:.0e}: {share:.1%} of the columns, mass dropped {dropped:.1e}")
+        kept = [(peak > cut).nonzero()[:, 0] for peak in peaks]
+        share = sum(map(len, kept)) / len(kept) / len(s.weight_VD)
+        print(f"cut {cut:.0e}: {share:.1%} of the columns")
         for name, tail in tails.items():
-            found = [errors(s, chunks, keeps, tail, seed) for seed in range(3)]
+            found = [errors(s, height, kept, tail, seed) for seed in range(3)]
             hidden, weight = (max(each[i] for each in found) for i in (0, 1))
             print(f"  {name:<26}{hidden:9.1e} / {weight:.1e}", flush=True)
         for more in (256, 2048):
-            counts = [int(k.sum()) + more for k in keeps]
             wider = [
-                torch.zeros_like(k).index_fill_(0, peak.topk(min(n, len(peak))).indices, True)
-                for k, peak, n in zip(keeps, peaks, counts, strict=True)
+                peak.topk(min(len(columns) + more, len(peak))).indices
+                for columns, peak in zip(kept, peaks, strict=True)
             ]
-            hidden, weight = errors(s, chunks, wider)
+            hidden, weight = errors(s, height, wider)
             print(f"  {f'{more:,} columns more':<26}{hidden:9.1e} / {weight:.1e}", flush=True)
+
+
+def report_rates(s: States, heights: Sequence[int]) -> None:
+    """Medians of 5, in units of the head GEMM of all tokens at once."""
+    n, v = len(s.hidden_ND), len(s.weight_VD)
+
+    def spent(work: Callable[[], object]) -> float:
+        return statistics.median(seconds(work, torch.device("cpu")) for _ in range(5))
+
+    unit = spent(lambda: s.hidden_ND @ s.weight_VD.T)
+    print(f"time in units of the head GEMM ({unit:.2f} s), {KEPT:.0%} of the columns gathered")
+    print(f"{'rows':>5}{'student':>9}{'gather':>9}{'teacher':>9}{'dH':>9}{'dW':>9}{'scatter':>9}")
+    columns = torch.randperm(v, generator=torch.Generator().manual_seed(0))[: int(KEPT * v)]
+    columns = columns.sort().values
+    out_VD = torch.zeros_like(s.weight_VD)
+    for height in heights:
+        hidden = s.hidden_ND[:height]
+        logits = hidden @ s.weight_VD.T
+        part_KD = s.weight_VD[columns]
+        tile = logits.index_select(1, columns)
+        gradient = tile.T @ hidden
+        times = [
+            spent(lambda h=hidden: h @ s.weight_VD.T),  # type: ignore[misc]
+            spent(lambda x=logits: (x.index_select(1, columns), s.weight_VD[columns])),  # type: ignore[misc]
+            spent(lambda h=hidden, w=part_KD: h @ w.T),  # type: ignore[misc]
+            spent(lambda z=tile, w=part_KD: z @ w),  # type: ignore[misc]
+            spent(lambda z=tile, h=hidden: z.T @ h),  # type: ignore[misc]
+            spent(lambda g=gradient: out_VD.index_add_(0, columns, g)),  # type: ignore[misc]
+        ]
+        cells = "".join(f"{time * n / height / unit:>9.3f}" for time in times)
+        print(f"{height:>5}{cells}", flush=True)
 
 
 def main() -> None:
@@ -266,7 +317,8 @@ def main() -> None:
     )
     parser.add_argument("--states", type=Path, metavar="FILE", help="written by real_states --save")
     parser.add_argument("--temperature", type=float, help="this one instead of both")
-    parser.add_argument("--only", choices=("orders", "ranks", "tails"))
+    parser.add_argument("--rows", type=int, nargs="+", default=CHUNKS, help="of a chunk")
+    parser.add_argument("--only", choices=("orders", "ranks", "tails", "rates"))
     options = parser.parse_args()
     if options.states:
         from safetensors.torch import load_file
@@ -276,14 +328,18 @@ def main() -> None:
         case = Case(*(found[name] for name in names))
     else:
         case, _ = real_cases(PROBLEMS, RESPONSE)
-    for temperature in [options.temperature] if options.temperature else [1.0, at_half_a_nat(case)]:
+    case = Case(case.student_hidden[:TOKENS], case.student_weight, case.teacher_hidden[:TOKENS])
+    if options.only in (None, "rates"):
+        report_rates(States.of(case, 1.0), options.rows)
+    temperatures = [options.temperature] if options.temperature else [1.0, at_half_a_nat(case)]
+    for temperature in temperatures:
         s = States.of(case, temperature)
         print(
             f"\n{len(s.q_NV)} tokens, temperature {temperature:.2f}, entropy "
             f"{float(s.entropy_N.mean()):.2f} nats"
         )
         if options.only in (None, "orders"):
-            report_orders(s)
+            report_orders(s, options.rows)
         if options.only in (None, "ranks"):
             report_ranks(s, 256)
         if options.only in (None, "tails"):
