@@ -28,8 +28,6 @@ from benchmarks.speed import seconds
 from opsdc_kernels.testing import Case
 
 PROBLEMS, RESPONSE, TOKENS = 16, 96, 1024
-TARGET = 1e-3
-"""Relative error of the gradients at which shares of columns are compared."""
 ENTROPY = 0.5
 KEPT = 0.05
 """Of the columns, where chunks are timed."""
@@ -210,7 +208,7 @@ def errors(
     return math.sqrt(gap) / float(true_NP.norm()), float(gap_VP.norm() / true_VP.norm())
 
 
-def kept_share(s: States, height: int, rank: Rank = by_largest) -> float:
+def kept_share(s: States, height: int, target: float, rank: Rank = by_largest) -> float:
     """Mean share of the columns above the largest cut whose errors are both within the target."""
     scores = [rank(s, rows) for rows in s.chunks(height)]
     top = max(float(score.max()) for score in scores)
@@ -218,7 +216,7 @@ def kept_share(s: States, height: int, rank: Rank = by_largest) -> float:
     for _ in range(8):
         middle = (low + high) / 2
         kept = [(score > math.exp(middle)).nonzero()[:, 0] for score in scores]
-        low, high = (middle, high) if max(errors(s, height, kept)) <= TARGET else (low, middle)
+        low, high = (middle, high) if max(errors(s, height, kept)) <= target else (low, middle)
     counts = [
         float((score > math.exp(low)).sum()) * len(s.q_NV[rows])
         for score, rows in zip(scores, s.chunks(height), strict=True)
@@ -237,20 +235,20 @@ def at_half_a_nat(case: Case) -> float:
     return low
 
 
-def report_orders(s: States, heights: Sequence[int]) -> None:
-    print(f"share of the columns for errors of at most {TARGET:g}, by largest q in a chunk of rows")
+def report_orders(s: States, heights: Sequence[int], target: float) -> None:
+    print(f"share of the columns for errors of at most {target:g}, by largest q in a chunk of rows")
     print(f"{'order':<28}" + "".join(f"{height:>9}" for height in heights))
     for name, _ in orders(s, heights[0]):
         shares = []
         for height in heights:
-            shares.append(kept_share(s.reordered(dict(orders(s, height))[name]), height))
+            shares.append(kept_share(s.reordered(dict(orders(s, height))[name]), height, target))
         print(f"{name:<28}" + "".join(f"{share:>9.1%}" for share in shares), flush=True)
 
 
-def report_ranks(s: States, height: int) -> None:
-    print(f"share of the columns for errors of at most {TARGET:g}, chunks of {height}, by rank")
+def report_ranks(s: States, height: int, target: float) -> None:
+    print(f"share of the columns for errors of at most {target:g}, chunks of {height}, by rank")
     for name, rank in RANKS.items():
-        print(f"{name:<28}{kept_share(s, height, rank):>9.1%}", flush=True)
+        print(f"{name:<28}{kept_share(s, height, target, rank):>9.1%}", flush=True)
 
 
 def report_tails(s: States, height: int) -> None:
@@ -317,6 +315,7 @@ def main() -> None:
     )
     parser.add_argument("--states", type=Path, metavar="FILE", help="written by real_states --save")
     parser.add_argument("--temperature", type=float, help="this one instead of both")
+    parser.add_argument("--target", type=float, default=1e-3, help="error (default %(default)s)")
     parser.add_argument("--rows", type=int, nargs="+", default=CHUNKS, help="of a chunk")
     parser.add_argument("--only", choices=("orders", "ranks", "tails", "rates"))
     options = parser.parse_args()
@@ -339,9 +338,9 @@ def main() -> None:
             f"{float(s.entropy_N.mean()):.2f} nats"
         )
         if options.only in (None, "orders"):
-            report_orders(s, options.rows)
+            report_orders(s, options.rows, options.target)
         if options.only in (None, "ranks"):
-            report_ranks(s, 256)
+            report_ranks(s, 256, options.target)
         if options.only in (None, "tails"):
             report_tails(s, 256)
 

