@@ -159,9 +159,9 @@ class LossConfig:
     ] = None
     token_share: Annotated[
         float,
-        "share of each response's tokens to train on, those with the most of token_criterion; 1: all. "
-        "Scoring all of them first takes two head GEMMs, so that time is saved below 0.5 (0.33 with a "
-        "frozen head)",
+        "share of each response's tokens to train on, those with the most of token_criterion; 1: "
+        "all. Scoring them all first takes two head GEMMs: time is saved below 0.5 (0.33 with "
+        "a frozen head)",
     ] = 1.0
     token_criterion: Annotated[
         Literal["divergence", "entropy"],
