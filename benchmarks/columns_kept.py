@@ -133,19 +133,24 @@ def mean_row(by_mass: bool) -> Tail:
 
 
 def sampled(count: int) -> Tail:
-    """So many of them, drawn by their mass in the chunk and weighted by its inverse."""
+    """So many of them, drawn by their mass in the chunk and weighted by its inverse: unbiased. The
+    mean that a drawn column meets is of the other draws, or the two would be correlated."""
 
     def tail(s: States, rows: slice, columns: Tensor, seed: int) -> Found:
         mass_V = s.q_NV[rows].sum(0)
         mass_V[columns] = 0
         g = torch.Generator().manual_seed(seed)
         drawn = mass_V.multinomial(count, replacement=True, generator=g)
-        weight = mass_V.sum() / mass_V[drawn] / count
         every = torch.cat([columns, drawn])
-        factor = torch.cat([torch.ones(len(columns)), weight])
         q, d = s.q_NV[rows].index_select(1, every), s.d_NV[rows].index_select(1, every)
-        mean = torch.linalg.vecdot(q.mul_(factor), d)
-        return Found(every, q.mul_(d.neg_().add_(mean[:, None])))
+        kept = len(columns)
+        q[:, kept:] *= mass_V.sum() / mass_V[drawn] / count
+        terms = q * d
+        tail_mean = terms[:, kept:].sum(1, keepdim=True)
+        mean = terms[:, :kept].sum(1, keepdim=True) + tail_mean
+        means = mean.repeat(1, len(every))
+        means[:, kept:] += (tail_mean - count * terms[:, kept:]) / (count - 1)
+        return Found(every, q.mul_(means - d))
 
     return tail
 
