@@ -62,6 +62,13 @@ CASES = {
         {"distributed": {"reduce_every_micro_batch": True}},
     ),
     "fsdp, activations again": ("fsdp", 2, UNEVEN, {"model": {"gradient_checkpointing": True}}),
+    "ddp, half of the tokens": ("ddp", 2, UNEVEN, {"loss": {"token_share": 0.5}}),
+    "fsdp, a rank has nothing, tokens by entropy": (
+        "fsdp",
+        3,
+        TWO,
+        {"loss": {"token_share": 0.6, "token_criterion": "entropy", "skip_tolerance": 1e-3}},
+    ),
     "fsdp, ema, mean over tokens": (
         "fsdp",
         2,

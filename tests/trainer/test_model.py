@@ -69,7 +69,7 @@ def test_every_known_head_is_described_exactly(name):
     teacher = Teacher(model, TeacherConfig(mode="frozen"))
     layout = Layout(packed=False, max_tokens=99, pad_id=0, dtype=torch.float32)
     kept = teacher_hidden_states(model, teacher, [pair], layout)
-    loss, _ = backward(model, teacher, [pair], kept, layout, OPSDCConfig())
+    loss, *_ = backward(model, teacher, [pair], kept, layout, OPSDCConfig())
     with torch.no_grad():
         s = model(torch.tensor([[5, 6, 9, 10, 11]])).logits[0, 1:4].double().log_softmax(-1)
         t = model(torch.tensor([[7, 5, 6, 9, 10, 11]])).logits[0, 2:5].double().log_softmax(-1)
