@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from opsdc.errors import ModelError
 
 # A bar per folder that is read or written would drown our own lines.
 transformers_logging.disable_progress_bar()
+# peft imports it for every adapter, and it then misses a kernel that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Attention kernels that skip the blocks of other sequences; the rest would pay T² for a packed row.
 VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
@@ -155,6 +158,11 @@ def unwrap(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def architecture(model: Any) -> str:
+    """The name of the transformers class, which FSDP replaces by a class of its own."""
+    return type(unwrap(model)).__name__.removeprefix("FSDP")
+
+
 def read_head(model: Any) -> Head:
     """The output head as the loss describes it; raises ModelError for one it cannot."""
     base = unwrap(model)
@@ -222,7 +230,7 @@ def describe(model: Any) -> dict[str, Any]:
     """What a run records of its model."""
     base = unwrap(model)
     return {
-        "architecture": type(base).__name__.removeprefix("FSDP"),
+        "architecture": architecture(model),
         "revision": getattr(base.config, "_commit_hash", None),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -222,8 +222,7 @@ def _alternatives(config: OPSDCConfig, gpus: int) -> dict[str, OPSDCConfig]:
         found[f"teacher.offload {str(offload).lower()}"] = replace(
             config, teacher=replace(config.teacher, offload=offload)
         )
-    # vLLM samples for one trainer process.
-    if config.rollout.engine == "hf" and gpus == 1:
+    if config.rollout.engine == "hf":
         found["rollout.engine vllm"] = replace(
             config, rollout=replace(config.rollout, engine="vllm")
         )
@@ -393,6 +392,8 @@ def _parts(
         whole = sizes.item * (sizes.trained + sizes.frozen)
         if config.rollout.engine == "hf":
             yield "whole model, gathered to sample", during(whole, "sampling")
+        else:
+            yield "a tensor, gathered to push", during(sizes.item * sizes.head, "sampling")
     elif copies:
         kept = copies if not config.model.gradient_checkpointing else 0.0
         held = {"teacher": copies, "loss": copies, "backward": kept}

@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from opsdc.errors import ModelError, WeightSyncError
 from opsdc.model import unwrap
+from opsdc.sharding import full, is_sharded
 
 _SHARD_BYTES = 1 << 30
 
@@ -29,6 +30,11 @@ class Weights:
         self._model = model
         self._dtype = dtype
         self._written = self._count()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether all ranks must read together, because each tensor is gathered for it."""
+        return is_sharded(self._model)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._count() != self._written:
@@ -47,7 +53,8 @@ def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.T
     """Every tensor of the model as a checkpoint names it; an adapter is added to what it adapts.
 
     One tensor exists at a time beside the model's own, but for architectures that transformers
-    keeps in another layout than their checkpoints (mixtures of experts).
+    keeps in another layout than their checkpoints (mixtures of experts). Of a model that is cut
+    over ranks each is gathered: all ranks must read at once.
     """
     base = unwrap(model)
     if _changes_layout(base):
@@ -83,7 +90,8 @@ def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]
         elif not parameter and any(name.startswith(f"{n}.") for n in adapted):
             continue
         plain = f"{owner}.{parameter}" if parameter else name
-        yield plain, tensor.detach().to(dtype)
+        # Rounded first: half as many bytes to gather.
+        yield plain, full(tensor.detach().to(dtype))
 
 
 def write_weights(weights: Weights, folder: Path) -> None:
