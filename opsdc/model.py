@@ -21,10 +21,11 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
-from opsdc import embedded
+from opsdc import embedded, quantize
 from opsdc.batch import TokenBatch
 from opsdc.config import LoRAConfig, ModelConfig
 from opsdc.errors import ModelError
+from opsdc.layers import compile_layers, use_liger
 
 # A bar per folder that is read or written would drown our own lines.
 transformers_logging.disable_progress_bar()
@@ -93,6 +94,8 @@ def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreT
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
     kwargs["dtype"] = torch.float32 if trained_whole else getattr(torch, config.dtype)
+    if config.quantize is not None:
+        kwargs["quantization_config"] = quantize.loading_config(kwargs["dtype"])
     place = str(folder) if folder is not None else embedded.resolve(config.name_or_path)
     revision = None if folder is not None else config.revision
     try:
@@ -121,11 +124,18 @@ def load_trained(config: ModelConfig, folder: str | Path) -> Any:
 
 
 def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Attach the adapter and switch gradient checkpointing on, as the config says."""
+    """Attach the adapter, choose the layers' kernels and their checkpointing, by the config."""
+    if config.quantize is not None:
+        quantize.check(model)
+        quantize.compute_in_training_precision(model)
+    if config.liger:
+        use_liger(model)
     if config.lora is not None:
         model = _with_adapter(model, config.lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        compile_layers(unwrap(model))
     return model
 
 
@@ -232,7 +242,7 @@ def describe(model: Any) -> dict[str, Any]:
     return {
         "architecture": architecture(model),
         "revision": getattr(base.config, "_commit_hash", None),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(quantize.elements(p) for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tied_head": base.get_output_embeddings().weight is base.get_input_embeddings().weight,
     }

@@ -172,7 +172,7 @@ def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
 
     Only a warning: activations depend on attention and checkpointing, and free memory on others.
     """
-    device, sizes = read_head(model).weight.device, sizes_of(model, config.model.dtype)
+    device, sizes = read_head(model).weight.device, sizes_of(model, config.model)
     # A forward holds at most so many response tokens.
     tokens = config.train.max_tokens_per_micro_batch
     plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes)
