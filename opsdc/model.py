@@ -108,6 +108,13 @@ def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreT
         raise ModelError(
             f"model.name_or_path: cannot load '{folder or config.name_or_path}': {error}"
         ) from error
+    except ImportError as error:
+        if config.attn_implementation is None:
+            raise
+        raise ModelError(
+            f"model.attn_implementation {config.attn_implementation}: {error}. Use sdpa, or on a "
+            "GPU flex_attention, which comes with torch"
+        ) from error
     return model
 
 
