@@ -46,8 +46,19 @@ class ModelConfig:
         str | None, "sdpa | eager | flash_attention_2 | flex_attention; unset: the model's default"
     ] = None
     gradient_checkpointing: Annotated[bool, "recompute activations: ~1/3 more time"] = False
+    compile: Annotated[
+        bool, "torch.compile the decoder layers where they train; sampling stays as it is"
+    ] = False
+    liger: Annotated[
+        bool, "Liger's norms, rotary positions and MLPs in the model (a GPU); never its loss"
+    ] = False
     trust_remote_code: Annotated[bool, "run Python code that comes with the model folder"] = False
     lora: Annotated[LoRAConfig | None, "train an adapter instead of all weights"] = None
+    quantize: Annotated[
+        Literal["nf4"] | None,
+        "keep the adapter's frozen base in 4 bits (QLoRA), all but embedding and head; vLLM is "
+        "given it dequantized",
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -667,6 +678,12 @@ def _check(c: OPSDCConfig) -> None:
     )
     if c.model.lora is not None:
         need(c.model.lora.r >= 1, "model.lora.r", c.model.lora.r, "at least 1")
+    if c.model.quantize is not None:
+        lora, strategy = c.model.lora, c.distributed.strategy
+        need(
+            lora is not None, "model.lora", lora, "set with model.quantize, whose weights are fixed"
+        )
+        need(strategy == "ddp", "distributed.strategy", strategy, "ddp with model.quantize")
     wanted, held_out = c.eval.problems, c.data.eval_size
     need(
         wanted is None or 0 <= wanted <= held_out,

@@ -130,6 +130,19 @@ def test_what_ranks_tell_each_other():
     assert ALONE.each(lambda: 4) == [4]
 
 
+@pytest.mark.parametrize(
+    "more", [LORA, pytest.param({"kind": "qwen3", "tied": False}, marks=pytest.mark.slow)]
+)
+def test_what_is_pushed_of_parts_is_what_is_pushed_of_the_whole(more):
+    whole, expected = t.pushed_weights(settings_of_steps("ddp", **more))
+    assert not whole
+    for sharded, found in t.ranks(2, t.pushed_weights, settings_of_steps("fsdp", **more)):
+        assert sharded
+        assert list(found) == list(expected)
+        for name in expected:
+            assert found[name] == pytest.approx(expected[name], abs=1e-6)
+
+
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all():
     for skipped, unchanged in t.ranks(2, t.not_finite_on_one, settings_of_steps("fsdp")):
         assert skipped

@@ -178,7 +178,7 @@ CARDS = {
 @pytest.mark.parametrize("name", CARDS)
 def test_known_architectures_have_the_parameters_of_their_cards(name):
     settings = ModelConfig(dtype="bfloat16")
-    sizes = sizes_of(on_meta(architecture_of(name), settings), settings.dtype)
+    sizes = sizes_of(on_meta(architecture_of(name), settings), settings)
     total, rest = CARDS[name]
     embeddings = sizes.head * (1 if sizes.tied else 2)
     assert sizes.trained / 1e9 == pytest.approx(total, rel=0.03)
@@ -190,7 +190,7 @@ def test_an_adapter_trains_and_copies_nothing_else():
     config = OPSDCConfig(model=model)
     architecture = tiny_model("qwen3").config
     plan = make_plan(config, memory_bytes=10**9, architecture=architecture)
-    adapter = 4 * sizes_of(on_meta(architecture, model), "bfloat16").trained
+    adapter = 4 * sizes_of(on_meta(architecture, model), model).trained
     assert plan.parts["teacher's copy (float32)"]["teacher"] == adapter
     assert plan.parts["gradients (float32)"]["loss"] == adapter
     assert "sampling" not in plan.parts["gradients (float32)"]
