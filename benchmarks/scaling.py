@@ -117,7 +117,8 @@ def bytes_per_token(points: list[Point], contender: str) -> float:
 def largest_tokens(points: list[Point], contender: str, memory_gib: float) -> float:
     """Tokens whose loss fits in so much memory, by the measured line."""
     last = token_line(points, contender)[-1]
-    slope = bytes_per_token(points, contender) + 4 * last.dim  # dH is returned
+    # dH is returned; a peak that fell by some pages is as flat as can be.
+    slope = max(bytes_per_token(points, contender), 0.0) + 4 * last.dim
     left = memory_gib * 2**30 - last.peak_mib * 2**20
     return last.tokens + left / slope
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -292,6 +292,9 @@ def test_slope_of_memory():
     ]
     assert scaling.bytes_per_token(points, "x") == 1024
     assert scaling.forecast_error(points, "x") == pytest.approx(0)
+    assert scaling.largest_tokens(points, "x", 1.0) == pytest.approx(4096 + (2**30 - 2**22) / 1056)
+    flat = [replace(point, peak_mib=4.0) for point in points]
+    assert scaling.largest_tokens(flat, "x", 1.0) == pytest.approx(4096 + (2**30 - 2**22) / 32)
 
 
 def test_a_dirty_tree_is_not_recorded(tmp_path):
