@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import (
     accuracy,
+    columns,
     memory,
     phases,
     planned,
@@ -131,6 +132,10 @@ def _sections(
             lambda: phases.measure(shape, repeats=repeats),
         )
     if on_cpu and not quick:
+        found["columns"] = (
+            "Vocabulary columns left out",
+            lambda: columns.measure_all(repeats=repeats),
+        )
         found["step"] = ("A whole update of the demo's model", lambda: step.measure(repeats=3))
         found["states"] = (
             "Errors on the demo model's hidden states: loss, dH, dW",

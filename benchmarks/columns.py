@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,12 +35,17 @@ STEP = 0.5
 """Of the teacher's states, in standard deviations of a logit."""
 
 
+RECORDED = (
+    (Shape(tokens=1024, dim=576, vocab_size=49152), (0.3, 0.5, 2.8)),
+    (Shape(tokens=512, dim=2048, vocab_size=49152), (0.3,)),
+)
+"""Shapes and entropies of `measure_all`."""
+
+
 @dataclass(frozen=True, slots=True)
-class Row:
-    what: str
-    entropy: float
-    units: float
-    """Median of the time over the bare GEMM's beside it."""
+class Left:
+    """What a call left out, and what it cost in accuracy."""
+
     kept_share: float
     gemm_units: float
     hidden_error: float
@@ -50,11 +55,38 @@ class Row:
 
     def __str__(self) -> str:
         return (
-            f"entropy {self.entropy:4.2f}  {self.what:<18}{self.units:6.2f} units"
             f"  kept {self.kept_share:6.1%}  GEMMs {self.gemm_units:5.2f}"
             f"  dH {self.hidden_error:.0e} ≤ {self.hidden_bound:.0e}"
             f"  dW {self.weight_error:.0e} ≤ {self.weight_bound:.0e}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    what: str
+    tokens: int
+    dim: int
+    entropy: float
+    units: float
+    """Median of the time over the bare GEMM's beside it."""
+    left: Left | None
+    """None: of a peer."""
+
+    def __str__(self) -> str:
+        return (
+            f"D {self.dim} entropy {self.entropy:4.2f}  {self.what:<18}{self.units:6.2f} units"
+            f"{self.left or ''}"
+        )
+
+
+def measure_all(*, repeats: int) -> list[Row]:
+    """Everything in `RECORDED`."""
+    return [
+        row
+        for shape, entropies in RECORDED
+        for entropy in entropies
+        for row in measure(synthetic(shape, entropy), repeats=repeats)
+    ]
 
 
 def synthetic(shape: Shape, entropy: float) -> Case:
@@ -109,27 +141,26 @@ def measure(case: Case, *, repeats: int, rivals: Sequence[str] = RIVALS) -> list
     rows = []
     for name, times in units.items():
         tolerance = float(name.removeprefix("skip ")) if name.startswith("skip") else None
+        tokens, dim = case.student_hidden.shape
+        row = Row(name, tokens, dim, entropy, percentile(times, 50), None)
         if tolerance is None and name != "exact":
-            print(f"entropy {entropy:4.2f}  {name:<18}{percentile(times, 50):6.2f} units")
+            rows.append(row)
+            print(row, flush=True)
             continue
         stats, *got = _gradients(case, tolerance)
         errors = [
             float((a - b).detach().norm() / b.norm()) for a, b in zip(got, exact[1:], strict=True)
         ]
         bounds = (stats.hidden_gradient_bound, stats.weight_gradient_bound)
-        rows.append(
-            Row(
-                name,
-                entropy,
-                percentile(times, 50),
-                1.0 if stats.kept_share is None else float(stats.kept_share),
-                4.0 if stats.gemm_units is None else float(stats.gemm_units),
-                errors[0],
-                0.0 if bounds[0] is None else float(bounds[0]),
-                errors[1],
-                0.0 if bounds[1] is None else float(bounds[1]),
-            )
+        left = Left(
+            1.0 if stats.kept_share is None else float(stats.kept_share),
+            4.0 if stats.gemm_units is None else float(stats.gemm_units),
+            errors[0],
+            0.0 if bounds[0] is None else float(bounds[0]),
+            errors[1],
+            0.0 if bounds[1] is None else float(bounds[1]),
         )
+        rows.append(replace(row, left=left))
         print(rows[-1], flush=True)
     return rows
 

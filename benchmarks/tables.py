@@ -39,6 +39,7 @@ def render(found: dict[str, Any]) -> str:
             _speed(found),
             *_planned(found),
             *_phases(found),
+            *_columns(found),
             _accuracy(found),
             *_states(found),
             *_steps(found),
@@ -215,6 +216,35 @@ def _phases(found: dict[str, Any]) -> list[str]:
         return []
     cells = [f"{row['name']} {row['units']:.2f}" for row in found["phases"]]
     return ["Where our time goes, in units: " + ", ".join(cells) + "."]
+
+
+def _columns(found: dict[str, Any]) -> list[str]:
+    if "columns" not in found:
+        return []
+    rows = found["columns"]
+    ways = list(dict.fromkeys(row["what"] for row in rows))
+    lines = [
+        "Columns left out (`skip_tolerance`), one head, V 49,152: units of the bare "
+        "GEMM, in brackets the share of columns kept; largest true error over the tolerance:",
+        "",
+        "| | " + " | ".join(ways) + " |",
+        "|---|" + "---|" * len(ways),
+    ]
+    for key in dict.fromkeys((row["tokens"], row["dim"], row["entropy"]) for row in rows):
+        own = {r["what"]: r for r in rows if (r["tokens"], r["dim"], r["entropy"]) == key}
+        cells = [_left_out(own[way]) if way in own else "–" for way in ways]
+        lines.append(f"| N {key[0]:,}, D {key[1]:,}, {key[2]:.2f} nats | {' | '.join(cells)} |")
+    return ["\n".join(lines)]
+
+
+def _left_out(row: dict[str, Any]) -> str:
+    left = row["left"]
+    if left is None or row["what"] == "exact":
+        return f"{row['units']:.2f}"
+    if left["kept_share"] == 1 or left["hidden_bound"] == 0:
+        return f"{row['units']:.2f} (all)"
+    worst = max(left["hidden_error"], left["weight_error"]) / float(row["what"].split()[1])
+    return f"{row['units']:.2f} ({left['kept_share']:.1%}; {worst:.0e})"
 
 
 def between(text: str, name: str) -> str:

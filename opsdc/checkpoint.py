@@ -1,11 +1,11 @@
 """Checkpoints that survive a crash at any moment.
 
     checkpoints/step-000008/
-        manifest.json            format, step, sha256 and size of every other file; written last
+        manifest.json            format, step, versions, sha256 and size of every other file; last
         model/ or adapter/       ordinary Hugging Face folders (safetensors)
         teacher/                 the same, unless the teacher is the student
         optimizer*.safetensors   AdamW's moments by parameter name
-        state.json               step, versions, the resolved configuration
+        state.json               step, counters, the resolved configuration
 
 A checkpoint is written beside its place, synced to disk, read back, and renamed: one that has its
 name is whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled: a
@@ -17,15 +17,17 @@ its own rows from whatever files there are: a checkpoint does not depend on the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -42,10 +44,24 @@ from opsdc.sharding import (
     save_weights,
 )
 from opsdc.teacher import Teacher
+from opsdc.versions import versions
 
-FORMAT = 1
+T = TypeVar("T")
+
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-\d{6,}")
+# A checkpoint that makes way for a new one of its step, until that has its name.
+_REPLACED = ".tmp-replaced-"
+# What state.json must hold for a run to go on.
+_STATE = {
+    "step": int,
+    "teacher_version": int,
+    "skipped_steps": int,
+    "skipped_in_a_row": int,
+    "config": dict,
+    "versions": dict,
+}
 # Weights, settings, peft's model card, a chat template: nothing that a library would unpickle.
 _KINDS = (".safetensors", ".json", ".md", ".jinja")
 
@@ -63,21 +79,25 @@ def save(
 ) -> Path:
     """Write `step`'s checkpoint, verify it, give it its name, then drop all but the newest `keep`.
 
+    `state`: `teacher_version`, `skipped_steps`, `skipped_in_a_row`, `config`, and what else the
+    caller wants back.
     Dropped are also those of later steps: a run that is at `step` has found them damaged, or was
     told to start before them. Raises CheckpointError (disk full, read-only folder, ...); older
     checkpoints stay as they are.
     """
     final = path_of(root, step)
     aside = root / f".tmp-{final.name}-{ranks.from_first(os.getpid())}"
-    replaced = root / f".tmp-old-{final.name}"
+    replaced = root / f"{_REPLACED}{final.name}"
+    software = versions()
 
     def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
+        _sync(root.parent)
         clear_unfinished(root)
         aside.mkdir()
 
     def finish(files: dict[str, Any]) -> None:
-        manifest = {"format": FORMAT, "step": step, "files": files}
+        manifest = {"format": FORMAT, "step": step, "versions": software, "files": files}
         _write_json(aside / _MANIFEST, manifest)
         for folder in (aside / _MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
             _sync(folder)
@@ -96,14 +116,17 @@ def save(
             with teacher.weights():
                 save_weights(model, aside / "teacher", ranks)
         _save_optimizer(model, optimizer, aside, ranks)
-        ranks.alone(lambda: _write_json(aside / "state.json", {**state, "step": step}))
+        sealed = {**state, "step": step, "versions": software}
+        ranks.alone(lambda: _write_json(aside / "state.json", sealed))
         # Every rank reads a share of the files back for their hashes.
         files = ranks.alone(lambda: sorted(str(p) for p in aside.rglob("*") if p.is_file()))
         mine = [Path(file) for file in files[ranks.rank :: ranks.size]]
         hashed = ranks.each(lambda: _hashed(mine, aside))
         ranks.alone(lambda: finish({k: v for part in hashed for k, v in part.items()}))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if ranks.first:
+            with contextlib.suppress(OSError):  # a disk that became read-only, say
+                clear_unfinished(root)
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
         ) from error
@@ -114,11 +137,12 @@ def save(
 
 
 def _hashed(files: Sequence[Path], folder: Path) -> dict[str, Any]:
-    for file in files:
+    def describe(file: Path) -> dict[str, Any]:
         _sync(file)
-    return {
-        str(f.relative_to(folder)): {"sha256": _sha256(f), "bytes": f.stat().st_size} for f in files
-    }
+        return {"sha256": _sha256(file), "bytes": file.stat().st_size}
+
+    names = (str(file.relative_to(folder)) for file in files)
+    return dict(zip(names, _at_once(describe, files), strict=True))
 
 
 def _drop_old(root: Path, newest: Path, keep: int) -> None:
@@ -133,7 +157,14 @@ def _drop_old(root: Path, newest: Path, keep: int) -> None:
 
 
 def clear_unfinished(root: Path) -> None:
-    """Remove what a crash left of a checkpoint that was being written or removed."""
+    """Remove what a crash left of a checkpoint that was being written or removed.
+
+    One that was moved aside for a successor that has not come is put back.
+    """
+    for replaced in root.glob(f"{_REPLACED}*"):
+        final = root / replaced.name.removeprefix(_REPLACED)
+        if not final.exists():
+            replaced.rename(final)
     for stale in root.glob(".tmp-*"):
         shutil.rmtree(stale)
 
@@ -192,18 +223,26 @@ def verify(folder: Path) -> str | None:
                 return f"{name} is of no kind that a checkpoint holds ({', '.join(_KINDS)})"
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-            if _sha256(path) != expected["sha256"]:
-                return f"{name} does not have its recorded sha256"
-            if name.endswith(".index.json"):
-                # Libraries join these names to the folder as they are.
-                for shard in json.loads(path.read_text("utf-8"))["weight_map"].values():
-                    if Path(shard).name != shard or str(Path(name).parent / shard) not in files:
-                        return f"{name} names a file outside the checkpoint: {shard!r}"
         foreign = sorted(present - {*files, _MANIFEST})
         if foreign:
             return f"{foreign[0]} is not in {_MANIFEST}"
-        if manifest["step"] != read_state(folder)["step"]:
-            return f"{_MANIFEST} and state.json are of different steps"
+        found = _at_once(_sha256, [folder / name for name in files])
+        for (name, expected), sha256 in zip(files.items(), found, strict=True):
+            if sha256 != expected["sha256"]:
+                return f"{name} does not have its recorded sha256"
+            if name.endswith(".index.json"):
+                # Libraries join these names to the folder as they are.
+                index = json.loads((folder / name).read_text("utf-8"))
+                for shard in index["weight_map"].values():
+                    if Path(shard).name != shard or str(Path(name).parent / shard) not in files:
+                        return f"{name} names a file outside the checkpoint: {shard!r}"
+        state = read_state(folder)
+        for key, kind in _STATE.items():
+            if not isinstance(state.get(key), kind):
+                return f"state.json has no {key} ({kind.__name__})"
+        for key in ("step", "versions"):
+            if manifest[key] != state[key]:
+                return f"{_MANIFEST} and state.json are of different {key}"
     except OSError as error:
         return f"cannot be read: {error}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -281,6 +320,12 @@ def _save_optimizer(
         ranks.alone(lambda: save_file(tensors, folder / "optimizer.safetensors"))
 
 
+def _at_once(work: Callable[[Path], T], files: Iterable[Path]) -> list[T]:
+    """`work` of every file, on all cores: hashing leaves Python to other threads."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(work, files))
+
+
 def _remove(folder: Path) -> None:
     # Under its own name half of it might be taken for a checkpoint.
     aside = folder.with_name(f".tmp-old-{folder.name}")
@@ -293,12 +338,11 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -18,7 +18,7 @@ class ModelError(OPSDCError, ValueError):
 
 
 class CheckpointError(OPSDCError, OSError):
-    """No checkpoint can be written or read."""
+    """A checkpoint, or the record of a run, cannot be written or read."""
 
 
 class TrainingError(OPSDCError, RuntimeError):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     DefaultFlowCallback,
     TrainerCallback,
@@ -24,6 +26,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging as transformers_logging
 
 from opsdc.config import OPSDCConfig
+from opsdc.errors import CheckpointError
 
 
 class Lines:
@@ -37,7 +40,8 @@ class Lines:
         self._writes = writes
         if not writes:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         kept = (row for row in read_lines(path) if row["step"] <= after_step)
         write_text(path, "".join(map(_line, kept)))
 
@@ -45,7 +49,7 @@ class Lines:
         """Append rows, on disk when this returns: a checkpoint must not be ahead of its record."""
         if not self._writes:
             return
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, rows)))
             file.flush()
             os.fsync(file.fileno())
@@ -74,11 +78,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside and rename, so that a reader never sees half a file."""
+    """Write aside, sync and rename: no reader, and no power cut, finds half a file."""
     # One name for every process: what a crash leaves behind is overwritten by the next.
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, "utf-8")
-    aside.replace(path)
+    with writing(path):
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the system says against writing `path`, as CheckpointError with the remedy."""
+    try:
+        yield
+    # What safetensors makes of a full disk is no OSError.
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}; make room there or name another output_dir. The same "
+            "command goes on from the last checkpoint, which is untouched"
+        ) from error
 
 
 def finite(value: float) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,15 +262,24 @@ def save_weights(model: Any, folder: str | Path) -> None:
 
 @torch.no_grad()
 def load_weights(model: Any, folder: str | Path) -> None:
-    """Copy the parameters of a folder that `save_weights` wrote into the model, bit for bit."""
+    """Copy the parameters of a folder that `save_weights` wrote into the model, bit for bit.
+
+    Raises KeyError for one that is not there, ValueError for one of another shape.
+    """
     if hasattr(model, "peft_config"):
         import peft
 
         # Not peft's own loader: it looks for what a folder lacks on the Hub, pickles included.
-        peft.set_peft_model_state_dict(model, load_file(Path(folder) / "adapter_model.safetensors"))
+        adapter = load_file(Path(folder) / "adapter_model.safetensors")
+        _none_missing(peft.get_peft_model_state_dict(model).keys() - adapter.keys())
+        peft.set_peft_model_state_dict(model, adapter)
         return
     # Without use_safetensors a folder that has no safetensors would be unpickled.
-    saved = type(model).from_pretrained(str(folder), dtype=torch.float32, use_safetensors=True)
+    saved, found = type(model).from_pretrained(
+        str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    # transformers fills them with random numbers.
+    _none_missing(found["missing_keys"])
     own = dict(model.named_parameters())
     for name, parameter in saved.named_parameters():
         if own[name].shape != parameter.shape:
@@ -278,3 +287,8 @@ def load_weights(model: Any, folder: str | Path) -> None:
                 f"{name} has shape {list(parameter.shape)} there, {list(own[name].shape)} here"
             )
         own[name].copy_(parameter)
+
+
+def _none_missing(names: Collection[str]) -> None:
+    if names:
+        raise KeyError(f"{len(names)} tensors are missing, {min(names)} for one")

@@ -99,8 +99,8 @@ def _sizes(architecture: str, model: str) -> Sizes:
 def loss_plan(
     sizes: Sizes, config: OPSDCConfig, tokens: int, device: torch.device, workspace: int | None
 ) -> kernels.Plan:
-    """The kernels' plan of the loss over `tokens` response tokens at once."""
-    return kernels.estimate(
+    """The kernels' plan of the loss over `tokens` response tokens at once, all columns kept."""
+    plan = kernels.estimate(
         tokens=tokens,
         vocab_size=sizes.vocab_size,
         student_dim=sizes.dim,
@@ -111,6 +111,9 @@ def loss_plan(
         backend=config.loss.backend,
         workspace_bytes=workspace,
     )
+    share = config.loss.token_share
+    # All tokens are scored without gradients first.
+    return plan if share == 1 else replace(plan, gemm_units=2 + share * plan.gemm_units)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +188,9 @@ def report(
         f"{USABLE * plan.memory_bytes / 2**30:.1f} GiB that may be filled",
         f"a forward: {plan.rows} x {plan.width:,} tokens; the most that fits: "
         f"{most} x {plan.width:,} (train.max_tokens_per_micro_batch {most * plan.width})",
-        f"loss of a step: {plan.loss.gemm_units} head GEMMs, {plan.loss_flop / 1e15:.2f} PFLOP, "
+        f"loss of a step: {plan.loss.gemm_units:g} head GEMMs"
+        f"{' at most (loss.skip_tolerance)' if config.loss.skip_tolerance else ''}, "
+        f"{plan.loss_flop / 1e15:.2f} PFLOP, "
         f"{plan.loss_flop / tflops / 1e12:.2f} s at {tflops:g} TFLOP/s",
         "",
         f"{'instead':<34}{'peak GiB':>10}{'fits':>6}  most per forward",

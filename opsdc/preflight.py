@@ -96,7 +96,7 @@ def same_prompt_divergence(
         for p in pairs
     ]
     kept = teacher_hidden_states(model, teacher, same, layout, ranks=ranks)
-    loss, _ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
+    loss, *_ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
     for parameter in model.parameters():
         parameter.grad = None
     return loss

@@ -132,6 +132,7 @@ def _trace(
             attention_mask=torch.ones_like(ids) if masked else None,
             position_ids=torch.arange(width).expand(rows, -1),
             scored=torch.arange(rows * width),
+            lengths=[width] * rows,
         )
 
         def forward() -> torch.Tensor:

@@ -32,6 +32,7 @@ from opsdc.metrics import (
     read_lines,
     write_json,
     write_text,
+    writing,
 )
 from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model
 from opsdc.progress import Progress
@@ -125,7 +126,10 @@ class OPSDCTrainer:
 
     def _train(self) -> dict[str, Any]:
         config, output_dir, ranks = self.config, self.output_dir, self.ranks
+        # Asked to stop while the model was loaded; verifying a checkpoint takes long as well.
+        ranks.check_stop()
         self._resume()
+        ranks.check_stop()
         step = self.step
         ranks.alone(self._describe_run)
         ranks.each(self._check_shared_folder)
@@ -231,9 +235,10 @@ class OPSDCTrainer:
 
     def save_model(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (with LoRA the adapter's), tokenizer included."""
-        sharding.save_weights(self.model, folder, self.ranks)
-        if self.ranks.first:
-            self.tokenizer.save_pretrained(str(folder))
+        with writing(Path(folder)):
+            sharding.save_weights(self.model, folder, self.ranks)
+            if self.ranks.first:
+                self.tokenizer.save_pretrained(str(folder))
 
     def _generate(self, batch: Sequence[Prompted], step: int) -> list[Rollout]:
         rollout = self.config.rollout
@@ -372,7 +377,6 @@ class OPSDCTrainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "model": describe(self.model),
             "config": self.config.to_dict(),
-            "versions": versions(),
         }
         checkpoint.save(
             root,
@@ -406,7 +410,8 @@ class OPSDCTrainer:
         return f"step {self.step} is saved" if self.step else "no step was complete"
 
     def _describe_run(self) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with writing(self.output_dir):
+            self.output_dir.mkdir(parents=True, exist_ok=True)
         write_text(self.output_dir / "config.yaml", self.config.to_yaml())
 
     def _check_shared_folder(self) -> None:
@@ -423,7 +428,10 @@ class OPSDCTrainer:
             return
         state = self._restore(Path(found))
         print(f"resuming after step {self.step} from {found}", flush=True)
-        for line in _changes(state["config"], self.config.to_dict()):
+        changed = _changes(state["config"], self.config.to_dict())
+        # Other software, processor or threads may round otherwise: no promise of the same bits.
+        changed += _changes(state["versions"], versions())
+        for line in changed:
             print(f"  changed since that checkpoint: {line}", file=sys.stderr)
 
     def _checkpoint_to_resume(self) -> str | None:
@@ -530,6 +538,7 @@ def _record(
         "student_entropy": finite(result.student_entropy),
         "teacher_entropy": finite(result.teacher_entropy),
         "agreement": finite(result.agreement),
+        **{name: finite(value) for name, value in result.kept_tokens.items()},
         **{name: finite(value) for name, value in result.skipped_columns.items()},
         "response_tokens_mean": sum(lengths) / len(lengths) if lengths else None,
         "response_tokens_max": max(lengths, default=0),

@@ -62,28 +62,32 @@ def run_chunks(
     kept_K: Tensor | None,
     tile_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
+    onto: Result | None = None,
 ) -> Result:
     """One pass over the tokens `kept_K` (None: all), over the columns of `shard` (None: all).
 
     `row_weight_N` scales each token's gradient, not its value (None: 1). `tile_dtype` is the
-    dtype of the gradient tile that enters the GEMMs; None: the operands' own.
+    dtype of the gradient tile that enters the GEMMs; None: the operands' own. `onto`: what other
+    tokens gave, to add to.
     """
     if shard is not None:
         problem = shard.localize(problem)
     student, size, dtype = problem.student_hidden, problem.vocab_size, problem.dtype
     weight = problem.student_weight.detach()[:size]
     n_tokens, dim = student.shape
-    result = empty_result(problem, needs)
+    result = empty_result(problem, needs) if onto is None else onto
     kept = n_tokens if kept_K is None else kept_K.shape[0]
-    if result.weight_gradient is not None:
+    if result.weight_gradient is not None and onto is None:
         result.weight_gradient[size if kept else 0 :].zero_()  # the first chunk writes the rest
     if kept == 0:
         return result
     operand = gemm.operand_dtype(weight, dtype)
     tile_dtype = tile_dtype or operand
     rounds = tile_dtype != dtype
-    mean_row = weight.mean(0, dtype=dtype) if rounds and needs.hidden else None
+    mean_row = gemm.mean_row(weight, dtype) if rounds and needs.hidden else None
     lift = lift_of(problem, needs, row_weight_N, kept_K, tile_dtype)
+    if onto is not None and lift is not None and result.weight_gradient is not None:
+        result.weight_gradient.mul_(lift)
     if shard is None:
         height = plan.chunk_rows(
             kept,
@@ -121,7 +125,7 @@ def run_chunks(
             hidden=result.hidden_gradient is not None,
             out_VD=out_VD,
             lift=lift,
-            first=start == 0,
+            first=start == 0 and onto is None,
         )
         if gradient_CD is not None and result.hidden_gradient is not None:
             result.hidden_gradient[tokens] = gradient_CD
@@ -171,18 +175,27 @@ def multiply_back(
     out_VD: Tensor | None,
     lift: Tensor | None,
     first: bool,
+    columns: Tensor | None = None,
 ) -> Tensor | None:
-    """dH [C, D] of a tile where `hidden` asks for it; dW is added to `out_VD`, `first`: written."""
+    """dH [C, D] of a tile where `hidden` asks for it; dW is added to `out_VD`, `first`: written.
+    `columns`: the tile's, of the weight."""
     if tile.row_scale is not None:
         scale_C1 = scale_C1 * tile.row_scale
     gradient_CD = None
     if hidden:
-        gradient_CD = hidden_gradient(tile, weight_VD, mean_row).mul_(scale_C1)
+        gradient_CD = hidden_gradient(tile, weight_VD, mean_row, columns).mul_(scale_C1)
     if out_VD is not None:
-        factor = scale_C1 if lift is None else scale_C1 * lift
-        operand_CD = hidden_CD.to(out_VD.dtype).mul(factor).to(tile.values.dtype)
+        operand_CD = weight_operand(tile, scale_C1, hidden_CD, out_VD.dtype, lift)
         gemm.add_weight_gradient(out_VD, tile.values, operand_CD, first=first)
     return gradient_CD
+
+
+def weight_operand(
+    tile: Tile, scale_C1: Tensor, hidden_CD: Tensor, dtype: torch.dtype, lift: Tensor | None
+) -> Tensor:
+    """What the tile's values are multiplied with for dW: hidden states with all that scales."""
+    factor = scale_C1 if lift is None else scale_C1 * lift
+    return hidden_CD.to(dtype).mul(factor).to(tile.values.dtype)
 
 
 def _logits_into(
@@ -213,8 +226,10 @@ def other_logits_into(
     weight: Tensor,
     tokens: slice | Tensor,
     operand: torch.dtype,
+    columns: Tensor | None = None,
 ) -> None:
-    """The teacher's raw logits, or the difference's where one head gives both."""
+    """The teacher's raw logits, or the difference's where one head gives both; `columns`: those
+    alone."""
     teacher = problem.teacher_hidden[tokens]
     if problem.shared_logits:
         teacher = teacher.to(problem.dtype) - problem.student_hidden.detach()[tokens].to(
@@ -222,7 +237,7 @@ def other_logits_into(
         )
     elif problem.teacher_weight is not None:
         weight = problem.teacher_weight[: problem.vocab_size]
-    gemm.logits_into(out_CV, teacher.to(operand), weight)
+    gemm.logits_into(out_CV, teacher.to(operand), weight, columns)
 
 
 def row_passes(

@@ -232,7 +232,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         found = [
             None
             if not need
-            else x.mul_(per_row)
+            else _scaled_in_place(x, per_row)
             if last_use and x.dtype == dtype
             else _times_upstream(x, per_row, dtype)
             for x, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
@@ -241,6 +241,12 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         if need:
             gradients[position] = gradient
     return tuple(gradients)
+
+
+def _scaled_in_place(saved: Tensor, upstream: Tensor) -> Tensor:
+    if upstream.device.type == "cpu" and upstream.dim() == 0 and upstream == 1:
+        return saved  # and its pages as they are, of which columns left out touched few
+    return saved.mul_(upstream)
 
 
 def _graph_is_freed(upstream: Tensor) -> bool:

@@ -29,10 +29,12 @@ and per column of dW, over the tokens: Σ ‖h‖·q·δ, on a dropped one Σ �
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from opsdc_kernels import plan
 from opsdc_kernels.gemm import logits_into, operand_dtype
 from opsdc_kernels.problem import Problem
 
@@ -94,10 +96,15 @@ class Heads:
 
 def _radius(weight: Tensor, dtype: torch.dtype, centred: bool) -> Tensor:
     """‖row − mean of some rows‖, or ‖row‖, [V]."""
+    centre = weight[::CENTRE_STEP].mean(0, dtype=dtype) * centred
+    in_c = weight.dtype == torch.float32 and weight.stride(1) == 1
+    if in_c and plan.compiled_rows(weight.device, weight.dtype):
+        from opsdc_kernels.native.columns import square_distances
+
+        return square_distances(weight, centre).sqrt() * SLACK
     norm = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
     if not centred:
         return norm
-    centre = weight[::CENTRE_STEP].mean(0, dtype=dtype)
     size = torch.linalg.vector_norm(centre)
     # No [V, D] differences: they take longer than the products do.
     square = norm.square() - 2 * _times(weight, centre) + size.square()
@@ -133,61 +140,37 @@ def _offset(problem: Problem) -> Tensor:
     return ((other - own).nan_to_num(0.0, torch.inf, -torch.inf) / problem.temperature).abs().amax()
 
 
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Of a chunk, at every cut: the columns go whose largest probability in the chunk is below."""
+class Bounds(NamedTuple):
+    """Of a chunk's tokens [C], or of them at every cut [C, CUTS]."""
 
-    cut_V: Tensor
-    """[V] int64: the first cut that drops the column; `CUTS` where none does."""
-    hidden_CJ: Tensor
-    """Largest ‖dH̃ − dH‖ of each token at each cut [C, CUTS], unweighted."""
-    shift_CJ: Tensor
-    """δ [C, CUTS]."""
-    dropped_CJ: Tensor
-    """Q [C, CUTS]."""
-    outer_C2: Tensor
-    """η and η·κ + ν: a dropped column is off by q·(ρ·η + (η·κ + ν) + δ)."""
+    hidden: Tensor
+    """Largest ‖dH̃ − dH‖ of each token, unweighted."""
+    shift: Tensor
+    """δ"""
 
 
 def bounds(
-    mass_CV: Tensor, peak_V: Tensor, forced: Tensor, heads: Heads, slopes: tuple[Tensor, Tensor]
+    mass: Tensor, squares: Tensor, kappa2_C: Tensor, slopes: tuple[Tensor, Tensor]
 ) -> Bounds:
-    """(13) at every cut, from the probabilities `mass_CV` and their largest in a column."""
-    cut_V, sums_CJ, total_C = _sums(mass_CV, peak_V, forced, heads.radius_V.square())
-    dropped, squares = sums_CJ.unbind(2)
-    eta, nu = (x[:, None] for x in slopes)
-    kappa2 = total_C[:, None]
-    around = 2 * (squares + kappa2 * dropped)  # S
-    mixed = (dropped * around).sqrt()
-    return Bounds(
-        cut_V,
-        (eta * around + nu * mixed) * SLACK,
-        (eta * mixed + nu * dropped) * SLACK,
-        dropped,
-        torch.cat([eta, eta * kappa2.sqrt() + nu], 1),
-    )
+    """(13) from Q and Σ_D q·ρ², [C] or [C, CUTS], and κ² and (η, ν), [C]."""
+    eta, nu, kappa2 = (x.view(-1, *[1] * (mass.dim() - 1)) for x in (*slopes, kappa2_C))
+    around = 2 * (squares + kappa2 * mass)  # S
+    mixed = (mass * around).sqrt()
+    return Bounds((eta * around + nu * mixed) * SLACK, (eta * mixed + nu * mass) * SLACK)
 
 
-def bounds_of_gradient(size_CV: Tensor, peak_V: Tensor, forced: Tensor, norm_V: Tensor) -> Bounds:
-    """The same where dZ is known: ‖Σ_D dZ·W_v‖ ≤ Σ_D |dZ|·‖W_v‖, and nothing shifts."""
-    cut_V, sums_CJ, _ = _sums(size_CV, peak_V, forced, norm_V)
-    products = sums_CJ[:, :, 1]
-    zero = torch.zeros_like(products)
-    one = torch.stack([zero[:, 0], zero[:, 0] + 1], 1)
-    return Bounds(cut_V, products * SLACK, zero, zero, one)
-
-
-def _sums(
-    mass_CV: Tensor, peak_V: Tensor, forced: Tensor, feature_V: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(cut of each column [V], Σ_D mass and Σ_D mass·feature at each cut [C, CUTS, 2], Σ of the
-    latter over all columns [C])."""
+def cuts_of(peak_V: Tensor, forced: Tensor) -> Tensor:
+    """The first cut that drops the column [V] int64: those go whose largest probability (or other
+    mass) in the chunk is below it. `CUTS` where none does, as of `forced` columns."""
     steps = torch.arange(CUTS - 1, -1, -1, device=peak_V.device, dtype=peak_V.dtype)
     edges = peak_V.amax() * LARGEST_CUT * CUT_RATIO**-steps  # rising
-    cut_V = torch.bucketize(peak_V, edges).index_fill_(0, forced, CUTS)
-    table = mass_CV.new_zeros(len(peak_V), CUTS + 1, 2)
-    every = torch.arange(len(peak_V), device=peak_V.device)
-    table[every, cut_V, 0] = 1
-    table[every, cut_V, 1] = feature_V
-    parts = (mass_CV @ table.flatten(1)).unflatten(1, (CUTS + 1, 2))
-    return cut_V, parts[:, :-1].cumsum(1), parts[:, :, 1].sum(1)
+    return torch.bucketize(peak_V, edges).index_fill_(0, forced, CUTS)
+
+
+def sums_at_cuts(mass_CV: Tensor, cut_V: Tensor, feature_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_D mass and Σ_D mass·feature at each cut, each [C, CUTS]."""
+    table = mass_CV.new_zeros(len(cut_V), 2, CUTS + 1)
+    table[:, 0].scatter_(1, cut_V[:, None], 1)
+    table[:, 1].scatter_(1, cut_V[:, None], feature_V[:, None])
+    parts = (mass_CV @ table.flatten(1)).unflatten(1, (2, CUTS + 1))
+    return parts[:, :, :-1].cumsum(2).unbind(1)  # type: ignore[return-value]

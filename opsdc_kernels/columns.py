@@ -11,13 +11,14 @@ Cost in head GEMMs: 1 + 3·(share of columns kept), with a frozen head 1 + 2·sh
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from opsdc_kernels import gemm, plan
+from opsdc_kernels import column_sums, gemm, plan
 from opsdc_kernels.chunked import (
     Needs,
     Result,
@@ -26,32 +27,33 @@ from opsdc_kernels.chunked import (
     multiply_back,
     other_logits_into,
     row_passes,
+    run_chunks,
+    weight_operand,
 )
-from opsdc_kernels.column_bound import CUTS, Bounds, Heads, bounds, bounds_of_gradient
+from opsdc_kernels.column_bound import CUTS, SLACK, Heads, bounds, cuts_of, sums_at_cuts
+from opsdc_kernels.column_sums import probabilities_
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.rows import capped
 from opsdc_kernels.tile import rounded_tile
 
-DENSE_SHARE = 0.4
-"""From this share of columns on, gathering costs more than it saves."""
-PILOT_PARTS = 64
-"""V over the columns whose gradient tells the size of the whole one."""
-LOOK_PARTS = 8
-LOOK_SHARE = 0.35
-LOOK_CUT = 1e-4
-"""Every 8th token of the first chunk is looked at first: the call is dense if these alone give that
-share of the columns more than the tolerance times this, about where cuts lie. One chunk that turns
-out dense makes the rest of the call so: what was spent on it would be lost again."""
-LOOK_ROWS = 64
-"""Chunks of fewer rows are not looked at first."""
+DENSE_SHARE = 0.45
+"""From this share of columns on, gathering costs more than it saves. At most ½: the second logit
+buffer holds the columns of student and teacher."""
+LOOK_ROWS = 32
+"""Tokens, spread over a call, that are looked at first: a call whose every chunk would turn out
+dense goes to `chunked` before anything is spent on it."""
+LOOK_LEAST = 8 * LOOK_ROWS
+"""Tokens of calls that are looked at."""
+SAMPLE_STEP = 16
+"""The cut is chosen by every 16th token in the order of their entropy."""
+SAMPLE_LEAST = 16
+"""Tokens of a sample."""
+ATTEMPTS = 3
+"""Cuts that are tried where the sample misled."""
 HEADROOM = 0.8
 """Share of the tolerance that a choice may use up: the gradient's size is an estimate then."""
-LOWEST = -70.0
-"""Logits that are below the largest by more count as this, a mass of 4e-31: products with denormal
-ones take a CPU a hundred times as long."""
 TINY = 1e-30
 """Probabilities below carry no digits of c."""
-REST_COLUMNS = 1024
+REST_COLUMNS = 256
 """Kept columns, about, that the estimate of the divergence's error looks at."""
 LARGEST_RATIO = 6.0
 """|c| of a dropped column that the estimate of the divergence's error reckons with."""
@@ -90,27 +92,41 @@ def exact(result: Result) -> Realised:
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
-    """The bounds of a chunk and the cut that was taken."""
+class _Weights:
+    """What the tokens of a chunk count [C], and what bounds their differences."""
 
-    bounds: Bounds
-    cut: Tensor
-    """0-dim; −1 where no cut is within the tolerance."""
-    peak_V: Tensor
-    """Largest probability (or |dZ|) of each column."""
-    outer_V: Tensor
-    """Σ ‖h‖·|dZ| of a column that is dropped, but for δ, [V]."""
+    row_C: Tensor
+    """Token weights."""
     size_C: Tensor
-    """What a token's error counts in dH: |row weight · factor|."""
+    """What an error counts in dH: |row weight · factor|."""
     reach_C: Tensor
     """The same in dW: times ‖h‖."""
+    slopes: tuple[Tensor, Tensor]
+    """(η, ν)"""
 
-    @property
-    def keeps_V(self) -> Tensor:
-        return self.bounds.cut_V > self.cut
 
-    def at_cut(self, each_CJ: Tensor) -> Tensor:
-        return each_CJ.gather(1, self.cut.clamp(min=0).expand(len(each_CJ), 1)).squeeze(1)
+@dataclass(frozen=True, slots=True)
+class _Allowed:
+    hidden: Tensor
+    """Square of the error of dH."""
+    weight: Tensor
+    """Error of dW."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """What is left out of a chunk at a cut."""
+
+    keeps_V: Tensor
+    hidden_C: Tensor
+    """Bound of the error of each token in dH."""
+    shift_C: Tensor
+    """What δ of each token adds to the error of a column of dW, per probability."""
+    outer_V: Tensor
+    """Bound of the error of the columns of dW that are left out, else 0."""
+    mass_C: Tensor
+    within: Tensor
+    """Whether the errors are those that are allowed."""
 
 
 def run_columns(
@@ -132,11 +148,21 @@ def run_columns(
     if ahead is None:
         ahead = problem.student_hidden.is_cuda
     run = _Pass(problem, needs, row_weight_N, kept_K, tolerance, exact_value)
-    return run.result, run.over_chunks(kept_K, ahead)
+    realised = run.over_chunks(ahead)
+    if _holds(realised, tolerance):
+        return run.result, realised
+    return run.all_columns()
+
+
+def _holds(realised: Realised, tolerance: float) -> bool:
+    """Columns are chosen by estimates; what was realised is known. NaN is no bound either."""
+    return bool((realised.hidden_bound <= tolerance) & (realised.weight_bound <= tolerance))
 
 
 class _Pass:
     """What the chunks of a pass share and add to."""
+
+    result: Result
 
     def __init__(
         self,
@@ -148,41 +174,52 @@ class _Pass:
         exact_value: bool,
     ) -> None:
         self.problem, self.needs, self.row_weight_N = problem, needs, row_weight_N
-        self.tolerance, self.exact_value = HEADROOM * tolerance, exact_value
+        self.kept_K, self.exact_value = kept_K, exact_value
+        self.tolerance = HEADROOM * tolerance
+        self.count = len(problem.student_hidden) if kept_K is None else len(kept_K)
         self.weight = problem.student_weight.detach()[: problem.vocab_size]
         self.operand = gemm.operand_dtype(self.weight, problem.dtype)
         self.lift = lift_of(problem, needs, row_weight_N, kept_K, self.operand)
-        self.result = empty_result(problem, needs)
-        self.token_error_N = torch.zeros_like(self.result.per_token)
-        self.divergence_error_N = torch.zeros_like(self.result.per_token)
+        self.token_error_N = self.weight.new_zeros(len(problem.student_hidden), dtype=problem.dtype)
+        self.divergence_error_N = torch.zeros_like(self.token_error_N)
         self.weight_error_V = self.token_error_N.new_zeros(len(self.weight))
         self.unused = self.token_error_N.new_zeros(())
         """Of the tolerance, by the chunks so far: what Σ‖error of dH‖² may still be more."""
         self.backward_units = needs.hidden + needs.weight
-        self.kept_columns = self.units = 0.0  # summed over the tokens
-        self.chunks, self.weight_written = 1, False
-        self.looks, self.dense = True, False
-        """Whether the next chunk is looked at first, and whether it and all others are dense."""
+        self.kept_columns = self.units = 0.0  # summed over the tokens; units per token
+        self.weight_written = self.dense = False
+        self.touched_V = torch.zeros_like(self.weight_error_V, dtype=torch.bool)
+        """Rows of dW that may not be 0."""
+        dims = (problem.student_hidden.shape[1], problem.teacher_hidden.shape[1])
+        self.height = plan.column_chunk_rows(
+            self.count, problem.vocab_size, dims, problem.student_hidden.dtype,
+            problem.student_hidden.device, problem.workspace_bytes,
+        )  # fmt: skip
+        self.chunks = -(-self.count // self.height)
 
     @cached_property
     def heads(self) -> Heads:
         return Heads.of(self.problem)
 
-    def over_chunks(self, kept_K: Tensor | None, ahead: bool) -> Realised:
+    @cached_property
+    def square_V(self) -> Tensor:
+        return self.heads.radius_V.square()
+
+    def over_chunks(self, ahead: bool) -> Realised:
         problem, size = self.problem, self.problem.vocab_size
-        kept = len(problem.student_hidden) if kept_K is None else len(kept_K)
-        dims = (problem.student_hidden.shape[1], problem.teacher_hidden.shape[1])
-        dtype, device = problem.student_hidden.dtype, problem.student_hidden.device
-        height = plan.column_chunk_rows(kept, size, dims, dtype, device, problem.workspace_bytes)
-        starts = range(0, kept, height)
-        chunks = [slice(i, min(i + height, kept)) if kept_K is None else kept_K[i : i + height]
-                  for i in starts]  # fmt: skip
-        if self.result.weight_gradient is not None:
-            self.result.weight_gradient[size if kept else 0 :].zero_()
-        self.chunks = len(chunks)
-        buffers = self.token_error_N.new_empty(2 + ahead, min(height, kept), size)
+        if self.count >= LOOK_LEAST and self._looks_dense():
+            return self.all_columns()[1]
+        self.result = empty_result(problem, replace(self.needs, weight=False))
+        if self.needs.weight:
+            self.result.weight_gradient = untouched_zeros(problem.student_weight, problem.dtype)
+        starts = range(0, self.count, self.height)
+        chunks = [self._tokens(i, i + self.height) for i in starts]
+        buffers = self.token_error_N.new_empty(2 + ahead, min(self.height, self.count), size)
         spare, *logits = buffers
         for i, tokens in enumerate(chunks):
+            if self.dense:  # once dense, always: what a choice costs would be lost again
+                self._all_of_the_rest(starts[i])
+                break
             here, there = (logits[j % len(logits)] for j in (i, i + 1))
             if i == 0 or not ahead:
                 self._student_logits(tokens, here)
@@ -190,13 +227,79 @@ class _Pass:
             rows = _count(tokens)
             chunk = self._exact_chunk if self.exact_value else self._chunk
             chunk(tokens, here[:rows], spare[:rows], following)
+        else:
+            self._undo_lift()
+        return self._realised()
+
+    def all_columns(self) -> tuple[Result, Realised]:
+        """Of a pass that leaves out none."""
+        self.result = run_chunks(self.problem, self.needs, self.row_weight_N, self.kept_K)
+        units = 2 + self.backward_units + self.units / max(self.count, 1)
+        realised = exact(self.result)
+        return self.result, replace(
+            realised, gemm_units=torch.full_like(realised.gemm_units, units)
+        )
+
+    def _all_of_the_rest(self, start: int) -> None:
+        self._undo_lift()
+        rest = self._tokens(start, self.count)
+        if isinstance(rest, slice):
+            rest = torch.arange(start, self.count, device=self.weight.device)
+        run_chunks(self.problem, self.needs, self.row_weight_N, rest, onto=self.result)
+        self.touched_V.fill_(True)
+        self.units += len(rest) * (2 + self.backward_units)
+        self.kept_columns += len(rest)
+
+    def _undo_lift(self) -> None:
         if self.lift is not None and self.result.weight_gradient is not None:
             self.result.weight_gradient.div_(self.lift)
-        return self._realised(max(kept, 1))
+
+    def _tokens(self, start: int, stop: int) -> Tokens:
+        stop = min(stop, self.count)
+        return slice(start, stop) if self.kept_K is None else self.kept_K[start:stop]
 
     def _student_logits(self, tokens: Tokens, out_CV: Tensor) -> None:
         hidden = self.problem.student_hidden.detach()[tokens]
         gemm.logits_into(out_CV[: len(hidden)], hidden.to(self.operand), self.weight)
+
+    def _looks_dense(self) -> bool:
+        """Whether so many columns would be kept, going by some tokens of all chunks."""
+        rows = min(LOOK_ROWS, self.height)
+        each = torch.arange(rows, device=self.weight.device) * (self.count // rows)
+        tokens = each if self.kept_K is None else self.kept_K[each]
+        x_CV, spare_CV = self.token_error_N.new_empty(2, rows, self.problem.vocab_size)
+        self._student_logits(tokens, x_CV)
+        weights = self._weights(tokens)
+        student = self._student(x_CV, weights)
+        cut_V, cut, _ = self._choose(tokens, x_CV, spare_CV, weights, student)
+        keeps_V = cut_V > cut
+        smallest = torch.where(keeps_V, 0, student.peak_V).amax()
+        first, second = (self._peaks(x_CV[half::2], weights, half) > smallest for half in (0, 1))
+        both, once = (first & second).sum(), (first ^ second).sum()
+        share = _more(once, both, 2 * self.height / rows) / len(keeps_V)
+        self.units += rows
+        return bool(share > DENSE_SHARE)
+
+    def _peaks(self, x_CV: Tensor, weights: _Weights, start: int) -> Tensor:
+        nothing = torch.zeros_like(weights.size_C[start::2])
+        return column_sums.student(self.problem, x_CV, self.square_V, nothing, nothing).peak_V
+
+    def _weights(self, tokens: Tokens) -> _Weights:
+        problem, needs = self.problem, self.needs
+        hidden_CD = problem.student_hidden.detach()[tokens].to(problem.dtype)
+        row_C = torch.ones_like(hidden_CD[:, 0])
+        if self.row_weight_N is not None:
+            row_C = row_C * self.row_weight_N[tokens]
+        size_C = row_C.abs()
+        if not self.exact_value:
+            size_C = size_C * abs(problem.logit_factor)
+        square = hidden_CD.square().sum(1) * needs.weight + needs.bias
+        return _Weights(row_C, size_C, size_C * square.sqrt(), self.heads.slopes(problem, tokens))
+
+    def _student(self, x_CV: Tensor, weights: _Weights) -> column_sums.Student:
+        eta, nu = weights.slopes
+        reach = weights.reach_C
+        return column_sums.student(self.problem, x_CV, self.square_V, reach * eta, reach * nu)
 
     def _chunk(
         self,
@@ -205,157 +308,186 @@ class _Pass:
         spare_CV: Tensor,
         following: tuple[Tokens, Tensor] | None,
     ) -> None:
-        if self.looks and len(x_CV) >= LOOK_ROWS:
-            x_CV8 = x_CV[::LOOK_PARTS]
-            *_, peak_V = _probabilities(self.problem, x_CV8, spare_CV[: len(x_CV8)])
-            share = (peak_V > LOOK_CUT * self.tolerance).sum() / len(peak_V)
-            self.dense = bool(share > LOOK_SHARE)
-        self.looks = False
-        columns = None
-        if not self.dense:
-            choice, student = self._choose(tokens, x_CV, spare_CV)
-            self.units += _count(tokens) / PILOT_PARTS * (1 + self.backward_units)
-            keeps = choice.keeps_V
+        weights = self._weights(tokens)
+        student = self._student(x_CV, weights)
+        cut_V, cut, allowed = self._choose(tokens, x_CV, spare_CV, weights, student)
+        self.units += _count(tokens)
+        for _ in range(ATTEMPTS):
+            left = self._leave(x_CV, cut_V > cut, weights, student, allowed)
             if following is not None:
                 self._student_logits(*following)
                 following = None
-            columns = keeps.nonzero().squeeze(1)
-            self.dense = len(columns) > DENSE_SHARE * len(keeps)
-        if self.dense or columns is None:
+            if left.within:
+                break
+            cut = cut - 1
+        columns = left.keeps_V.nonzero().squeeze(1)
+        self.dense = not left.within or len(columns) > DENSE_SHARE * len(left.keeps_V)
+        if self.dense:
             self._dense(tokens, x_CV, spare_CV)
         else:
-            self._sparse(tokens, x_CV, spare_CV, choice, columns, student)
-        if following is not None:
-            self._student_logits(*following)
+            self._sparse(tokens, x_CV, spare_CV, left, columns, student)
 
     def _choose(
-        self, tokens: Tokens, x_CV: Tensor, q_CV: Tensor
-    ) -> tuple[_Choice, tuple[Tensor, Tensor]]:
-        """The cut to take, and the student's log-normalizer and entropy [C]; q goes to `q_CV`."""
-        problem = self.problem
-        lse_C, entropy_C, peak_V = _probabilities(problem, x_CV, q_CV)
-        pilot = peak_V.topk(-(-len(peak_V) // PILOT_PARTS)).indices
-        found = bounds(
-            q_CV, peak_V, self._forced(pilot, tokens), self.heads,
-            self.heads.slopes(problem, tokens),
-        )  # fmt: skip
-        part = replace(self._restricted(pilot), return_stats=False, target_ids=None)
-        dz_CK = x_CV.index_select(1, pilot)
-        scale_C1 = self._gradient_rows(part, dz_CK, tokens)
-        # The pilot's rows are renormalized over its columns.
-        mass_C1 = q_CV.index_select(1, pilot).sum(1, keepdim=True)
-        pilot_CK = dz_CK.mul_(scale_C1 * mass_C1)
-        choice = self._cut(tokens, q_CV, peak_V, found, pilot_CK, part.student_weight)
-        return choice, (lse_C, entropy_C)
-
-    def _forced(self, pilot: Tensor, tokens: Tokens) -> Tensor:
-        """Columns that are kept at any cut."""
-        targets = self.problem.target_ids
-        return pilot if targets is None else torch.cat([pilot, targets[tokens]])
-
-    def _cut(
         self,
         tokens: Tokens,
-        mass_CV: Tensor,
-        peak_V: Tensor,
-        found: Bounds,
-        pilot_CK: Tensor,
-        weight_KD: Tensor,
-    ) -> _Choice:
-        """The largest cut whose bounds are within the tolerance of the gradients of the pilot."""
-        problem, needs = self.problem, self.needs
-        weight_C = torch.ones_like(found.hidden_CJ[:, 0])
-        if self.row_weight_N is not None:
-            weight_C = weight_C * self.row_weight_N[tokens]
-        size_C = weight_C.abs()
-        if not self.exact_value:
-            size_C = size_C * abs(problem.logit_factor)
-        hidden_CD = problem.student_hidden.detach()[tokens].to(problem.dtype)
-        square = hidden_CD.square().sum(1) * needs.weight + needs.bias
-        reach_C = size_C * square.sqrt()
-        radius = self.heads.radius_V
-        slope_V, rest_V = (found.outer_C2.T * reach_C).contiguous() @ mass_CV
-        outer_V = radius * slope_V + rest_V
+        x_CV: Tensor,
+        spare_CV: Tensor,
+        weights: _Weights,
+        student: column_sums.Student,
+    ) -> tuple[Tensor, Tensor, _Allowed]:
+        """The first cut that drops each column [V], the cut to take, and the errors allowed."""
+        peak_V = student.peak_V
+        pilot = peak_V.topk(-(-len(peak_V) // plan.PILOT_PARTS)).indices
+        part = replace(self._restricted(pilot), return_stats=False, target_ids=None)
+        dz_CK = x_CV.index_select(1, pilot)
+        # The pilot's rows are renormalized over its columns.
+        mass_C1 = probabilities_(part, dz_CK.clone(), student.lse_C).sum(1, keepdim=True)
+        scratch = Result(torch.zeros_like(self.token_error_N), (), None, None, None)
+        scale_C1 = self._gradient_rows(part, dz_CK, torch.empty_like(dz_CK), tokens, pilot, scratch)
+        allowed = self._allowed(tokens, dz_CK.mul_(scale_C1 * mass_C1), weights, pilot)
+        self.units += _count(tokens) / plan.PILOT_PARTS * (1 + self.backward_units)
 
-        pilot_CK = pilot_CK * weight_C[:, None]
-        within = torch.ones(CUTS, dtype=torch.bool, device=size_C.device)
+        targets = self.problem.target_ids
+        forced = pilot if targets is None else torch.cat([pilot, targets[tokens]])
+        cut_V = cuts_of(peak_V, forced)
+        count = len(x_CV)
+        step = SAMPLE_STEP if count >= SAMPLE_LEAST * SAMPLE_STEP else 1
+        some = student.entropy_C.argsort()[step // 2 :: step]
+        q_RV = torch.index_select(x_CV, 0, some, out=spare_CV[: len(some)])
+        probabilities_(self.problem, q_RV, student.lse_C[some])
+        eta, nu = weights.slopes
+        found = bounds(
+            *sums_at_cuts(q_RV, cut_V, self.square_V), student.spread_C[some], (eta[some], nu[some])
+        )
+        reach_R = weights.reach_C[some]
+        around = reach_R @ (eta[some] * student.spread_C[some].sqrt() + nu[some])
+        # δ reaches the columns as the rest does, but for its size: an estimate.
+        shift_J = reach_R @ found.shift / around.clamp(min=TINY)
+        cut = self._largest_cut(
+            cut_V,
+            (found.hidden * weights.size_C[some, None]).square().sum(0) * (count / len(some)),
+            self.heads.radius_V * student.slope_V + student.rest_V,
+            shift_J * torch.linalg.vector_norm(student.rest_V),
+            allowed,
+        )
+        return cut_V, cut, allowed
+
+    def _allowed(
+        self, tokens: Tokens, pilot_CK: Tensor, weights: _Weights, pilot: Tensor
+    ) -> _Allowed:
+        """From the gradients of the pilot's columns, pilot_CK those of their logits."""
+        needs, dtype = self.needs, self.problem.dtype
+        pilot_CK = pilot_CK * weights.row_C[:, None]
+        infinite = pilot_CK.new_full((), torch.inf)
+        hidden = weight = infinite
         if needs.hidden:
-            error_J = torch.linalg.vector_norm(found.hidden_CJ * size_C[:, None], dim=0)
-            gradient = pilot_CK @ weight_KD.to(pilot_CK.dtype)
-            allowed = (self.tolerance * torch.linalg.vector_norm(gradient)).square()
-            within &= error_J.square() <= allowed + self.unused
+            gradient = pilot_CK @ self.weight.index_select(0, pilot).to(dtype)
+            hidden = (self.tolerance * torch.linalg.vector_norm(gradient)).square()
         if needs.weight or needs.bias:
-            squares = outer_V.new_zeros(CUTS + 1).index_add_(0, found.cut_V, outer_V.square())
-            error_J = squares[:CUTS].cumsum(0).sqrt()
-            # δ reaches the columns as the rest does, but for its size: an estimate.
-            shift_J = reach_C @ found.shift_CJ / (reach_C @ found.outer_C2[:, 1]).clamp(min=TINY)
-            error_J = error_J + shift_J * torch.linalg.vector_norm(rest_V)
-            gradient = pilot_CK.T @ hidden_CD if needs.weight else pilot_CK.sum(0)
+            gradient = pilot_CK.sum(0)
+            if needs.weight:
+                hidden_CD = self.problem.student_hidden.detach()[tokens].to(dtype)
+                gradient = pilot_CK.T @ hidden_CD
             # Errors of chunks may add up where their gradients do not.
             share = self.tolerance / self.chunks**0.5
-            within &= error_J <= share * torch.linalg.vector_norm(gradient)
-        cut = within.int().cumprod(0).sum() - 1
-        return _Choice(found, cut, peak_V, outer_V, size_C, reach_C)
+            weight = share * torch.linalg.vector_norm(gradient)
+        return _Allowed(hidden + self.unused, weight)
+
+    def _largest_cut(
+        self, cut_V: Tensor, square_J: Tensor, outer_V: Tensor, shift_J: Tensor, allowed: _Allowed
+    ) -> Tensor:
+        """The largest whose errors are allowed, 0-dim; −1 where none is."""
+        squares = outer_V.new_zeros(CUTS + 1).index_add_(0, cut_V, outer_V.square())
+        error_J = squares[:CUTS].cumsum(0).sqrt() + shift_J
+        within = (square_J <= allowed.hidden) & (error_J <= allowed.weight)
+        return within.int().cumprod(0).sum() - 1
+
+    def _leave(
+        self,
+        x_CV: Tensor,
+        keeps_V: Tensor,
+        weights: _Weights,
+        student: column_sums.Student,
+        allowed: _Allowed,
+    ) -> _Left:
+        sums = column_sums.dropped(self.problem, x_CV, student.lse_C, keeps_V, self.square_V)
+        found = bounds(*sums, student.spread_C, weights.slopes)
+        hidden_C, shift_C = found.hidden * weights.size_C, found.shift * weights.reach_C
+        eta, nu = weights.slopes
+        around_C = weights.reach_C * (eta * student.spread_C.sqrt() + nu)
+        # On columns that are left out δ is a small part of the rest, at most this.
+        most = torch.where(shift_C > 0, shift_C / around_C, 0).amax()
+        outer_V = self.heads.radius_V * student.slope_V + (1 + most) * student.rest_V
+        outer_V = torch.where(keeps_V, 0, outer_V * SLACK)
+        shift = shift_C.sum() / around_C.sum().clamp(min=TINY)
+        error = torch.linalg.vector_norm(outer_V)
+        error = error + shift * torch.linalg.vector_norm(student.rest_V)
+        within = (hidden_C.square().sum() <= allowed.hidden) & (error <= allowed.weight)
+        return _Left(keeps_V, hidden_C, shift_C, outer_V, sums[0], within)
 
     def _restricted(self, columns: Tensor) -> Problem:
-        """The problem of these columns alone."""
+        """The problem of these columns alone; its heads are still whole."""
         problem = self.problem
-        weight, bias = problem.teacher_weight, problem.teacher_bias
-        own, targets = problem.student_bias, problem.target_ids
+        own, bias, targets = problem.student_bias, problem.teacher_bias, problem.target_ids
         return replace(
             problem,
-            student_weight=self.weight.index_select(0, columns),
-            teacher_weight=None if weight is None else weight.index_select(0, columns),
             student_bias=None if own is None else own.detach().index_select(0, columns),
             teacher_bias=None if bias is None else bias.index_select(0, columns),
             target_ids=None if targets is None else torch.searchsorted(columns, targets),
             vocab_size=len(columns),
         )
 
-    def _gradient_rows(self, part: Problem, x_CK: Tensor, tokens: Tokens) -> Tensor:
+    def _gradient_rows(
+        self,
+        part: Problem,
+        x_CK: Tensor,
+        other_CK: Tensor,
+        tokens: Tokens,
+        columns: Tensor,
+        result: Result,
+    ) -> Tensor:
         """dZ of the columns of `part` replaces the student's raw products, up to a factor [C, 1]
         that is returned; values and statistics are those of these columns."""
-        other_CK = torch.empty_like(x_CK)
-        other_logits_into(other_CK, part, part.student_weight, tokens, self.operand)
-        return row_passes(part, x_CK, other_CK, tokens, True, self.result, None)
+        other_logits_into(other_CK, self.problem, self.weight, tokens, self.operand, columns)
+        return row_passes(part, x_CK, other_CK, tokens, True, result, None)
 
     def _dense(self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor) -> None:
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
         scale_C1 = row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
         self.units += _count(tokens)
-        self._multiply_back(tokens, x_CV, spare_CV, scale_C1, self.weight, None)
+        self._multiply_back(tokens, x_CV, spare_CV, scale_C1, None)
 
     def _sparse(
         self,
         tokens: Tokens,
         x_CV: Tensor,
-        q_CV: Tensor,
-        choice: _Choice,
+        spare_CV: Tensor,
+        left: _Left,
         columns: Tensor,
-        student: tuple[Tensor, Tensor],
+        student: column_sums.Student,
     ) -> None:
         part, result = self._restricted(columns), self.result
-        dz_CK = x_CV.index_select(1, columns)
-        scale_C1 = self._gradient_rows(part, dz_CK, tokens)
+        dz_CK, other_CK = _gathered(spare_CV, len(columns))
+        torch.index_select(x_CV, 1, columns, out=dz_CK)
+        q_CK = probabilities_(part, other_CK.copy_(dz_CK), student.lse_C)
+        self.token_error_N[tokens] = left.hidden_C
+        self.weight_error_V += left.outer_V
+        self.weight_error_V.index_add_(0, columns, q_CK.T @ left.shift_C)
+        step = len(columns) // REST_COLUMNS + 1
+        some_CK = q_CK[:, ::step].clone()
+        scale_C1 = self._gradient_rows(part, dz_CK, other_CK, tokens, columns, result)
         self.units += _count(tokens) * len(columns) / len(self.weight)
-        dropped_C = choice.at_cut(choice.bounds.dropped_CJ)
-        largest = torch.where(choice.keeps_V, 0.0, choice.peak_V).amax()
-        some = slice(None, None, len(columns) // REST_COLUMNS + 1)
-        rest_C = _rest(
-            q_CV.index_select(1, columns[some]), dz_CK[:, some],
-            scale_C1 / self.problem.logit_factor, dropped_C, largest,
-        )  # fmt: skip
-        result.per_token[tokens] = (1 - dropped_C) * result.per_token[tokens]
-        self.divergence_error_N[tokens] = rest_C
+        largest = torch.where(left.keeps_V, 0.0, student.peak_V).amax()
+        self.divergence_error_N[tokens] = _rest(
+            some_CK, dz_CK[:, ::step], scale_C1 / self.problem.logit_factor, left.mass_C, largest
+        )
+        result.per_token[tokens] = (1 - left.mass_C) * result.per_token[tokens]
         if result.statistics:
-            lse_C, entropy_C = student
             if len(result.statistics) > 5:
-                result.statistics[5][tokens] += result.statistics[0][tokens] - lse_C
-            result.statistics[0][tokens] = lse_C
-            result.statistics[2][tokens] = entropy_C
-        self._add_errors(tokens, q_CV, choice)
-        scale_C1 = scale_C1 * (1 - dropped_C)[:, None]
-        self._multiply_back(tokens, dz_CK, None, scale_C1, part.student_weight, columns)
+                result.statistics[5][tokens] += result.statistics[0][tokens] - student.lse_C
+            result.statistics[0][tokens] = student.lse_C
+            result.statistics[2][tokens] = student.entropy_C
+        self._multiply_back(tokens, dz_CK, other_CK, scale_C1 * (1 - left.mass_C)[:, None], columns)
 
     def _exact_chunk(
         self,
@@ -364,51 +496,50 @@ class _Pass:
         spare_CV: Tensor,
         following: tuple[Tokens, Tensor] | None,
     ) -> None:
-        """All columns up to dZ, the columns that matter in the gradient GEMMs."""
+        """All columns up to dZ, the columns that matter in the gradient GEMMs. dZ is known, so
+        ‖Σ_D dZ·W_v‖ ≤ Σ_D |dZ|·‖W_v‖, and nothing shifts."""
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
         scale_C1 = row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
+        weights = self._weights(tokens)
         size_CV = torch.mul(x_CV, scale_C1, out=spare_CV).abs_()
         peak_V = size_CV.amax(0)
-        pilot = peak_V.topk(-(-len(peak_V) // PILOT_PARTS)).indices
+        pilot = peak_V.topk(-(-len(peak_V) // plan.PILOT_PARTS)).indices
         norm_V = torch.linalg.vector_norm(self.weight, dim=1, dtype=self.problem.dtype)
-        found = bounds_of_gradient(size_CV, peak_V, pilot, norm_V)
+        cut_V = cuts_of(peak_V, pilot)
+        hidden_CJ = sums_at_cuts(size_CV, cut_V, norm_V)[1] * SLACK * weights.size_C[:, None]
+        outer_V = weights.reach_C @ size_CV
         pilot_CK = x_CV.index_select(1, pilot).mul_(scale_C1)
-        choice = self._cut(
-            tokens, size_CV, peak_V, found, pilot_CK, self.weight.index_select(0, pilot)
-        )
-        keeps = choice.keeps_V
+        allowed = self._allowed(tokens, pilot_CK, weights, pilot)
+        none_J = torch.zeros_like(hidden_CJ[0])
+        cut = self._largest_cut(cut_V, hidden_CJ.square().sum(0), outer_V, none_J, allowed)
+        keeps_V = cut_V > cut
         if following is not None:
             self._student_logits(*following)
-        columns = keeps.nonzero().squeeze(1)
-        self.units += _count(tokens) * (1 + self.backward_units / PILOT_PARTS)
-        if len(columns) > DENSE_SHARE * len(keeps):
-            self._multiply_back(tokens, x_CV, spare_CV, scale_C1, self.weight, None)
+        columns = keeps_V.nonzero().squeeze(1)
+        self.units += _count(tokens) * (2 + self.backward_units / plan.PILOT_PARTS)
+        self.dense = len(columns) > DENSE_SHARE * len(keeps_V)
+        if self.dense:
+            self._multiply_back(tokens, x_CV, spare_CV, scale_C1, None)
             return
-        self._add_errors(tokens, size_CV, choice)
-        dz_CK = x_CV.index_select(1, columns)
-        weight_KD = self.weight.index_select(0, columns)
-        self._multiply_back(tokens, dz_CK, None, scale_C1, weight_KD, columns)
-
-    def _add_errors(self, tokens: Tokens, mass_CV: Tensor, choice: _Choice) -> None:
-        self.token_error_N[tokens] = choice.at_cut(choice.bounds.hidden_CJ) * choice.size_C
-        shift_C = choice.at_cut(choice.bounds.shift_CJ) * choice.reach_C
-        self.weight_error_V += mass_CV.T @ shift_C
-        self.weight_error_V += torch.where(choice.keeps_V, 0.0, choice.outer_V)
+        self.token_error_N[tokens] = hidden_CJ.gather(1, cut.expand(len(x_CV), 1)).squeeze(1)
+        self.weight_error_V += torch.where(keeps_V, 0.0, outer_V)
+        dz_CK, scratch_CK = _gathered(spare_CV, len(columns))
+        torch.index_select(x_CV, 1, columns, out=dz_CK)
+        self._multiply_back(tokens, dz_CK, scratch_CK, scale_C1, columns)
 
     def _multiply_back(
         self,
         tokens: Tokens,
         dz_CK: Tensor,
-        scratch_CK: Tensor | None,
+        scratch_CK: Tensor,
         scale_C1: Tensor,
-        weight_KD: Tensor,
         columns: Tensor | None,
     ) -> None:
         """Adds the gradients of a tile; `columns` None: of all."""
         result, size = self.result, self.problem.vocab_size
         share = 1.0 if columns is None else len(columns) / size
         self.kept_columns += _count(tokens) * share
-        self.units += _count(tokens) * (1 + self.backward_units * share)
+        self.units += _count(tokens) * self.backward_units * share
         if self.row_weight_N is not None:
             scale_C1 = scale_C1 * self.row_weight_N[tokens, None]
         if result.bias_gradient is not None:
@@ -419,42 +550,44 @@ class _Pass:
                 result.bias_gradient.index_add_(0, columns, found)
         if not (self.needs.hidden or self.needs.weight):
             return
-        out_KD = None
-        if result.weight_gradient is not None:
-            all_VD = result.weight_gradient[:size]
-            out_KD = all_VD if columns is None else all_VD.new_empty(weight_KD.shape)
-            if columns is not None and not self.weight_written:
-                all_VD.zero_()
         rounds = self.operand != self.problem.dtype
-        if scratch_CK is None:
-            scratch_CK = torch.empty_like(dz_CK) if rounds else dz_CK
+        tile = rounded_tile(dz_CK, scratch_CK, self.operand)
+        hidden_CD = self.problem.student_hidden.detach()[tokens]
+        all_VD = None if result.weight_gradient is None else result.weight_gradient[:size]
         gradient_CD = multiply_back(
-            rounded_tile(dz_CK, scratch_CK, self.operand),
+            tile,
             scale_C1,
-            self.problem.student_hidden.detach()[tokens],
-            weight_KD,
-            mean_row=weight_KD.mean(0, dtype=self.problem.dtype) if rounds else None,
+            hidden_CD,
+            self.weight,
+            mean_row=gemm.mean_row(self.weight, self.problem.dtype, columns) if rounds else None,
             hidden=result.hidden_gradient is not None,
-            out_VD=out_KD,
+            out_VD=all_VD if columns is None else None,
             lift=self.lift,
-            first=columns is not None or not self.weight_written,
+            first=not self.weight_written,
+            columns=columns,
         )
+        if columns is not None and all_VD is not None:
+            if tile.row_scale is not None:
+                scale_C1 = scale_C1 * tile.row_scale
+            operand_CD = weight_operand(tile, scale_C1, hidden_CD, all_VD.dtype, self.lift)
+            gemm.scatter_weight_gradient(all_VD, tile.values, operand_CD, columns)
         self.weight_written = True
+        self.touched_V[slice(None) if columns is None else columns] = True
         if gradient_CD is not None and result.hidden_gradient is not None:
             result.hidden_gradient[tokens] = gradient_CD
-            size, error = gradient_CD.norm(), self.token_error_N[tokens].norm()
-            self.unused += (self.tolerance * size).square() - error.square()
-        if columns is not None and result.weight_gradient is not None:
-            assert out_KD is not None
-            result.weight_gradient.index_add_(0, columns, out_KD)
+            norm, error = gradient_CD.norm(), self.token_error_N[tokens].norm()
+            self.unused += (self.tolerance * norm).square() - error.square()
 
-    def _realised(self, tokens: int) -> Realised:
-        result, error_N = self.result, self.token_error_N
+    def _realised(self) -> Realised:
+        result, error_N, tokens = self.result, self.token_error_N, max(self.count, 1)
         size_N = torch.zeros_like(error_N)
         if result.hidden_gradient is not None:
             size_N = torch.linalg.vector_norm(result.hidden_gradient, dim=1)
-        parts = [x for x in (result.weight_gradient, result.bias_gradient) if x is not None]
-        norms = [torch.linalg.vector_norm(x) for x in parts]
+        norms = [] if result.bias_gradient is None else [result.bias_gradient.norm()]
+        if result.weight_gradient is not None:
+            touched = self.touched_V.nonzero().squeeze(1)
+            blocks = gemm.row_blocks(result.weight_gradient, error_N.dtype, touched)
+            norms += [block.norm() for _, block in blocks]
         size = torch.stack(norms).norm() if norms else error_N.new_zeros(())
         return Realised(
             token_bound=_relative(error_N, size_N),
@@ -464,6 +597,15 @@ class _Pass:
             kept_share=torch.full_like(size, self.kept_columns / tokens),
             gemm_units=torch.full_like(size, self.units / tokens),
         )
+
+
+def untouched_zeros(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the weight's shape. A CPU's come as the system's pages of zeros, which take neither time
+    nor memory before they are written to: most of dW never is."""
+    if weight_VD.device.type != "cpu" or not weight_VD.numel():
+        return torch.zeros_like(weight_VD, dtype=dtype, memory_format=torch.contiguous_format)
+    pages = mmap.mmap(-1, weight_VD.numel() * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(weight_VD.shape)
 
 
 def _count(tokens: Tokens) -> int:
@@ -476,33 +618,18 @@ def _relative(error: Tensor, size: Tensor) -> Tensor:
     return torch.where(error == 0, 0.0, found)
 
 
-def _probabilities(problem: Problem, x_CV: Tensor, q_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-normalizer and entropy [C] and each column's largest q [V]; q replaces `q_CV`."""
-    bias, (scale, _), (cap, _) = problem.student_bias, problem.logit_scale, problem.logit_softcap
-    size = problem.vocab_size
-    step = plan.block_rows(size, x_CV.device) if x_CV.device.type == "cpu" else len(x_CV)
-    buffer = torch.empty_like(x_CV[:step])
-    peak_V = x_CV.new_zeros(size)
-    normalizers, entropies = [], []
-    for start in range(0, len(x_CV), step):
-        x, q = x_CV[start : start + step], q_CV[start : start + step]
-        z, free = x, buffer[: len(x)]
-        if bias is not None:
-            z = torch.add(z, bias.detach()[:size], out=free)
-        if scale != 1.0:
-            z = torch.mul(z, scale, out=free)
-        if cap is not None or problem.temperature != 1.0:
-            z = capped(free.copy_(z) if z is x else z, cap, problem.temperature)
-        top = z.amax(1, keepdim=True)
-        z = torch.sub(z, top, out=free).clamp_(min=LOWEST)
-        total = torch.exp(z, out=q).sum(1, keepdim=True)
-        normalizers.append((top + total.log()).squeeze(1))
-        if problem.return_stats:
-            mean = torch.linalg.vecdot(q, z)
-            entropies.append(total.log().squeeze(1) - mean / total.squeeze(1))
-        torch.maximum(peak_V, q.div_(total).amax(0), out=peak_V)
-    lse_C = torch.cat(normalizers)
-    return lse_C, torch.cat(entropies) if entropies else lse_C, peak_V
+def _more(once: Tensor, both: Tensor, times: float) -> Tensor:
+    """Different columns in `times` samples of tokens, of which two have these in one and in both:
+    the extrapolation of Chao's estimate of the number of species."""
+    unseen = once.square() / (4 * both.clamp(min=1))
+    rate = once / (2 * unseen + once).clamp(min=TINY)
+    return once + both + unseen * (1 - (1 - rate) ** (times - 2))
+
+
+def _gathered(spare_CV: Tensor, width: int) -> Tensor:
+    """Two tiles [C, width] in one of [C, V]."""
+    count = 2 * len(spare_CV) * width
+    return spare_CV.view(-1)[:count].view(2, len(spare_CV), width)
 
 
 def _rest(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 UPCAST_BLOCK_BYTES = 8 << 20
+GATHER_BLOCK_BYTES = 128 << 20
+"""Of the rows of a head that are gathered at once on a GPU; a CPU upcasts and gathers in one go."""
 
 
 def upcasts(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -19,35 +21,58 @@ def upcasts(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype != dtype and weight.device.type == "cpu"
 
 
-def logits_into(out_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor) -> None:
-    """out = hidden · weightᵀ; `hidden` in the dtype of `operand_dtype`."""
-    for columns, block in _row_blocks(weight_VD, out_CV.dtype):
+def logits_into(
+    out_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, kept_K: Tensor | None = None
+) -> None:
+    """out = hidden · weightᵀ; `hidden` in the dtype of `operand_dtype`. `kept_K`, here and below:
+    with these rows of the weight alone, gathered block by block."""
+    for columns, block in row_blocks(weight_VD, out_CV.dtype, kept_K):
         _mm_into(out_CV[:, columns], hidden_CD, block.T)
 
 
-def hidden_gradient_into(out_CD: Tensor, tile_CV: Tensor, weight_VD: Tensor) -> None:
+def hidden_gradient_into(
+    out_CD: Tensor, tile_CV: Tensor, weight_VD: Tensor, kept_K: Tensor | None = None
+) -> None:
     """out = tile · weight."""
-    if tile_CV.dtype == weight_VD.dtype and not upcasts(weight_VD, out_CD.dtype):
-        _mm_into(out_CD, tile_CV, weight_VD)
-        return
-    out_CD.zero_()
-    for columns, block in _row_blocks(weight_VD, out_CD.dtype):
-        out_CD.addmm_(tile_CV[:, columns].to(block.dtype), block)
+    first = True
+    for columns, block in row_blocks(weight_VD, out_CD.dtype, kept_K):
+        _addmm_into(out_CD, tile_CV[:, columns].to(block.dtype), block, first=first)
+        first = False
+    if first:
+        out_CD.zero_()
 
 
 def add_weight_gradient(
     out_VD: Tensor, tile_CV: Tensor, hidden_CD: Tensor, *, first: bool = False
 ) -> None:
     """out += tileᵀ · hidden; `first`: out is not initialized yet, and is not read."""
-    beta = 0 if first else 1
-    if tile_CV.dtype == out_VD.dtype:
-        out_VD.addmm_(tile_CV.T, hidden_CD, beta=beta)
-    elif tile_CV.device.type == "cpu":
-        out_VD.addmm_(tile_CV.T.to(out_VD.dtype), hidden_CD.to(out_VD.dtype), beta=beta)
-    else:
-        torch.ops.aten.addmm.dtype_out(
-            out_VD, tile_CV.T, hidden_CD, out_VD.dtype, beta=beta, out=out_VD
-        )
+    _addmm_into(out_VD, tile_CV.T, hidden_CD, first=first)
+
+
+def scatter_weight_gradient(
+    out_VD: Tensor, tile_CK: Tensor, hidden_CD: Tensor, kept_K: Tensor
+) -> None:
+    """out[kept] += tileᵀ · hidden, block by block."""
+    size, dim = len(kept_K), out_VD.shape[1]
+    on_cpu = out_VD.device.type == "cpu"
+    most = UPCAST_BLOCK_BYTES if on_cpu else GATHER_BLOCK_BYTES
+    step = max(most // (dim * out_VD.dtype.itemsize), 1)
+    buffer = out_VD.new_empty(min(step, size), dim)
+    for start in range(0, size, step):
+        rows = kept_K[start : start + step]
+        block = buffer[: len(rows)]
+        add_weight_gradient(block, tile_CK[:, start : start + step], hidden_CD, first=True)
+        out_VD.index_add_(0, rows, block)
+
+
+def mean_row(weight_VD: Tensor, dtype: torch.dtype, kept_K: Tensor | None = None) -> Tensor:
+    """[D] in `dtype`."""
+    if kept_K is None:
+        return weight_VD.mean(0, dtype=dtype)
+    total = weight_VD.new_zeros(weight_VD.shape[1], dtype=dtype)
+    for _, block in row_blocks(weight_VD, dtype, kept_K):
+        total += block.sum(0, dtype=dtype)
+    return total / max(len(kept_K), 1)
 
 
 def operand_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -62,13 +87,38 @@ def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
         torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
 
 
-def _row_blocks(weight_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    size, dim = weight_VD.shape
-    if not upcasts(weight_VD, dtype):
+def _addmm_into(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """out += left · right; `first`: out is not read."""
+    beta = 0 if first else 1
+    if left.dtype == out.dtype:
+        out.addmm_(left, right, beta=beta)
+    elif left.device.type == "cpu":
+        out.addmm_(left.to(out.dtype), right.to(out.dtype), beta=beta)
+    else:
+        torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, beta=beta, out=out)
+
+
+def row_blocks(
+    weight_VD: Tensor, dtype: torch.dtype, kept_K: Tensor | None = None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(which, block) of the rows that products with results of `dtype` take at once."""
+    dim, upcast = weight_VD.shape[1], upcasts(weight_VD, dtype)
+    size = len(weight_VD) if kept_K is None else len(kept_K)
+    if kept_K is None and not upcast:
         yield slice(0, size), weight_VD
         return
-    step = max(UPCAST_BLOCK_BYTES // (dim * dtype.itemsize), 1)
-    buffer = weight_VD.new_empty((min(step, size), dim), dtype=dtype)
+    on_cpu = weight_VD.device.type == "cpu"
+    block_dtype = dtype if upcast else weight_VD.dtype
+    most = UPCAST_BLOCK_BYTES if on_cpu else GATHER_BLOCK_BYTES
+    step = max(most // (dim * block_dtype.itemsize), 1)
+    buffer = weight_VD.new_empty((min(step, size), dim), dtype=block_dtype)
     for start in range(0, size, step):
         stop = min(start + step, size)
-        yield slice(start, stop), buffer[: stop - start].copy_(weight_VD[start:stop])
+        block = buffer[: stop - start]
+        if kept_K is None:
+            block.copy_(weight_VD[start:stop])
+        elif upcast:
+            block.copy_(weight_VD.index_select(0, kept_K[start:stop]))
+        else:
+            torch.index_select(weight_VD, 0, kept_K[start:stop], out=block)
+        yield slice(start, stop), block

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from opsdc_kernels.gemm import UPCAST_BLOCK_BYTES
+from opsdc_kernels.gemm import GATHER_BLOCK_BYTES, UPCAST_BLOCK_BYTES
 from opsdc_kernels.native.build import native
 
 CPU_WORKSPACE_CAP_BYTES = 192 << 20
@@ -20,6 +20,16 @@ GPU_MINIMUM_CHUNK_ROWS = 512
 """Below this a GPU's GEMMs no longer run at their full rate."""
 CPU_BUFFERS = 6
 """Blocks that the row passes in torch (not those in C) write to: t − s and those of `rows_cpu`."""
+COLUMN_BLOCK_BYTES = 64 << 20
+"""What a GPU's passes over the student's logits take at once where columns are left out."""
+COLUMN_BUFFERS = 4
+"""Blocks that these passes, in torch, hold at once."""
+COLUMN_VECTORS = 64
+"""Numbers per vocabulary column that choosing columns takes, those of a thread each included."""
+PILOT_PARTS = 128
+"""V over the columns whose gradient tells the size of the whole one."""
+PILOT_BUFFERS = 6
+"""Tiles of these columns at once."""
 EXACT_TEMPORARIES = 16
 """Results of the size of its rows that the exact row pass holds at once, at most."""
 
@@ -109,6 +119,7 @@ def estimate(
         units = 1 + kept_share * (2 + trainable_head)
         if picked == "chunked":
             rows = column_chunk_rows(tokens, vocab_size, dims, dtype, device, workspace_bytes)
+            scratch = column_scratch_bytes(rows, vocab_size, dims, dtype, device)
     if picked == "fused":
         units += 2 * (divergence == "jsd")
         units += (1 + gradient) * (shared_head and dtype.itemsize == 2)
@@ -191,14 +202,17 @@ def column_chunk_rows(
     device: torch.device,
     workspace_bytes: int | None,
 ) -> int:
-    """Rows per chunk where columns are left out: a third of the workspace is for what is gathered.
-    Lower chunks need fewer columns, but their GEMMs are slower."""
+    """Rows per chunk where columns are left out, such that `column_scratch_bytes` fits the
+    workspace, or one."""
     budget = default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes
-    share = max(2 * budget // 3, scratch_bytes(1, vocab_size, dims, dtype, device))
-    rows = chunk_rows(tokens, vocab_size, dims, dtype, device, share)
+
+    def scratch(rows: int) -> int:
+        return column_scratch_bytes(rows, vocab_size, dims, dtype, device)
+
+    rows = max(bisect_right(range(1, max(tokens, 1) + 1), budget, key=scratch), 1)
     if workspace_bytes is None and device.type == "cuda":
-        rows = max(rows, equal_rows(tokens, GPU_MINIMUM_CHUNK_ROWS))
-    return rows
+        rows = max(rows, GPU_MINIMUM_CHUNK_ROWS)
+    return equal_rows(tokens, rows)
 
 
 def equal_rows(tokens: int, rows: int) -> int:
@@ -211,6 +225,13 @@ def block_rows(vocab_size: int, device: torch.device) -> int:
     """Rows per element-wise pass in torch: few enough that the block stays in a CPU's cache."""
     block_bytes = (1536 << 10) if device.type == "cpu" else (8 << 20)
     return max(block_bytes // (4 * vocab_size), 1)
+
+
+def column_block_rows(vocab_size: int, device: torch.device) -> int:
+    """The same where columns are left out."""
+    if device.type == "cpu":
+        return block_rows(vocab_size, device)
+    return max(COLUMN_BLOCK_BYTES // (4 * vocab_size), 1)
 
 
 def exact_rows(block_height: int) -> int:
@@ -243,3 +264,22 @@ def scratch_bytes(
         upcast = min(UPCAST_BLOCK_BYTES, 4 * vocab_size * max(dims))
     per_row = 2 * wide * vocab_size + 3 * wide * sum(dims)
     return rows * per_row + block + upcast
+
+
+def column_scratch_bytes(
+    rows: int,
+    vocab_size: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """As `scratch_bytes` where columns are left out. The second logit buffer holds what is gathered
+    of the logits, of student and teacher; rows of the heads are gathered in blocks."""
+    wide = 8 if dtype == torch.float64 else 4
+    most = UPCAST_BLOCK_BYTES if device.type == "cpu" else GATHER_BLOCK_BYTES
+    gathered = 2 * min(most, wide * vocab_size * max(dims))
+    block = COLUMN_BUFFERS * min(column_block_rows(vocab_size, device), rows) * vocab_size * wide
+    pilot = -(-vocab_size // PILOT_PARTS) * (PILOT_BUFFERS * rows + 2 * max(dims)) * wide
+    vectors = COLUMN_VECTORS * vocab_size * wide
+    chunks = scratch_bytes(rows, vocab_size, dims, dtype, device)
+    return chunks + gathered + block + pilot + vectors

@@ -181,7 +181,7 @@ def _bisect(rising: Any, wanted: float, count: int) -> Tensor:
     """x [count] > 0 with rising(x) = wanted, by bisection of log x."""
     low = torch.full((count,), -25.0, dtype=torch.float64)
     high = torch.full((count,), 9.0, dtype=torch.float64)
-    for _ in range(32):
+    for _ in range(22):  # to 1e-5 of x
         middle = (low + high) / 2
         above = rising(middle.exp()) > wanted
         low, high = torch.where(above, low, middle), torch.where(above, middle, high)
@@ -268,15 +268,18 @@ def _row_errors(got: Tensor, true: Tensor, floor: float) -> Tensor:
 def budget(case: Case, true: Outcome) -> Budget:
     """The budget of the case's dtype, plus what fp32 logits cannot avoid.
 
-    A logit z of fp32 is off by about 3e-7·|z|, and so is, relatively, the student's probability of
-    it. Where the heads differ, fp32 logits are subtracted, and the same rounding meets a difference
-    of about √(2·KL): it adds 3e-7·max|z| / √(2·KL), per row and on the whole.
+    A logit z of fp32 is off by about 3e-7·|z|, or by more in a long sum: by what `torch.matmul` is
+    off on these inputs. So is, relatively, the student's probability of it. Where the heads differ,
+    fp32 logits are subtracted, and the same rounding meets a difference of about √(2·KL): it adds
+    3e-7·max|z| / √(2·KL), per row and on the whole.
     """
     limit = BUDGETS[case.student_hidden.dtype]
     if case.student_hidden.dtype == torch.float64:
         return limit
-    wide = case.to(torch.float64)
-    rounding = 3e-7 * (wide.student_hidden @ wide.student_weight.T).abs().amax(1)
+    wide, narrow = case.to(torch.float64), case.to(torch.float32)
+    z = wide.student_hidden @ wide.student_weight.T
+    off = (narrow.student_hidden @ narrow.student_weight.T - z).abs()
+    rounding = torch.maximum(3e-7 * z.abs().amax(1), off.amax(1))
     whole, per_row = rounding.max(), rounding
     if case.teacher_weight is not None:
         kl = true.per_token.reshape(-1).abs().clamp(min=1e-60)

@@ -44,8 +44,10 @@ def rounded_tile(dz_CV: Tensor, scratch_CV: Tensor, dtype: torch.dtype) -> Tile:
     return Tile(rounded, scale, dz_CV.neg_().add_(rounded).sum(1, keepdim=True))
 
 
-def hidden_gradient(tile: Tile, weight_VD: Tensor, mean_row_D: Tensor | None) -> Tensor:
-    """`tile.values` · W [C, D], corrected for the tile's rounding.
+def hidden_gradient(
+    tile: Tile, weight_VD: Tensor, mean_row_D: Tensor | None, kept_K: Tensor | None = None
+) -> Tensor:
+    """`tile.values` · W [C, D], corrected for the tile's rounding; `kept_K`: of these rows of W.
 
     Rounding leaves Σ_v (round(dZ) − dZ) ≠ 0, which multiplies whatever all rows of W have in
     common; taking off that sum times the mean row of W removes the error. Sum and mean run over
@@ -56,7 +58,7 @@ def hidden_gradient(tile: Tile, weight_VD: Tensor, mean_row_D: Tensor | None) ->
     out_CD = torch.empty(
         tile.values.shape[0], weight_VD.shape[1], dtype=dtype, device=weight_VD.device
     )
-    gemm.hidden_gradient_into(out_CD, tile.values, weight_VD)
+    gemm.hidden_gradient_into(out_CD, tile.values, weight_VD, kept_K)
     if tile.residual is not None:
         assert mean_row_D is not None
         out_CD.addmm_(tile.residual, mean_row_D[None, :], alpha=-1)

@@ -59,10 +59,18 @@ BANNED_CALLS = (
     *("eval", "exec", "compile", "__import__"),
     *("builtins.eval", "builtins.exec", "builtins.compile", "builtins.__import__"),
     *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
-    *("torch.hub.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"),
+    *("torch.hub.load", "torch.jit.load", "torch.export.load", "torch.serialization.load"),
+    *("yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "importlib.import_module"),
+)
+# torch.distributed's ways to send Python objects, which arrive by unpickling.
+OBJECT_COLLECTIVES = (
+    *("all_gather_object", "gather_object", "broadcast_object_list"),
+    *("scatter_object_list", "send_object_list", "recv_object_list"),
 )
 # Under their bare names the rules below would not know them.
 BANNED_NAMES = (*BANNED_CALLS, "torch.load", "yaml.load", "numpy.load")
+# Whose calls are known by the module's name: it must be the module's own.
+UNALIASED = {name.split(".")[0] for name in BANNED_NAMES if "." in name} - {"numpy"}
 # Setting them opens vLLM's developer routes or its pickled messages.
 BANNED_VARIABLES = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_INSECURE_SERIALIZATION")
 # The one place that may name them: where they are refused.
@@ -78,16 +86,25 @@ def violations(source):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == REFUSAL
         for constant in ast.walk(node)
     }
+    called = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for name in imports(tree):
         if any(name == m or name.startswith(f"{m}.") for m in BANNED_MODULES):
             yield 0, f"imports {name}"
     for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.asname and name.name in UNALIASED:
+                    yield node.lineno, f"imports {name.name} under another name"
         if isinstance(node, ast.ImportFrom) and node.module:
             for name in node.names:
                 if f"{node.module}.{name.name}" in (*BANNED_MODULES, *BANNED_NAMES):
                     yield node.lineno, f"imports {node.module}.{name.name}"
         if isinstance(node, ast.Attribute) and ast.unparse(node) in BANNED_MODULES:
             yield node.lineno, f"uses {ast.unparse(node)}"
+        # Given another name, or handed on, no rule below would see it called.
+        is_read = isinstance(getattr(node, "ctx", None), ast.Load) and node not in called
+        if is_read and ast.unparse(node) in BANNED_NAMES:
+            yield node.lineno, f"takes {ast.unparse(node)} without calling it"
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             if "0.0.0.0" in node.value or node.value == "::":
                 yield node.lineno, "listens on every interface"
@@ -96,6 +113,8 @@ def violations(source):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
+        if name.split(".")[-1] in OBJECT_COLLECTIVES:
+            yield node.lineno, f"calls {name}, which unpickles"
         words = {k.arg: ast.unparse(k.value) for k in node.keywords}
         if name in BANNED_CALLS:
             yield node.lineno, f"calls {name}"
@@ -127,6 +146,14 @@ def test_bans(path):
     "line",
     [
         "import pickle",
+        "importlib.import_module('pickle')",
+        "dist.all_gather_object(found, mine)",
+        "broadcast_object_list(found, src=0)",
+        "load = torch.load",
+        "import torch as t",
+        "list(map(eval, answers))",
+        "torch.serialization.load(path)",
+        "torch.jit.load(path)",
         "from pickle import loads",
         "import torch.distributed.checkpoint as dcp",
         "from torch.distributed import checkpoint",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
+import ipaddress
 import json
 import os
 import re
@@ -55,6 +56,13 @@ def serve(
 ) -> None:
     """Answer for ever. `ready` is told the port."""
     check_place(host, key)
+    if not _is_loopback(host):
+        print(
+            f"opsdc serve: other machines reach {host}; who has the key can use the engine, and "
+            "nothing that is sent is encrypted",
+            file=sys.stderr,
+            flush=True,
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
         ready(listener.getsockname()[1])
@@ -66,12 +74,21 @@ def serve(
 
 def check_place(host: str, key: str) -> None:
     """Raise ConfigError for a place that other machines reach without a key."""
-    loopback = host in ("localhost", "::1") or host.startswith("127.")
-    if not loopback and not key:
+    if not _is_loopback(host) and not key:
         raise ConfigError(
             f"rollout.server_address {host} is not only this machine's: set a key in the "
             f"environment variable {KEY_VARIABLE} on both sides, or use 127.0.0.1"
         )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        # A name, 127.0.0.1.example.org say, leads wherever its owner wants.
+        return False
 
 
 def _answer(engine: VLLMEngine, connection: socket.socket, key: str, weights_dir: Path) -> None:

@@ -324,20 +324,152 @@ static inline void one_row(const Job *job, int64_t i, const int shared)
     out[DIVERGENCE] = value;
 }
 
-/* Rows whose divergence comes back as NaN are left as they were but for bias and factor. */
-void opsdc_rows(const Job *job)
-{
+/* Denormal numbers cost this processor a hundred cycles each. */
 #ifdef __SSE__
-    /* Denormal numbers cost this processor a hundred cycles each. */
-    unsigned int mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040);
+#define WITHOUT_DENORMALS(work) \
+    unsigned int mode = _mm_getcsr(); \
+    _mm_setcsr(mode | 0x8040); \
+    work; \
+    _mm_setcsr(mode)
+#else
+#define WITHOUT_DENORMALS(work) work
 #endif
+
+static void each_row(const Job *job)
+{
     for (int64_t i = 0; i < job->rows; i++)
         if (job->shared)
             one_row(job, i, 1);
         else
             one_row(job, i, 0);
-#ifdef __SSE__
-    _mm_setcsr(mode);
-#endif
+}
+
+/* Rows whose divergence comes back as NaN are left as they were but for bias and factor. */
+void opsdc_rows(const Job *job) { WITHOUT_DENORMALS(each_row(job)); }
+
+/* Jobs of a pass that threads take one after the other, however many threads there are. */
+typedef struct {
+    void (*pass)(const void *);
+    const char *jobs;
+    int64_t size, count, next; /* size: bytes of a job */
+} Queue;
+
+void opsdc_work(Queue *queue)
+{
+    for (;;) {
+        int64_t i = __atomic_fetch_add(&queue->next, 1, __ATOMIC_RELAXED);
+        if (i >= queue->count) return;
+        queue->pass(queue->jobs + i * queue->size);
+    }
+}
+
+/* What opsdc_kernels/columns.py asks of the student, by opsdc_kernels/column_sums.py and with its
+   letters, from raw products that stay as they are: no tile of probabilities is written. */
+typedef struct {
+    const float *student; /* [rows, columns] h.W */
+    int64_t rows, columns, stride;
+    const float *bias;        /* [columns] or null */
+    float factor;             /* logit scale over temperature */
+    const float *square;      /* [columns] */
+    const float *keeps;       /* [columns] 1 for a column that is kept, else 0 */
+    const float *along, *apart; /* [rows] */
+    float *lse, *entropy, *spread; /* [rows] */
+    float *mass, *product;    /* [rows] */
+    float *peak, *slope, *rest; /* [columns], of earlier rows too */
+} ColumnJob;
+
+#define LOWEST -70.0f /* as in opsdc_kernels/column_sums.py */
+#define LOGIT(v) ((bias ? x[v] + bias[v] : x[v]) * factor)
+#define FLOORED(z) ((z) < LOWEST ? LOWEST : (z))
+
+static inline void student_row(const ColumnJob *job, int64_t i, const float *bias)
+{
+    const float *x = job->student + i * job->stride, *square = job->square;
+    float *peak = job->peak, *slope = job->slope, *rest = job->rest;
+    const float factor = job->factor;
+    const int64_t size = job->columns;
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t v = 0; v < size; v++) top = LOGIT(v) > top ? LOGIT(v) : top;
+    double total = 0, moment = 0, spread = 0;
+    BLOCKS(size) {
+        float sum = 0, weighted = 0, squares = 0;
+#pragma omp simd reduction(+ : sum, weighted, squares)
+        EACH_COLUMN {
+            float z = LOGIT(v) - top, below = FLOORED(z), e = exponential(below);
+            sum += e;
+            weighted += e * below;
+            squares += e * square[v];
+        }
+        total += sum;
+        moment += weighted;
+        spread += squares;
+    }
+    job->lse[i] = (float)(top + log(total));
+    job->entropy[i] = (float)(log(total) - moment / total);
+    job->spread[i] = (float)(spread / total);
+    const float share = (float)(1 / total), along = job->along[i];
+    const float around = along * (float)sqrt(spread / total) + job->apart[i];
+    SIMD for (int64_t v = 0; v < size; v++) {
+        float z = LOGIT(v) - top, q = exponential(FLOORED(z)) * share;
+        peak[v] = q > peak[v] ? q : peak[v];
+        slope[v] += along * q;
+        rest[v] += around * q;
+    }
+}
+
+static inline void dropped_row(const ColumnJob *job, int64_t i, const float *bias)
+{
+    const float *x = job->student + i * job->stride, *square = job->square, *keeps = job->keeps;
+    const float factor = job->factor, lse = job->lse[i];
+    double mass = 0, product = 0;
+    BLOCKS(job->columns) {
+        float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum, squares)
+        EACH_COLUMN {
+            float z = LOGIT(v) - lse, q = exponential(FLOORED(z)) * (1 - keeps[v]);
+            sum += q;
+            squares += q * square[v];
+        }
+        mass += sum;
+        product += squares;
+    }
+    job->mass[i] = (float)mass;
+    job->product[i] = (float)product;
+}
+
+#define EACH_ROW(row) \
+    for (int64_t i = 0; i < job->rows; i++) \
+        if (job->bias) \
+            row(job, i, job->bias); \
+        else \
+            row(job, i, 0)
+
+void opsdc_student(const ColumnJob *job) { WITHOUT_DENORMALS(EACH_ROW(student_row)); }
+
+void opsdc_dropped(const ColumnJob *job) { WITHOUT_DENORMALS(EACH_ROW(dropped_row)); }
+
+typedef struct {
+    const float *weight; /* [rows, columns] */
+    int64_t rows, columns, stride;
+    const float *centre; /* [columns] */
+    float *out;          /* [rows] |row - centre|^2 */
+} DistanceJob;
+
+void opsdc_distances(const DistanceJob *job)
+{
+    for (int64_t i = 0; i < job->rows; i++) {
+        const float *row = job->weight + i * job->stride, *centre = job->centre;
+        double total = 0;
+        BLOCKS(job->columns) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            EACH_COLUMN {
+                float difference = row[v] - centre[v];
+                sum += difference * difference;
+            }
+            total += sum;
+        }
+        job->out[i] = (float)total;
+    }
 }

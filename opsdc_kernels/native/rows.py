@@ -6,20 +6,19 @@ to `rows_exact`, soft-capped logits through torch first.
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from opsdc_kernels.native import threads
 from opsdc_kernels.native.build import native
+from opsdc_kernels.native.threads import address
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import Rows, exact_rows_, transform_
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 FIELDS = 8
 """Divergence, the five statistics, the two log-probabilities of targets."""
-THREAD_LOGITS = 1 << 17
-"""Fewer logits per thread than this (0.2 ms) are not worth starting one."""
 
 
 class Job(ctypes.Structure):
@@ -111,16 +110,16 @@ def _run(
     biases = [None if x is None else x.detach()[:columns].float().contiguous() for x in given]
     targets = None if target_ids is None else target_ids.contiguous()
 
-    def run(start: int, stop: int) -> None:
-        job = Job(
-            student=_address(s, start * s.stride(0)),
-            other=_address(other, start * other.stride(0)),
+    def job(start: int, stop: int) -> Job:
+        return Job(
+            student=address(s, start * s.stride(0)),
+            other=address(other, start * other.stride(0)),
             rows=stop - start,
             columns=columns,
             student_stride=s.stride(0),
             other_stride=other.stride(0),
-            student_bias=_address(biases[0]) if raw else None,
-            teacher_bias=_address(biases[1]) if raw else None,
+            student_bias=address(biases[0]) if raw else None,
+            teacher_bias=address(biases[1]) if raw else None,
             student_factor=problem.logit_scale[0] / problem.temperature if raw else 1.0,
             other_factor=problem.logit_scale[1] / problem.temperature if raw else 1.0,
             shared=shared,
@@ -128,21 +127,10 @@ def _run(
             gradient=gradient,
             statistics=problem.return_stats,
             beta=problem.beta,
-            targets=_address(targets, start),
-            out=_address(results, start),
+            targets=address(targets, start),
+            out=address(results, start),
             out_stride=rows,
         )
-        library.opsdc_rows(ctypes.byref(job))
 
-    threads = min(torch.get_num_threads(), rows, max(rows * columns // THREAD_LOGITS, 1))
-    if threads == 1:
-        run(0, rows)
-        return results
-    cuts = [rows * i // threads for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, cuts[:-1], cuts[1:]))
+    threads.run(library, "opsdc_rows", [job(*part) for part in threads.parts(s)])
     return results
-
-
-def _address(x: Tensor | None, offset: int = 0) -> int | None:
-    return None if x is None else x.data_ptr() + offset * x.element_size()

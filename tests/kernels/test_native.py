@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from opsdc_kernels import linear_divergence, plan, testing
-from opsdc_kernels.native import build, rows
+from opsdc_kernels.native import build, rows, threads
 
 CPU = torch.device("cpu")
 
@@ -107,11 +107,11 @@ def test_no_gradient_is_small_enough_to_make_denormals(make_problem):
 
 
 def test_threads_change_no_bit(monkeypatch, make_problem):
-    monkeypatch.setattr(rows, "THREAD_LOGITS", 1)
+    monkeypatch.setattr(threads, "THREAD_LOGITS", 1)
     h, w, ht, wt = inputs(n=7)
     found = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
         s, t = h @ w.T, ht @ wt.T
         problem = make_problem(h, w, ht, wt, return_stats=True)
         got = rows.divergence_rows_(s, t, problem, gradient=True)

@@ -25,11 +25,11 @@ def relative(got, want):
     return float((got - want).norm() / want.norm())
 
 
-def uncorrected(tile, weight, mean_row):
+def uncorrected(tile, weight, mean_row, kept=None):
     return hidden_gradient(Tile(tile.values, tile.row_scale, torch.zeros(N, 1)), weight, mean_row)
 
 
-def sum_only(tile, weight, mean_row):
+def sum_only(tile, weight, mean_row, kept=None):
     """The shorter form, without −dZ: right only where Σ_v dZ = 0."""
     total = tile.values.float().sum(1, keepdim=True)
     return hidden_gradient(Tile(tile.values, tile.row_scale, total), weight, mean_row)

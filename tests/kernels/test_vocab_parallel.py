@@ -273,7 +273,7 @@ def with_rounded_tile(group, case, correct):
 
             patch.setattr(
                 chunked, "hidden_gradient",
-                lambda t, w, mean: tile.hidden_gradient(
+                lambda t, w, mean, kept=None: tile.hidden_gradient(
                     dataclasses.replace(t, residual=torch.zeros_like(t.residual)), w, mean
                 ),
             )  # fmt: skip

@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from tests_tiny import tiny_model
 
 from opsdc import checkpoint
 from opsdc.batch import Pair
-from opsdc.config import OPSDCConfig, TeacherConfig
+from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
 from opsdc.errors import CheckpointError
+from opsdc.model import load_weights, prepare_model, save_weights
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, update
 
@@ -44,16 +46,24 @@ def everything(model, teacher, optimizer):
     return found
 
 
+def state_of(teacher):
+    return {
+        "teacher_version": teacher.version,
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
+        "config": {},
+    }
+
+
 def write(root, step=3, keep=2, steps=3):
     parts = trained(steps)
-    state = {"teacher_version": parts[1].version, "weights_version": step, "skipped_steps": 0}
-    return checkpoint.save(root, step, *parts, state, keep=keep), parts
+    return checkpoint.save(root, step, *parts, state_of(parts[1]), keep=keep), parts
 
 
 @pytest.mark.parametrize("mode", ["refresh", "ema", "live"])
 def test_round_trip_is_bit_exact(tmp_path, mode):
     parts = trained(3, mode=mode)
-    folder = checkpoint.save(tmp_path, 3, *parts, {"teacher_version": parts[1].version}, keep=2)
+    folder = checkpoint.save(tmp_path, 3, *parts, state_of(parts[1]), keep=2)
     fresh = trained(1, mode=mode)
     checkpoint.restore(folder, *fresh)
     assert fresh[1].version == parts[1].version
@@ -260,6 +270,20 @@ def test_what_its_loaders_would_unpickle_is_not_even_looked_at(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_weights_that_are_not_there_are_not_made_up(tmp_path, adapter):
+    settings = ModelConfig(lora=LoRAConfig(r=2, alpha=4) if adapter else None)
+    model = prepare_model(tiny_model(), settings)
+    save_weights(model, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(file)
+    gone = sorted(tensors)[-1]
+    del tensors[gone]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(KeyError, match=f"1 tensors are missing, {re.escape(gone)}"):
+        load_weights(model, tmp_path)
+
+
 def test_another_models_checkpoint_is_refused_by_name(tmp_path):
     folder, _ = write(tmp_path)
     model = tiny_model(hidden_size=16)
@@ -297,6 +321,65 @@ def test_one_of_the_same_step_is_kept_until_its_successor_is_verified(tmp_path, 
     assert verify(before) is None
     assert checkpoint._sha256(before / "optimizer.safetensors") != sha256
     assert [p.name for p in tmp_path.iterdir()] == ["step-000003"]
+
+
+class Killed(BaseException):
+    """Passes every handler, as a kill does."""
+
+
+@pytest.mark.parametrize("how", [OSError, Killed])
+def test_between_two_checkpoints_of_one_step_there_always_is_one(tmp_path, monkeypatch, how):
+    """Killed, or failed, after the old one was moved aside and before the new one has its name."""
+    write(tmp_path, 2)
+    before, _ = write(tmp_path, 3)
+    sha256 = checkpoint._sha256(before / "optimizer.safetensors")
+    rename = Path.rename
+
+    def stuck(path, target):
+        if path.name.startswith(".tmp-step"):
+            raise how("injected")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stuck)
+    with pytest.raises(CheckpointError if how is OSError else how):
+        write(tmp_path, 3, steps=2)
+    monkeypatch.undo()
+    # What every start does first.
+    checkpoint.clear_unfinished(tmp_path)
+    assert checkpoint.newest_good(tmp_path) == before
+    assert checkpoint._sha256(before / "optimizer.safetensors") == sha256
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
+STATE_EDITS = {
+    "nothing": lambda state: state.clear(),
+    "skipped_steps": lambda state: state.pop("skipped_steps"),
+    "teacher_version": lambda state: state.update(teacher_version="two"),
+    "config": lambda state: state.update(config=None),
+    "versions": lambda state: state.pop("versions"),
+}
+
+
+@pytest.mark.parametrize("missing", STATE_EDITS)
+def test_a_sealed_checkpoint_that_lacks_its_state_is_passed_over(tmp_path, missing, capsys):
+    good, _ = write(tmp_path, 1)
+    bad, _ = write(tmp_path, 2)
+    state = checkpoint.read_state(bad)
+    STATE_EDITS[missing](state)
+    (bad / "state.json").write_text(json.dumps(state))
+    sealed(bad)
+    assert checkpoint.newest_good(tmp_path) == good
+    name = "step" if missing == "nothing" else missing
+    assert f"step-000002 is damaged (state.json has no {name} (" in capsys.readouterr().err
+
+
+def test_the_manifest_says_which_software_wrote_it(tmp_path):
+    folder, _ = write(tmp_path)
+    found = json.loads((folder / "manifest.json").read_text())["versions"]
+    assert found["torch"] == torch.__version__
+    assert {"opsdc", "transformers", "python", "threads"} <= found.keys()
+    edit_manifest(folder, lambda m: m["versions"].update(torch="1.0"))
+    assert checkpoint.verify(folder) == "manifest.json and state.json are of different versions"
 
 
 def test_only_our_own_names_are_checkpoints(tmp_path):

@@ -62,6 +62,13 @@ CASES = {
         {"distributed": {"reduce_every_micro_batch": True}},
     ),
     "fsdp, activations again": ("fsdp", 2, UNEVEN, {"model": {"gradient_checkpointing": True}}),
+    "ddp, half of the tokens": ("ddp", 2, UNEVEN, {"loss": {"token_share": 0.5}}),
+    "fsdp, a rank has nothing, tokens by entropy": (
+        "fsdp",
+        3,
+        TWO,
+        {"loss": {"token_share": 0.6, "token_criterion": "entropy", "skip_tolerance": 1e-3}},
+    ),
     "fsdp, ema, mean over tokens": (
         "fsdp",
         2,
@@ -278,9 +285,11 @@ def test_a_mistake_of_the_users_is_said_once(settings, tmp_path):
     assert runs.log(out).count("nothing.jsonl") == 1
 
 
-def test_no_memory_on_one_rank_saves_and_says_what_to_do(settings, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_no_memory_on_one_rank_saves_and_says_what_to_do(settings, tmp_path, strategy):
+    """In the loss; with ddp anywhere else as well."""
     out = tmp_path / "run"
-    run = settings(out)
+    run = settings(out, strategy=strategy)
     statuses = t.train(run, 2, t.no_memory_on_one, "opsdc.update", "distillation_loss", 5)
     assert 0 not in statuses
     log = runs.log(out)
@@ -294,10 +303,10 @@ def test_no_memory_on_one_rank_saves_and_says_what_to_do(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_memory_in_a_sharded_forward_ends_all_and_says_what_to_do(settings, tmp_path):
+def test_no_memory_in_a_sharded_layer_ends_all_and_says_what_to_do(settings, tmp_path):
     out = tmp_path / "run"
     run = settings(out, strategy="fsdp")
-    statuses = t.train(run, 2, t.no_memory_on_one, "opsdc.update", "distillation_loss", 5)
+    statuses = t.train(run, 2, t.no_memory_on_one, "opsdc.update", "hidden_states", 9)
     assert 0 not in statuses
     log = runs.log(out)
     assert log.count("opsdc train: rank 1: CUDA out of memory") == 1

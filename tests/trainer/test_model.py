@@ -1,13 +1,15 @@
 """Heads: what the loss describes is used exactly, what it does not describe is refused."""
 
+import contextlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from tests_tiny import tiny_model
+from tests_tiny import byte_tokenizer, tiny_model
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -68,7 +70,7 @@ def test_every_known_head_is_described_exactly(name):
     teacher = Teacher(model, TeacherConfig(mode="frozen"))
     layout = Layout(packed=False, max_tokens=99, pad_id=0, dtype=torch.float32)
     kept = teacher_hidden_states(model, teacher, [pair], layout)
-    loss, _ = backward(model, teacher, [pair], kept, layout, OPSDCConfig())
+    loss, *_ = backward(model, teacher, [pair], kept, layout, OPSDCConfig())
     with torch.no_grad():
         s = model(torch.tensor([[5, 6, 9, 10, 11]])).logits[0, 1:4].double().log_softmax(-1)
         t = model(torch.tensor([[7, 5, 6, 9, 10, 11]])).logits[0, 2:5].double().log_softmax(-1)
@@ -119,6 +121,28 @@ def test_a_missing_model_is_named():
 def test_trained_parameters_are_float32_whatever_the_forward_computes_in(tiny_folder):
     model = load_model(ModelConfig(name_or_path=str(tiny_folder), dtype="bfloat16"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_code_in_a_model_folder_runs_only_where_the_user_says_so(tmp_path):
+    folder, marker = tmp_path / "model", tmp_path / "marker"
+    tiny_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {
+        "model_type": "not-a-type-of-transformers",
+        "auto_map": {"AutoConfig": "ours.C", "AutoModelForCausalLM": "ours.M"},
+    }
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "ours.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    )
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load_model(ModelConfig(name_or_path=str(folder)))
+    assert not marker.exists()
+    with contextlib.suppress(Exception):  # what it then makes of the folder is its own affair
+        load_model(ModelConfig(name_or_path=str(folder), trust_remote_code=True))
+    assert marker.exists()
 
 
 def test_the_revision_of_a_hub_model_is_recorded(tmp_path):

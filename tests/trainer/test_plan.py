@@ -261,6 +261,17 @@ def test_ranks_cut_what_fsdp_cuts_and_ddp_does_not():
     assert [g["update"] for g in found] == [4 * trained, trained, trained]
 
 
+def test_the_loss_scores_all_tokens_and_trains_on_their_share():
+    architecture = tiny_model().config
+
+    def flop(**loss):
+        config = OPSDCConfig.from_dict({"loss": loss})
+        return make_plan(config, memory_bytes=10**9, architecture=architecture).loss_flop
+
+    # Two head GEMMs to score all, four for what is trained on.
+    assert flop(token_share=0.25) == flop() * (2 + 0.25 * 4) / 4
+
+
 def test_a_paged_teacher_leaves_its_head_alone_on_the_device():
     architecture = tiny_model(tied=False).config
     plans = [

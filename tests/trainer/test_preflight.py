@@ -114,9 +114,8 @@ def test_the_disk_must_hold_the_checkpoints(tmp_path, monkeypatch):
     teacher = Teacher(model, TeacherConfig())
     settings = OPSDCConfig.from_dict({"output_dir": str(tmp_path / "a" / "run")})
     # What one really takes: the weights of both and two moments, and some headers.
-    folder = checkpoint.save(
-        tmp_path, 1, model, teacher, stepped(model), {"teacher_version": 0}, keep=1
-    )
+    state = {"teacher_version": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "config": {}}
+    folder = checkpoint.save(tmp_path, 1, model, teacher, stepped(model), state, keep=1)
     size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
     for free, fits in ((2.7 * size, False), (3.3 * size, True)):
         usage = type("usage", (), {"free": free})

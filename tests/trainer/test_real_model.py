@@ -9,8 +9,8 @@ from opsdc import preflight
 from opsdc.batch import Pair
 from opsdc.config import OPSDCConfig, TeacherConfig
 from opsdc.dataset import prompted_sets
-from opsdc.model import load_model, load_tokenizer
-from opsdc.rollout import Request, SamplingParams
+from opsdc.model import load_model, load_tokenizer, read_head
+from opsdc.rollout import Request, SamplingParams, difference
 from opsdc.rollout.hf import HFSampler
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, backward, teacher_hidden_states
@@ -58,7 +58,7 @@ def gradients(setting, where, **loss):
     config = OPSDCConfig.from_dict({**config.to_dict(), "loss": loss})
     model.zero_grad(set_to_none=True)
     kept = teacher_hidden_states(model, teacher, pairs, where)
-    value, stats = backward(model, teacher, pairs, kept, where, config)
+    value, _, stats = backward(model, teacher, pairs, kept, where, config)
     flat = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
     return value, flat, torch.cat([s.divergence for s in stats])
 
@@ -89,6 +89,38 @@ def test_layouts_and_backends_give_one_gradient(setting):
         other_value, other, _ = gradients(setting, where, **loss)
         assert other_value == pytest.approx(value, rel=tolerance)
         assert float((other - base).norm() / base.norm()) <= tolerance
+
+
+@pytest.mark.slow
+def test_float32_samples_are_those_of_a_16_bit_forward_to_its_rounding(smollm2):
+    """Mean and largest |Δ log p|: the sampler as it is, and under autocast, from the loss's logits.
+
+    Those come from 16-bit hidden states and stay in float32.
+    """
+    config = OPSDCConfig.load("smollm2-cpu")
+    tokenizer = load_tokenizer(config.model)
+    problems, _ = prompted_sets(config, tokenizer)
+    model = load_model(config.model)
+    requests = [
+        Request(key=p.problem.id, prompt_ids=p.prompts.student_ids) for p in problems.batch(1, 6)
+    ]
+    sampler = HFSampler(model, tokenizer, seed=0)
+    found = {}
+    for name, enabled in (("as it is", False), ("autocast", True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            rollouts = sampler.generate(requests, SamplingParams(max_new_tokens=24), label="test")
+        sampled, scored = [], []
+        for r in rollouts:
+            ids, n = torch.tensor([[*r.prompt_ids, *r.response_ids]]), len(r.response_ids)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0, -n - 1 : -1]
+            log_p = read_head(model).logits(hidden).log_softmax(-1)
+            scored += log_p.gather(1, ids[0, -n:, None])[:, 0].tolist()
+            sampled += r.logprobs
+        found[name] = difference(sampled, scored)
+        print(f"{name}: {found[name][0]:.4f} and {found[name][1]:.3f} over {len(scored)} tokens")
+    assert 1e-3 < found["as it is"][0] < 0.03
+    assert found["as it is"][0] < found["autocast"][0]
 
 
 @pytest.mark.slow

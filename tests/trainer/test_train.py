@@ -8,7 +8,7 @@ import torch
 from tests_tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from opsdc import train
+from opsdc import checkpoint, train
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError, DataError, TrainingError
 from opsdc.metrics import read_lines
@@ -92,11 +92,15 @@ def test_every_teacher_trains(make_config, mode, tmp_path):
     assert [row["teacher_version"] for row in rows] == expected[mode]
 
 
-@pytest.mark.parametrize("mode", ["refresh", "ema"])
-def test_resuming_at_any_step_changes_no_bit(make_config, tmp_path, mode):
-    common = {"eval.problems": 0, "teacher.mode": mode, "train.keep": 9}
+@pytest.mark.parametrize(
+    "settings", [{}, {"teacher.mode": "ema", "loss.token_share": 0.5}], ids=str
+)
+def test_resuming_at_any_step_changes_no_bit(make_config, tmp_path, settings):
+    common = {"eval.problems": 0, "train.keep": 9, **settings}
     run(make_config(**common, output_dir=str(tmp_path / "whole")))
     expected = record(tmp_path / "whole")
+    kept = {"kept_tokens_share", "kept_loss_share"} if "loss.token_share" in settings else set()
+    assert all(set(row) == KEYS | kept for row in expected)
     for stop in (1, 2, 3, 4):
         out = tmp_path / f"stopped-{stop}"
         config = make_config(**common, output_dir=str(out))
@@ -256,6 +260,32 @@ def test_qwen3_recipes_train_a_random_twin(recipe, tied, problem_file, tmp_path)
     if recipe.endswith("lora"):
         assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()
         assert (tmp_path / "run" / "checkpoints" / "step-000002" / "adapter").is_dir()
+
+
+def test_a_forward_in_16_bits_trains_from_float32_samples(make_config, tmp_path, capsys):
+    """Preflight included: the sampler is the trainer to rounding, the same prompt gives 0."""
+    trainer, _ = run(make_config(**{"model.dtype": "bfloat16", "train.steps": 2}))
+    out = capsys.readouterr().out
+    line = next(x for x in out.splitlines() if x.startswith("sampler: the trainer's log p"))
+    # Rounding, and none of the infinities or zeros of a check that compares nothing.
+    assert 1e-4 < float(line.split()[-2]) < 0.5
+    assert "same prompt on both sides: 0.0e+00" in out
+    assert all(row["loss_nats"] > 0 for row in record(tmp_path / "run"))
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_a_resume_names_what_it_runs_on_now(make_config, monkeypatch, capsys):
+    config = make_config(**{"eval.problems": 0, "train.steps": 2})
+    real = checkpoint.versions
+    monkeypatch.setattr(checkpoint, "versions", lambda: real() | {"torch": "1.0", "threads": 96})
+    run(config, callbacks=[StopAt(1)])
+    monkeypatch.undo()
+    run(config)
+    told = [x for x in capsys.readouterr().err.splitlines() if "changed since" in x]
+    assert told == [
+        f"  changed since that checkpoint: torch: '1.0' → {torch.__version__!r}",
+        f"  changed since that checkpoint: threads: 96 → {torch.get_num_threads()}",
+    ]
 
 
 def test_lora_resumes_bit_for_bit(make_config, tmp_path):

@@ -280,9 +280,9 @@ def test_a_repeated_push_never_sends_other_numbers_under_the_same_version(start,
 
 
 def test_other_machines_need_a_key():
-    check_place("127.0.0.1", "")
-    check_place("localhost", "")
+    for host in ("127.0.0.1", "127.8.9.1", "::1", "localhost"):
+        check_place(host, "")
     check_place("10.0.0.7", "secret")
-    for host in ("10.0.0.7", "::", "", "example.org"):
+    for host in ("10.0.0.7", "::", "", "example.org", "127.0.0.1.example.org", "127.1.example"):
         with pytest.raises(ConfigError, match="OPSDC_SERVER_KEY"):
             check_place(host, "")

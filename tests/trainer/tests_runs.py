@@ -38,6 +38,9 @@ def start(settings, prepare=None, *arguments):
     warm()
     process = _CONTEXT.Process(target=_run, args=(settings, prepare, arguments))
     process.start()
+    # Else a start in another thread would look after this process too, and of two that ask for its
+    # exit status one is told 255.
+    multiprocessing.process._children.discard(process)
     return process
 
 
