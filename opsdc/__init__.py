@@ -5,12 +5,17 @@ The names are imported when first used, so that `opsdc --help` answers at once.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsdc.config import OPSDCConfig
     from opsdc.distiller import Distiller, collate
     from opsdc.train import OPSDCTrainer
+
+# transformers imports it through peft, wherever it is installed, and it then regrets a kernel that
+# nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["Distiller", "OPSDCConfig", "OPSDCTrainer", "__version__", "collate"]

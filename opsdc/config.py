@@ -96,8 +96,8 @@ class PromptConfig:
 class RolloutConfig:
     engine: Annotated[
         Literal["hf", "vllm", "vllm_server"],
-        "hf: transformers' generate in this process | vllm: vLLM in this process | vllm_server: "
-        "vLLM in a process of its own",
+        "hf: transformers' generate in each trainer process | vllm: vLLM in each trainer process | "
+        "vllm_server: vLLM in one process of its own",
     ] = "hf"
     prompts_per_step: Annotated[int, "problems per optimizer step; paper: 32"] = 32
     samples_per_prompt: Annotated[int, "responses per problem; paper: 1"] = 1

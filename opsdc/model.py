@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,6 @@ from opsdc.layers import compile_layers, use_liger
 
 # A bar per folder that is read or written would drown our own lines.
 transformers_logging.disable_progress_bar()
-# peft imports it for every adapter, and it then misses a kernel that nothing here uses.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Attention kernels that skip the blocks of other sequences; the rest would pay T² for a packed row.
 VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")

@@ -19,6 +19,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A signal is the whole process's, and so is what is known about it.
 _requested: signal.Signals | None = None
 _installed = False
+_held_back = False
 _exchange: Callable[[str | None], str | None] | None = None
 _asked_at = 0.0
 # torchrun passes on what a scheduler has sent to the whole group: twice the same request.
@@ -40,9 +41,20 @@ def requested() -> str | None:
 
 def check() -> None:
     """Raise Stopped if a signal has asked to stop."""
-    name = requested()
+    name = None if _held_back else requested()
     if name is not None:
         raise Stopped(name)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Within the block `check` passes: what has begun there is done to its end."""
+    global _held_back
+    before, _held_back = _held_back, True
+    try:
+        yield
+    finally:
+        _held_back = before
 
 
 def tell_others(exchange: Callable[[str | None], str | None] | None) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from opsdc import stop
 from opsdc.errors import RolloutError, WeightSyncError
 from opsdc.rollout import (
     AGREEMENT,
@@ -79,7 +80,9 @@ class VLLMSampler:
         began = time.perf_counter()
         self._weights_id = None
         weights_id = f"{self._run}-{version}"
-        probe = self._engine.load(Weights(model, self._dtype), weights_id, self._probe_ids)
+        # Right after an update no step is complete, and nothing could be saved.
+        with stop.held_back():
+            probe = self._engine.load(Weights(model, self._dtype), weights_id, self._probe_ids)
         own = sequence_logprobs(model, self._probe_ids, self._dtype)
         mean, largest = difference(probe, own)
         limits = AGREEMENT[self._dtype]

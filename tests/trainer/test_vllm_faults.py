@@ -5,6 +5,7 @@ The server here is the adversary; the real one is in test_vllm.py.
 
 import contextlib
 import json
+import signal
 import socket
 import struct
 import threading
@@ -14,8 +15,9 @@ import pytest
 import torch
 from tests_tiny import tiny_model
 
+from opsdc import stop
 from opsdc.errors import ConfigError, RolloutError, WeightSyncError
-from opsdc.rollout import Request, SamplingParams
+from opsdc.rollout import Request, SamplingParams, wire
 from opsdc.rollout.vllm_local import EngineOptions
 from opsdc.rollout.vllm_sampler import VLLMSampler
 from opsdc.rollout.vllm_serve import check_place
@@ -42,6 +44,7 @@ class Adversary:
     def __init__(self, answer, probe):
         self.answer, self.probe = answer, probe
         self.seen = []
+        self.delay_s = 0.0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = self.listener.getsockname()
         self.open = []
@@ -60,6 +63,7 @@ class Adversary:
         (size,) = struct.unpack(">Q", connection.recv(8, socket.MSG_WAITALL))
         message = json.loads(connection.recv(size, socket.MSG_WAITALL))
         self.seen.append(message["op"])
+        time.sleep(self.delay_s)
         if message["op"] == "load":
             reply = frame({"weights_id": message["weights_id"], "probe": self.probe})
             self.weights_id = message["weights_id"]
@@ -195,6 +199,17 @@ def test_the_good_answer_is_taken(start, model):
     rollouts = sampler.generate(REQUESTS, PARAMS, label="test")
     assert [list(r.response_ids) for r in rollouts] == [[9, 10, EOS]] * 2
     assert [r.weights_version for r in rollouts] == [0, 0]
+
+
+def test_a_stop_waits_for_the_end_of_a_push_but_not_of_a_batch(start, model, monkeypatch):
+    """A push follows an update: left there, the new weights would be saved as the old step's."""
+    adversary, sampler = start(good)
+    adversary.delay_s = 0.2
+    monkeypatch.setattr(wire, "POLL_S", 0.01)
+    monkeypatch.setattr(stop, "_requested", signal.SIGTERM)
+    sampler.push(model, 0)
+    with pytest.raises(stop.Stopped, match="SIGTERM"):
+        sampler.generate(REQUESTS, PARAMS, label="test")
 
 
 @pytest.mark.parametrize("name", FAULTS)
