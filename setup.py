@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     "lora": ["peft>=0.17"],
+    "qlora": ["peft>=0.17", "bitsandbytes>=0.46"],
+    "liger": ["liger-kernel>=0.6"],
     "eval": ["math-verify>=0.8", "reasoning-gym>=0.1.25"],
     "plot": ["matplotlib>=3.8"],
     "embedded": ["gguf>=0.17"],
@@ -14,7 +16,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.27,<0.33"],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
 }
-IN_DEV = ("lora", "eval", "plot", "embedded", "trl", "bench")
+IN_DEV = ("qlora", "liger", "eval", "plot", "embedded", "trl", "bench")
 EXTRAS["dev"] = [
     "pytest>=8",
     "hypothesis>=6.100",

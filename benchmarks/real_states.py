@@ -41,21 +41,20 @@ class Row:
         return f"{self.what:<52}" + "".join(f"{error:10.1e}" for error in errors)
 
 
-def real_cases() -> tuple[Case, Case]:
+def real_cases(problems: int = PROBLEMS, tokens: int = TOKENS) -> tuple[Case, Case]:
     """The same tokens through an fp32 backbone and through a bf16 one (its states widened again);
     head and parameters are rounded to bf16 in both, so only the arithmetic differs."""
     torch.manual_seed(0)
     config = OPSDCConfig.load("smollm2-cpu")
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
-    problems, _ = prompted_sets(config, tokenizer)
-    chosen = problems.batch(1, PROBLEMS)
+    chosen = prompted_sets(config, tokenizer)[0].batch(1, problems)
     sampler = HFSampler(model, tokenizer, seed=0)
     requests = [
         Request(key=f"real-{i}", prompt_ids=item.prompts.student_ids)
         for i, item in enumerate(chosen)
     ]
-    params = SamplingParams(max_new_tokens=TOKENS)
+    params = SamplingParams(max_new_tokens=tokens)
     rollouts = sampler.generate(requests, params, label="answers")
     pairs = [
         Pair(
@@ -112,9 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--problems", type=int, default=PROBLEMS, help="(default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each (default %(default)s)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the fp32 case")
     options = parser.parse_args()
-    wide, narrow = real_cases()
+    wide, narrow = real_cases(options.problems, options.tokens)
     true = testing.truth(wide)
     print(
         f"{len(wide.student_hidden)} response tokens of SmolLM2-135M-Instruct, mean KL "

@@ -45,6 +45,8 @@ class TokenBatch:
     """[rows, T] int64, restarting at 0 with every sequence"""
     scored: torch.Tensor
     """[n] indices into rows·T of the positions whose hidden state predicts a response token"""
+    lengths: Sequence[int]
+    """response tokens of each sequence, Σ = n"""
 
     @property
     def targets(self) -> torch.Tensor:
@@ -89,6 +91,7 @@ def token_batch(
         attention_mask=attention_mask,
         position_ids=position_ids.to(device),
         scored=torch.tensor(scored, dtype=torch.int64, device=device),
+        lengths=[len(response) for _, response in sequences],
     )
 
 
@@ -114,6 +117,7 @@ def from_labels(
         attention_mask=attention_mask,
         position_ids=(attention_mask.cumsum(1) - 1).clamp_min(0),
         scored=predicts.flatten().nonzero()[:, 0],
+        lengths=predicts.sum(1).tolist(),
     )
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from opsdc.batch import Pair, TokenBatch, from_labels, labels_of, token_batch
 from opsdc.config import LossConfig
 from opsdc.errors import ConfigError, DataError, ModelError
-from opsdc.loss import distillation_loss
+from opsdc.loss import distillation_loss, select_tokens
 from opsdc.model import check_head, hidden_states, read_head
 
 
@@ -101,15 +101,16 @@ class Distiller(nn.Module):
         teacher_hidden, teacher_head = self._score(seen)
         student_hidden = hidden_states(self.student, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
-        share = torch.ones(len(batch.targets), device=student_hidden.device) / count
-        loss, _ = distillation_loss(
+        weight = torch.ones(len(batch.targets), device=student_hidden.device) / count
+        states = (
             student_hidden,
             read_head(self.student),
             teacher_hidden.to(student_hidden.dtype),
             teacher_head,
-            share,
-            self._loss,
         )
+        if self._loss.token_share < 1:
+            weight, _ = select_tokens(*states, weight, batch.lengths, self._loss)
+        loss, _ = distillation_loss(*states, weight, self._loss)
         return {"loss": loss}
 
     @torch.no_grad()

@@ -238,7 +238,9 @@ def leave() -> None:
     global _joined
     if _joined is not None:
         _joined = None
-        dist.destroy_process_group()
+        # A vLLM engine that was closed has done so.
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _start(config: DistributedConfig) -> None:

@@ -22,6 +22,7 @@ from transformers import (
 
 from opsdc import embedded
 from opsdc.config import OPSDCConfig
+from opsdc.model import load_model
 from opsdc.plan import architecture_of, report
 from opsdc.trace import shallower
 
@@ -55,6 +56,11 @@ def dry_run(config: OPSDCConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="opsdc-dry-run-") as folder:
         small = _small(config, folder, on_gpu)
         rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+        if config.model.quantize is not None:
+            # Weights are quantized as they are loaded.
+            place = f"{folder}/twin"
+            twin.save_pretrained(place)
+            twin = load_model(replace(small.model, name_or_path=place, revision=None))
         OPSDCTrainer(twin, small, rows, rows, tokenizer).train()
 
 
@@ -78,8 +84,12 @@ def _small(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
     return replace(
         config,
         output_dir=folder,
-        # Attention kernels of a GPU need one.
-        model=replace(config.model, attn_implementation=attention if on_gpu else None),
+        # Kernels of a GPU need one.
+        model=replace(
+            config.model,
+            attn_implementation=attention if on_gpu else None,
+            liger=config.model.liger and on_gpu,
+        ),
         data=replace(config.data, prompt_column="problem", answer_column="answer", eval_size=0),
         prompt=replace(config.prompt, max_tokens=1 << 20),
         rollout=replace(

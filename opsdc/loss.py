@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from opsdc.config import LossConfig
 from opsdc.model import Head
+from opsdc.selection import kept_tokens
 from opsdc_kernels import DivergenceStats, linear_divergence
 
 
@@ -58,3 +61,26 @@ def distillation_loss(
         skip_tolerance=tolerance,
         exact_value=exact_value and tolerance is not None,
     )
+
+
+@torch.no_grad()
+def select_tokens(
+    student_hidden: torch.Tensor,
+    student_head: Head,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head,
+    token_weight: torch.Tensor,
+    lengths: Sequence[int],
+    config: LossConfig,
+) -> tuple[torch.Tensor, DivergenceStats]:
+    """The weights that `config.token_share` leaves, [n] with 0 at the others; statistics of all.
+
+    Costs two head GEMMs. `lengths`: response tokens of each sequence, Σ = n; the rest as in
+    `distillation_loss`.
+    """
+    _, every = distillation_loss(
+        student_hidden, student_head, teacher_hidden, teacher_head, None, config, reduction="none"
+    )
+    by_entropy = config.token_criterion == "entropy"
+    value = every.student_entropy if by_entropy else every.divergence
+    return token_weight * kept_tokens(value, lengths, config.token_share), every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,16 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
-from opsdc import embedded
+from opsdc import embedded, quantize
 from opsdc.batch import TokenBatch
 from opsdc.config import LoRAConfig, ModelConfig
 from opsdc.errors import ModelError
+from opsdc.layers import compile_layers, use_liger
 
 # A bar per folder that is read or written would drown our own lines.
 transformers_logging.disable_progress_bar()
+# peft imports it for every adapter, and it then misses a kernel that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 # Attention kernels that skip the blocks of other sequences; the rest would pay T² for a packed row.
 VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
@@ -90,6 +94,8 @@ def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreT
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
     kwargs["dtype"] = torch.float32 if trained_whole else getattr(torch, config.dtype)
+    if config.quantize is not None:
+        kwargs["quantization_config"] = quantize.loading_config(kwargs["dtype"])
     place = str(folder) if folder is not None else embedded.resolve(config.name_or_path)
     revision = None if folder is not None else config.revision
     try:
@@ -101,6 +107,13 @@ def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreT
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.name_or_path: cannot load '{folder or config.name_or_path}': {error}"
+        ) from error
+    except ImportError as error:
+        if config.attn_implementation is None:
+            raise
+        raise ModelError(
+            f"model.attn_implementation {config.attn_implementation}: {error}. Use sdpa, or on a "
+            "GPU flex_attention, which comes with torch"
         ) from error
     return model
 
@@ -118,11 +131,18 @@ def load_trained(config: ModelConfig, folder: str | Path) -> Any:
 
 
 def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Attach the adapter and switch gradient checkpointing on, as the config says."""
+    """Attach the adapter, choose the layers' kernels and their checkpointing, by the config."""
+    if config.quantize is not None:
+        quantize.check(model)
+        quantize.compute_in_training_precision(model)
+    if config.liger:
+        use_liger(model)
     if config.lora is not None:
         model = _with_adapter(model, config.lora)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        compile_layers(unwrap(model))
     return model
 
 
@@ -153,6 +173,11 @@ def _with_adapter(model: PreTrainedModel, lora: LoRAConfig) -> Any:
 def unwrap(model: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def architecture(model: Any) -> str:
+    """The name of the transformers class, which FSDP replaces by a class of its own."""
+    return type(unwrap(model)).__name__.removeprefix("FSDP")
 
 
 def read_head(model: Any) -> Head:
@@ -222,9 +247,9 @@ def describe(model: Any) -> dict[str, Any]:
     """What a run records of its model."""
     base = unwrap(model)
     return {
-        "architecture": type(base).__name__.removeprefix("FSDP"),
+        "architecture": architecture(model),
         "revision": getattr(base.config, "_commit_hash", None),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(quantize.elements(p) for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "tied_head": base.get_output_embeddings().weight is base.get_input_embeddings().weight,
     }

@@ -22,9 +22,10 @@ import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from opsdc import embedded
-from opsdc.config import LoRAConfig, OPSDCConfig
+from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.model import VARIABLE_LENGTH, read_head, unwrap
+from opsdc.quantize import BYTES, elements
 from opsdc.trace import activations, on_meta, read_architecture, read_model
 from opsdc_kernels import plan as kernels
 
@@ -43,30 +44,34 @@ class Sizes:
 
     trained: int
     frozen: int
+    in_4_bits: int
+    """of the frozen ones"""
     head: int
     """V·D"""
     vocab_size: int
     dim: int
     largest_layer: int
+    largest_matrix: int
     trains_head: bool
     tied: bool
     item: int
     """bytes of an element that the forward computes with"""
 
-    @property
-    def weight_bytes(self) -> int:
-        """Trained parameters are float32; frozen ones are in the forward's dtype."""
-        return 4 * self.trained + self.item * self.frozen
 
-
-def sizes_of(model: Any, dtype: str) -> Sizes:
-    """Of a model on any device, "meta" included, ready to be trained in `dtype`."""
+def sizes_of(model: Any, config: ModelConfig) -> Sizes:
+    """Of a model on any device, "meta" included, ready to be trained as `config` says."""
     base, head = unwrap(model), read_head(model).weight
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers = set(base._no_split_modules or ())
+    matrices = [
+        elements(m.weight)
+        for m in base.modules()
+        if isinstance(m, torch.nn.Linear) and m.weight is not head and not m.weight.requires_grad
+    ]
     return Sizes(
         trained=trained,
-        frozen=sum(p.numel() for p in model.parameters()) - trained,
+        frozen=sum(elements(p) for p in model.parameters()) - trained,
+        in_4_bits=sum(matrices) if config.quantize else 0,
         head=head.numel(),
         vocab_size=head.shape[0],
         dim=head.shape[1],
@@ -78,23 +83,24 @@ def sizes_of(model: Any, dtype: str) -> Sizes:
             ),
             default=0,
         ),
+        largest_matrix=max(matrices, default=0),
         trains_head=head.requires_grad,
         tied=head is base.get_input_embeddings().weight,
-        item=getattr(torch, dtype).itemsize,
+        item=getattr(torch, config.dtype).itemsize,
     )
 
 
 @functools.cache
 def _sizes(architecture: str, model: str) -> Sizes:
     config = read_model(model)
-    return sizes_of(on_meta(read_architecture(architecture), config), config.dtype)
+    return sizes_of(on_meta(read_architecture(architecture), config), config)
 
 
 def loss_plan(
     sizes: Sizes, config: OPSDCConfig, tokens: int, device: torch.device, workspace: int | None
 ) -> kernels.Plan:
-    """The kernels' plan of the loss over `tokens` response tokens at once."""
-    return kernels.estimate(
+    """The kernels' plan of the loss over `tokens` response tokens at once, all columns kept."""
+    plan = kernels.estimate(
         tokens=tokens,
         vocab_size=sizes.vocab_size,
         student_dim=sizes.dim,
@@ -105,6 +111,9 @@ def loss_plan(
         backend=config.loss.backend,
         workspace_bytes=workspace,
     )
+    share = config.loss.token_share
+    # All tokens are scored without gradients first.
+    return plan if share == 1 else replace(plan, gemm_units=2 + share * plan.gemm_units)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +173,8 @@ def report(
         strategy = config.distributed.strategy
         devices = f"{gpus} devices of {plan.memory_bytes / 1e9:.0f} GB, {strategy}"
     adapter = "full fine-tuning" if config.model.lora is None else f"LoRA r {config.model.lora.r}"
+    if config.model.quantize is not None:
+        adapter += f" on {config.model.quantize}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     if not plan.fits and plan.phase == "sampling":
         verdict += " (lower rollout.batch_size and eval.batch_size)"
@@ -177,7 +188,9 @@ def report(
         f"{USABLE * plan.memory_bytes / 2**30:.1f} GiB that may be filled",
         f"a forward: {plan.rows} x {plan.width:,} tokens; the most that fits: "
         f"{most} x {plan.width:,} (train.max_tokens_per_micro_batch {most * plan.width})",
-        f"loss of a step: {plan.loss.gemm_units} head GEMMs, {plan.loss_flop / 1e15:.2f} PFLOP, "
+        f"loss of a step: {plan.loss.gemm_units:g} head GEMMs"
+        f"{' at most (loss.skip_tolerance)' if config.loss.skip_tolerance else ''}, "
+        f"{plan.loss_flop / 1e15:.2f} PFLOP, "
         f"{plan.loss_flop / tflops / 1e12:.2f} s at {tflops:g} TFLOP/s",
         "",
         f"{'instead':<34}{'peak GiB':>10}{'fits':>6}  most per forward",
@@ -206,7 +219,8 @@ def largest_rows(config: OPSDCConfig, make: Callable[..., Plan]) -> int:
 def _alternatives(config: OPSDCConfig, gpus: int) -> dict[str, OPSDCConfig]:
     """Neighbours of a configuration that a user would ask about next."""
     model = config.model
-    full, adapter = replace(model, lora=None), replace(model, lora=model.lora or LoRAConfig())
+    full = replace(model, lora=None, quantize=None)
+    adapter = replace(model, lora=model.lora or LoRAConfig())
     checkpointed = replace(model, gradient_checkpointing=not model.gradient_checkpointing)
     found = {
         "an adapter (model.lora)" if model.lora is None else "full fine-tuning": replace(
@@ -217,13 +231,18 @@ def _alternatives(config: OPSDCConfig, gpus: int) -> dict[str, OPSDCConfig]:
         ),
     }
     sharded = gpus > 1 and config.distributed.strategy == "fsdp"
+    if model.quantize is not None:
+        found[f"a base in {model.dtype}"] = replace(config, model=replace(model, quantize=None))
+    elif model.lora is not None and config.distributed.strategy == "ddp":
+        found["a base in 4 bits (model.quantize)"] = replace(
+            config, model=replace(model, quantize="nf4")
+        )
     if model.lora is None and config.teacher.mode != "live" and not sharded:
         offload = not config.teacher.offload
         found[f"teacher.offload {str(offload).lower()}"] = replace(
             config, teacher=replace(config.teacher, offload=offload)
         )
-    # vLLM samples for one trainer process.
-    if config.rollout.engine == "hf" and gpus == 1:
+    if config.rollout.engine == "hf":
         found["rollout.engine vllm"] = replace(
             config, rollout=replace(config.rollout, engine="vllm")
         )
@@ -294,11 +313,11 @@ def make_plan(
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if architecture is None:
         architecture = architecture_of(config.model.name_or_path, revision=config.model.revision)
-    keys = (
-        architecture.to_json_string(use_diff=False),
-        json.dumps(dataclasses.asdict(config.model)),
-    )
-    sizes = _sizes(*keys)
+    shape = architecture.to_json_string(use_diff=False)
+    sizes = _sizes(shape, json.dumps(dataclasses.asdict(config.model)))
+    # Neither changes what is traced, so that one trace serves.
+    traced = replace(config.model, compile=False, liger=False, quantize=None)
+    keys = (shape, json.dumps(dataclasses.asdict(traced)))
     response, width = _lengths(config)
     sequences = -(-config.rollout.prompts_per_step * config.rollout.samples_per_prompt // gpus)
     if rows is None:
@@ -366,7 +385,12 @@ def _parts(
         return dict.fromkeys(phases or always, float(size))
 
     yield "weights, trained (float32)", during(4 * sizes.trained / cut)
-    yield f"weights, frozen ({config.model.dtype})", during(sizes.item * sizes.frozen / cut)
+    plain = sizes.item * (sizes.frozen - sizes.in_4_bits)
+    yield f"weights, frozen ({config.model.dtype})", during(plain / cut)
+    yield "weights, frozen (4 bits)", during(BYTES * sizes.in_4_bits)
+    if sizes.in_4_bits:
+        matrix = sizes.item * sizes.largest_matrix
+        yield "a matrix, dequantized", during(matrix, "sampling", "teacher", "loss", "backward")
     yield "AdamW moments (float32)", during(8 * sizes.trained / cut)
     if config.teacher.mode != "live":
         # Paged: its values take the student's place for the teacher's pass, but for the head.
@@ -393,6 +417,8 @@ def _parts(
         whole = sizes.item * (sizes.trained + sizes.frozen)
         if config.rollout.engine == "hf":
             yield "whole model, gathered to sample", during(whole, "sampling")
+        else:
+            yield "a tensor, gathered to push", during(sizes.item * sizes.head, "sampling")
     elif copies:
         kept = copies if not config.model.gradient_checkpointing else 0.0
         held = {"teacher": copies, "loss": copies, "backward": kept}

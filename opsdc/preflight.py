@@ -28,6 +28,16 @@ _PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1
 _SAMPLED_TOKENS = 8
 
 
+def check_attention(model: Any) -> None:
+    """Raise ModelError for an attention that can sample here, but not learn."""
+    attention = unwrap(model).config._attn_implementation
+    if attention == "flex_attention" and read_head(model).weight.device.type == "cpu":
+        raise ModelError(
+            "model.attn_implementation flex_attention: torch has no backward of it on a CPU; use "
+            "sdpa"
+        )
+
+
 @torch.no_grad()
 def packing_difference(model: Any, sequences: list[list[int]], dtype: torch.dtype) -> float:
     """Largest hidden-state difference of packed against single sequences, relative to the largest.
@@ -86,7 +96,7 @@ def same_prompt_divergence(
         for p in pairs
     ]
     kept = teacher_hidden_states(model, teacher, same, layout, ranks=ranks)
-    loss, _ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
+    loss, *_ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
     for parameter in model.parameters():
         parameter.grad = None
     return loss
@@ -172,7 +182,7 @@ def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
 
     Only a warning: activations depend on attention and checkpointing, and free memory on others.
     """
-    device, sizes = read_head(model).weight.device, sizes_of(model, config.model.dtype)
+    device, sizes = read_head(model).weight.device, sizes_of(model, config.model)
     # A forward holds at most so many response tokens.
     tokens = config.train.max_tokens_per_micro_batch
     plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes)
@@ -217,6 +227,7 @@ def run(
 
     `teacher_is_student`: both have the same weights now (at the start, or right after a refresh).
     """
+    check_attention(model)
     sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
     with sharding.whole(model):
         difference = check_head(model)

@@ -67,7 +67,7 @@ def replay(path: Path) -> str:
     )
     model.train()
     kept = teacher_hidden_states(model, teacher, pairs, layout)
-    loss, _ = backward(model, teacher, pairs, kept, layout, config)
+    loss, *_ = backward(model, teacher, pairs, kept, layout, config)
     sick = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
     gradients = [
         n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()

@@ -38,7 +38,7 @@ from opsdc import model as whole_model
 from opsdc.config import OPSDCConfig
 from opsdc.distributed import ALONE, Ranks
 from opsdc.errors import TrainingError
-from opsdc.model import Head, unwrap
+from opsdc.model import Head, architecture, unwrap
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def place(model: Any, config: OPSDCConfig, ranks: Ranks) -> None:
         return
     base = unwrap(model)
     # The class below is FSDP's own, and this is what `save_pretrained` would write.
-    base.config.architectures = [type(base).__name__]
+    base.config.architectures = [architecture(base)]
     dtype = getattr(torch, config.model.dtype)
     options: dict[str, Any] = {
         "mesh": init_device_mesh(ranks.device.type, (ranks.size,)),

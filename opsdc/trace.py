@@ -132,6 +132,7 @@ def _trace(
             attention_mask=torch.ones_like(ids) if masked else None,
             position_ids=torch.arange(width).expand(rows, -1),
             scored=torch.arange(rows * width),
+            lengths=[width] * rows,
         )
 
         def forward() -> torch.Tensor:
@@ -156,6 +157,9 @@ def _trace(
 
 def on_meta(architecture: PreTrainedConfig, config: ModelConfig) -> Any:
     """The model to be trained, adapter attached, without memory for its weights."""
+    # Parameters are the same, 4-bit ones counted elsewhere; what other kernels keep for the
+    # backward is not known here.
+    config = replace(config, compile=False, liger=False, quantize=None)
     keywords: dict[str, Any] = {}
     if config.attn_implementation is not None:
         keywords["attn_implementation"] = config.attn_implementation

@@ -538,6 +538,7 @@ def _record(
         "student_entropy": finite(result.student_entropy),
         "teacher_entropy": finite(result.teacher_entropy),
         "agreement": finite(result.agreement),
+        **{name: finite(value) for name, value in result.kept_tokens.items()},
         **{name: finite(value) for name, value in result.skipped_columns.items()},
         "response_tokens_mean": sum(lengths) / len(lengths) if lengths else None,
         "response_tokens_max": max(lengths, default=0),

@@ -24,11 +24,12 @@ from opsdc.batch import (
     token_batch,
     token_weights,
 )
-from opsdc.config import OPSDCConfig
+from opsdc.config import LossConfig, OPSDCConfig
 from opsdc.distributed import ALONE, Ranks, is_out_of_memory
 from opsdc.errors import OutOfMemoryError, TrainingError
-from opsdc.loss import distillation_loss
-from opsdc.model import hidden_states, read_head
+from opsdc.loss import distillation_loss, select_tokens
+from opsdc.model import Head, hidden_states, read_head
+from opsdc.selection import kept_count
 from opsdc.teacher import Teacher
 from opsdc_kernels import DivergenceStats
 
@@ -38,6 +39,7 @@ ADVICE = (
     "(model.lora): `opsdc plan` says what fits"
 )
 """for ranks that ran out of memory"""
+_PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,9 @@ class UpdateResult:
     student_entropy: float
     teacher_entropy: float
     agreement: float
+    kept_tokens: dict[str, float]
+    """with a `loss.token_share` below 1: share of the tokens that were trained on, and of the loss
+    of all tokens that they hold; `divergence` and means are of all"""
     skipped_columns: dict[str, float]
     """with `loss.skip_tolerance`, of the loss and its gradients: share of columns kept, GEMM units,
     the largest bounds of the error and an estimate of the nats the loss lacks, per token"""
@@ -163,7 +168,7 @@ def update(
         try:
             kept = teacher_hidden_states(model, teacher, scored, layout, ranks=ranks)
             teacher_done = time.perf_counter()
-            loss, stats = backward(
+            loss, whole_loss, stats = backward(
                 model, teacher, scored, kept, layout, config,
                 ranks=ranks, on_tokens=on_tokens, exact_value=exact_value,
             )  # fmt: skip
@@ -198,6 +203,18 @@ def update(
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    skipped_columns = _skipped_columns(stats, ranks) if config.loss.skip_tolerance else {}
+    kept_tokens = {}
+    if config.loss.token_share < 1:
+        counts = [len(p.response_ids) for p in scored]
+        share = sum(kept_count(n, config.loss.token_share) for n in counts) / sum(counts)
+        kept_tokens = {
+            "kept_tokens_share": share,
+            "kept_loss_share": loss / whole_loss if whole_loss else math.nan,
+        }
+        if skipped_columns:
+            # Those of the kept tokens, and of the pass that chose them.
+            skipped_columns["loss_gemm_units"] = 2 + share * skipped_columns["loss_gemm_units"]
     measured = ranks.concat(_columns(stats))
     means = measured.double().mean(0).tolist()
     return UpdateResult(
@@ -208,7 +225,8 @@ def update(
         student_entropy=means[1],
         teacher_entropy=means[2],
         agreement=means[3],
-        skipped_columns=_skipped_columns(stats, ranks) if config.loss.skip_tolerance else {},
+        kept_tokens=kept_tokens,
+        skipped_columns=skipped_columns,
         seconds={
             "teacher": teacher_done - started,
             "student": student_done - teacher_done,
@@ -253,6 +271,23 @@ def _halved(layout: Layout, pairs: Sequence[Pair]) -> Layout:
     return replace(layout, max_tokens=largest // 2)
 
 
+def _losses(
+    states: tuple[torch.Tensor, Head, torch.Tensor, Head],
+    token_weight: torch.Tensor,
+    lengths: Sequence[int],
+    config: LossConfig,
+    exact_value: bool,
+) -> tuple[torch.Tensor, torch.Tensor, DivergenceStats]:
+    """The loss to go back from, that of all tokens, and statistics of all."""
+    if config.token_share == 1:
+        loss, stats = distillation_loss(*states, token_weight, config, exact_value=exact_value)
+        return loss, loss.detach(), stats
+    kept_weight, every = select_tokens(*states, token_weight, lengths, config)
+    loss, stats = distillation_loss(*states, kept_weight, config, exact_value=exact_value)
+    per_token = {name: getattr(every, name) for name in _PER_TOKEN}
+    return loss, (token_weight * every.divergence).sum(), replace(stats, **per_token)
+
+
 def backward(
     model: Any,
     teacher: Teacher,
@@ -264,11 +299,12 @@ def backward(
     ranks: Ranks = ALONE,
     on_tokens: Callable[[int], None] = lambda n: None,
     exact_value: bool = False,
-) -> tuple[float, list[DivergenceStats]]:
+) -> tuple[float, float, list[DivergenceStats]]:
     """Student forward, loss and backward, micro-batch by micro-batch; gradients accumulate.
 
-    Returns the loss of the whole step in nats, and the statistics of each micro-batch of this
-    rank's. The gradients are those of all ranks.
+    Returns the loss of the whole step in nats, what it would be of all tokens (the same unless
+    `loss.token_share` leaves some out), and the statistics of each micro-batch of this rank's. The
+    gradients are those of all ranks.
     """
     weights = token_weights([len(p.response_ids) for p in pairs], config.loss.normalization)
     student_head = read_head(model)
@@ -281,25 +317,24 @@ def backward(
 
     def divergence(
         batch: TokenBatch, teacher_rows: torch.Tensor, token_weight: torch.Tensor
-    ) -> tuple[torch.Tensor, DivergenceStats] | None:
+    ) -> tuple[torch.Tensor, torch.Tensor, DivergenceStats] | None:
         # Here the head is whole, whichever way the model lies.
         student_rows, student_head = hidden_states(model, batch), read_head(model)
+        states = (
+            student_rows,
+            student_head,
+            teacher_rows.to(student_rows.dtype),
+            student_head if shared else teacher_head,
+        )
         try:
-            return distillation_loss(
-                student_rows,
-                student_head,
-                teacher_rows.to(student_rows.dtype),
-                student_head if shared else teacher_head,
-                token_weight,
-                config.loss,
-                exact_value=exact_value,
-            )
+            return _losses(states, token_weight, batch.lengths, config.loss, exact_value)
         except (RuntimeError, MemoryError) as error:
             if sharded and is_out_of_memory(error):
                 return None
             raise
 
     losses: list[torch.Tensor] = []
+    whole_losses: list[torch.Tensor] = []
     stats: list[DivergenceStats] = []
     groups = _groups(pairs, [p.student_length for p in pairs], layout, ranks)
     for done, group in enumerate(groups, 1):
@@ -325,17 +360,22 @@ def backward(
             # In the backward the others would wait for a rank whose loss found no memory.
             ranks.check_stop(out_of_memory=forward is None)
         assert forward is not None
-        loss, found = forward
+        loss, whole_loss, found = forward
         loss.backward()
         if group:
             losses.append(loss.detach())
+            whole_losses.append(whole_loss)
             stats.append(found)
             on_tokens(sum(len(p.response_ids) for p in chosen))
     if ranks.size > 1:
         # One more chance to say that the last backward did not fit.
         ranks.check_stop()
     sharding.sum_gradients(model, ranks)
-    return ranks.sum(float(torch.stack(losses).sum()) if losses else 0.0), stats
+
+    def total(values: list[torch.Tensor]) -> float:
+        return ranks.sum(float(torch.stack(values).sum()) if values else 0.0)
+
+    return total(losses), total(whole_losses), stats
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -370,8 +410,7 @@ def _columns(stats: Sequence[DivergenceStats]) -> torch.Tensor:
     """[n, 4] float32: divergence, both entropies, agreement of every token."""
     if not stats:
         return torch.empty(0, 4)
-    names = ("divergence", "student_entropy", "teacher_entropy", "agreement")
-    columns = [torch.cat([getattr(s, name) for s in stats]) for name in names]
+    columns = [torch.cat([getattr(s, name) for s in stats]) for name in _PER_TOKEN]
     return torch.stack([column.float() for column in columns], dim=1)
 
 
@@ -385,6 +424,7 @@ def _nothing_to_learn(layout: Layout) -> UpdateResult:
         student_entropy=nan,
         teacher_entropy=nan,
         agreement=nan,
+        kept_tokens={},
         skipped_columns={},
         seconds={"teacher": 0.0, "student": 0.0, "optimizer": 0.0},
         layout=layout,

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,20 @@ from start import load as tiny_model
 from start import questions, sample
 
 from benchmarks import __main__ as everything
-from benchmarks import clock, memory, phases, planned, record, scaling, sdft, speed, step, tables
+from benchmarks import (
+    clock,
+    columns,
+    head_gemm,
+    memory,
+    phases,
+    planned,
+    record,
+    scaling,
+    sdft,
+    speed,
+    step,
+    tables,
+)
 from benchmarks.__main__ import gate
 from benchmarks.contenders import PEER_MODULES, Contender, Failure, contenders
 from benchmarks.inputs import Shape, inputs
@@ -248,6 +262,27 @@ def test_phases_add_up(capsys):
     whole = found.pop("whole")
     assert sum(found.values()) == pytest.approx(whole, rel=0.5)
     assert "row passes" in capsys.readouterr().out
+
+
+def test_the_head_gemm_by_ways_counts_per_token(monkeypatch):
+    """A way whose call takes as long for 16 of 48 tokens as for all costs three units."""
+    monkeypatch.setattr(head_gemm, "HEIGHTS", (16,))
+    monkeypatch.setattr(head_gemm, "seconds", lambda call, device: call() is None or 1.0)
+    found = head_gemm.measure(SMALL, repeats=2)
+    assert found == {name: 1.0 if name == "all tokens" else 3.0 for name in found}
+    assert len(found) == 5
+
+
+def test_columns_left_out_are_shown_beside_the_peers(capsys):
+    case = columns.synthetic(Shape(tokens=64, dim=32, vocab_size=4096), 0.3)
+    rows = columns.measure(case, repeats=1)
+    assert [row.left is None for row in rows] == [False] * 4 + [True] * 2
+    for row in rows[1:4]:
+        assert row.left.hidden_error <= row.left.hidden_bound
+        assert row.left.kept_share < 0.2
+    (table,) = tables._columns({"columns": [asdict(row) for row in rows]})
+    assert f"({rows[2].left.kept_share:.1%}; " in table
+    assert table.splitlines()[2].count("|") == 8
 
 
 def test_slope_of_memory():

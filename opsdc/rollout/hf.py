@@ -68,9 +68,11 @@ class HFSampler:
         try:
             if checkpointed:
                 self._model.gradient_checkpointing_disable()
-            for done, group in enumerate(groups):
-                rollouts += self._generate([requests[i] for i in group], params, progress)
-                progress.jump((done + 1) * params.max_new_tokens)
+            # Compiled layers are for training: with a cache that grows they would be compiled anew.
+            with torch.compiler.set_stance("force_eager"):
+                for done, group in enumerate(groups):
+                    rollouts += self._generate([requests[i] for i in group], params, progress)
+                    progress.jump((done + 1) * params.max_new_tokens)
         finally:
             progress.close()
             base.generation_config = own_config

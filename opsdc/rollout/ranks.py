@@ -5,6 +5,7 @@ Noise is keyed by request, so that the number of ranks does not change what is s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +18,19 @@ from opsdc.rollout import Request, Rollout, Sampler, SamplingParams
 
 
 class RankedSampler:
-    """A sampler on every rank, which only sees its share."""
+    """A sampler on every rank, which only sees its share.
 
-    def __init__(self, sampler: Sampler, model: Any, ranks: Ranks) -> None:
-        self._sampler, self._model, self._ranks = sampler, model, ranks
+    Args:
+        computes_with: the model, where the sampler computes with it: gathered while it samples.
+    """
+
+    def __init__(self, sampler: Sampler, ranks: Ranks, computes_with: Any = None) -> None:
+        self._sampler, self._ranks, self._model = sampler, ranks, computes_with
 
     def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
-        return self._sampler.push(model, version)
+        """As `Sampler.push`, with the worst of all ranks to record."""
+        found = self._ranks.gather(self._sampler.push(model, version))
+        return {key: max(each[key] for each in found) for key in found[0]}
 
     def close(self) -> None:
         self._sampler.close()
@@ -42,7 +49,9 @@ class RankedSampler:
             found = self._sampler.generate([requests[i] for i in mine], params, label=label)
             return [dataclasses.asdict(rollout) for rollout in found]
 
-        with sharding.whole(self._model):
+        with contextlib.ExitStack() as gathered:
+            if self._model is not None:
+                gathered.enter_context(sharding.whole(self._model))
             shares = ranks.each(sample)
         rollouts: dict[int, Rollout] = {}
         for rank, share in enumerate(shares):

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config import OPSDCConfig
 from opsdc.distributed import ALONE, Ranks
-from opsdc.errors import ConfigError
-from opsdc.model import unwrap
+from opsdc.model import architecture, unwrap
 from opsdc.rollout import Sampler
 from opsdc.rollout.hf import HFSampler, eos_token_ids
 from opsdc.rollout.ranks import RankedSampler
+
+if TYPE_CHECKING:
+    from opsdc.rollout.vllm_sampler import Engine
 
 # Long enough to touch every weight, short enough to cost nothing.
 _PROBE_TOKENS = 64
@@ -37,30 +40,44 @@ def start_sampler(
     """
     if config.rollout.engine == "hf":
         sampler = HFSampler(model, tokenizer, seed=config.seed)
-        return sampler if ranks.size == 1 else RankedSampler(sampler, model, ranks)
-    if ranks.size > 1:
-        raise ConfigError(
-            f"rollout.engine {config.rollout.engine} runs with one trainer process; use hf"
-        )
-    from opsdc.rollout.vllm_local import VLLMEngine, engine_options
-    from opsdc.rollout.vllm_sampler import Engine, VLLMSampler
+        return sampler if ranks.size == 1 else RankedSampler(sampler, ranks, computes_with=model)
+    from opsdc.rollout.vllm_sampler import VLLMSampler
 
-    base = unwrap(model)
-    engine: Engine
-    if config.rollout.engine == "vllm":
-        folder = Path(tempfile.mkdtemp(prefix="opsdc-vllm-"))
-        options = engine_options(config, type(base).__name__, base.config, folder, sleeps=True)
-        engine = VLLMEngine(options)
-        weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
-    else:
-        from opsdc.rollout.vllm_server import connect
-
-        engine = connect(config, base)
+    engine = _start_engine(config, model, ranks)
     print(f"rollouts: {engine.description}", flush=True)
-    return VLLMSampler(
+    proven = VLLMSampler(
         engine,
         seed=config.seed,
-        eos_ids=eos_token_ids(base, tokenizer),
+        eos_ids=eos_token_ids(unwrap(model), tokenizer),
         probe_ids=probe_ids[:_PROBE_TOKENS],
         dtype=getattr(torch, config.model.dtype),
+        # Ranks that share a server must call their weights by one name.
+        run=ranks.from_first(secrets.token_hex(8)),
     )
+    each_its_own = ranks.size > 1 and config.rollout.engine == "vllm"
+    return RankedSampler(proven, ranks) if each_its_own else proven
+
+
+def _start_engine(config: OPSDCConfig, model: Any, ranks: Ranks) -> Engine:
+    from opsdc.rollout.vllm_local import VLLMEngine, engine_options
+
+    base = unwrap(model)
+    if config.rollout.engine == "vllm":
+        folder = Path(tempfile.mkdtemp(prefix="opsdc-vllm-"))
+        options = engine_options(config, architecture(base), base.config, folder, sleeps=True)
+        engine = VLLMEngine(options, ranks)
+        weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
+        return engine
+    from opsdc.rollout.vllm_server import VLLMServer, connect
+    from opsdc.rollout.vllm_shared import SharedServer
+
+    if ranks.size == 1:
+        return connect(config, base)
+    server: VLLMServer | None = None
+
+    def start() -> None:
+        nonlocal server
+        server = connect(config, base)
+
+    ranks.alone(start)
+    return SharedServer(server, ranks)

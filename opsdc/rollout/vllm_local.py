@@ -18,6 +18,7 @@ import torch
 
 from opsdc import stop
 from opsdc.config import OPSDCConfig
+from opsdc.distributed import ALONE, Ranks
 from opsdc.errors import ConfigError
 from opsdc.progress import Progress
 from opsdc.rollout import SamplingParams
@@ -64,11 +65,16 @@ class Batch:
 
 
 class VLLMEngine:
-    """Starts with random weights: whatever it knows came by a push."""
+    """Starts with random weights: whatever it knows came by a push.
 
-    def __init__(self, options: EngineOptions) -> None:
+    Of several ranks each has an engine of its own and samples when it likes. Only starting is for
+    all at once: vLLM makes its process groups out of the run's.
+    """
+
+    def __init__(self, options: EngineOptions, ranks: Ranks = ALONE) -> None:
         refuse_environment()
-        self.description = f"vLLM {check_vllm()} in this process"
+        place = "in this process" if ranks.size == 1 else "in each of the ranks' processes"
+        self.description = f"vLLM {check_vllm()} {place}"
         self.options = options
         self._weights_id = ""
         self._count = 0
@@ -102,6 +108,8 @@ class VLLMEngine:
                 worker_extension_cls="opsdc.rollout.vllm_worker.WeightLoader",
                 disable_log_stats=True,
                 seed=0,
+                # An engine of one process among the ranks that torchrun started.
+                distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
                 **memory,
             )
 
@@ -152,7 +160,10 @@ class VLLMEngine:
             return Batch(weights_id=before, probe=self._score(probe), rows=rows)
 
     def close(self) -> None:
-        """Give back the memory and the process group that vLLM made."""
+        """Give back the memory and end all process groups, whoever made them: vLLM knows no less.
+
+        For ranks it is the last thing that they do.
+        """
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self._llm.llm_engine.engine_core.shutdown()

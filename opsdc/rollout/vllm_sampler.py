@@ -7,7 +7,6 @@ probe with the very weights that sampled the batch, and names the push they came
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -62,6 +61,7 @@ class VLLMSampler:
         eos_ids: Sequence[int],
         probe_ids: Sequence[int],
         dtype: torch.dtype,
+        run: str,
     ) -> None:
         self._engine = engine
         self._seed = seed
@@ -69,7 +69,7 @@ class VLLMSampler:
         self._probe_ids = list(probe_ids)
         self._dtype = dtype
         # Two runs that push to one server count the same versions, but not under the same name.
-        self._run = secrets.token_hex(8)
+        self._run = run
         self._weights_id: str | None = None
         self._version = -1
         self._probe: list[float] = []

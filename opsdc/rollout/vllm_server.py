@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 from opsdc import stop
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError, OPSDCError, RolloutError, WeightSyncError
+from opsdc.model import architecture
 from opsdc.rollout import SamplingParams, wire
 from opsdc.rollout.vllm_local import (
     Batch,
@@ -59,7 +60,7 @@ def connect(config: OPSDCConfig, model: Any) -> VLLMServer:
     key = os.environ.get(KEY_VARIABLE, "")
     with tempfile.TemporaryDirectory(prefix="opsdc-vllm-") as aside:
         options = engine_options(
-            config, type(model).__name__, model.config, Path(aside), sleeps=False
+            config, architecture(model), model.config, Path(aside), sleeps=False
         )
         if settings.server_address is not None and settings.weights_dir is not None:
             host, _, port = settings.server_address.rpartition(":")
@@ -122,12 +123,12 @@ class VLLMServer:
     ) -> None:
         self._options = options
         self._key = key
-        self._weights_dir = weights_dir
+        self.weights_dir = weights_dir
         self._timeout_s = timeout_s
         self._log = log
         self._address = address
         self._process: subprocess.Popen[bytes] | None = None
-        self._last_push: tuple[Weights, str, list[int]] | None = None
+        self._last_push: tuple[Weights | Path, str, list[int]] | None = None
         self._must_push = False
         if address is None:
             weakref.finalize(self, shutil.rmtree, weights_dir, ignore_errors=True)
@@ -166,8 +167,8 @@ class VLLMServer:
                 "it with this run's config"
             )
 
-    def load(self, weights: Weights, weights_id: str, probe: list[int]) -> list[float]:
-        """As `VLLMEngine.load`; raises WeightSyncError."""
+    def load(self, weights: Weights | Path, weights_id: str, probe: list[int]) -> list[float]:
+        """As `VLLMEngine.load`, from a folder below `weights_dir` too; raises WeightSyncError."""
         self._last_push = (weights, weights_id, probe)
 
         def attempt(deadline: float) -> list[float]:
@@ -214,7 +215,7 @@ class VLLMServer:
                         pipe.close()
             self._process = None
         if self._log is not None:
-            shutil.rmtree(self._weights_dir, ignore_errors=True)
+            shutil.rmtree(self.weights_dir, ignore_errors=True)
 
     def _twice(self, attempt: Callable[[float], T], error: type[OPSDCError], what: str) -> T:
         began = time.monotonic()
@@ -239,10 +240,14 @@ class VLLMServer:
         if self._last_push is None:
             raise WeightSyncError("no weights were pushed to the server yet")
         weights, weights_id, probe = self._last_push
-        folder = self._weights_dir / secrets.token_hex(8)
+        folder = self.weights_dir / secrets.token_hex(8)
         try:
             try:
-                write_weights(weights, folder)
+                if isinstance(weights, Path):
+                    # The server may read any number of times what is written once.
+                    shutil.copytree(weights, folder, copy_function=os.link)
+                else:
+                    write_weights(weights, folder)
             except OSError as error:
                 raise WeightSyncError(
                     f"cannot write weights to {folder}: {error}; name another rollout.weights_dir"
@@ -344,7 +349,7 @@ class VLLMServer:
         spec = {
             "options": dataclasses.asdict(self._options),
             "key": self._key,
-            "weights_dir": str(self._weights_dir),
+            "weights_dir": str(self.weights_dir),
         }
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(spec).encode() + b"\n")

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from opsdc import quantize
 from opsdc.errors import ModelError, WeightSyncError
 from opsdc.model import unwrap
+from opsdc.sharding import full, is_sharded
 
 _SHARD_BYTES = 1 << 30
 
@@ -30,6 +32,11 @@ class Weights:
         self._dtype = dtype
         self._written = self._count()
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether all ranks must read together, because each tensor is gathered for it."""
+        return is_sharded(self._model)
+
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._count() != self._written:
             raise WeightSyncError(
@@ -44,10 +51,12 @@ class Weights:
 
 @torch.no_grad()
 def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the model as a checkpoint names it; an adapter is added to what it adapts.
+    """Every tensor of the model as a checkpoint names it; an adapter is added to what it adapts,
+    4-bit weights are dequantized.
 
     One tensor exists at a time beside the model's own, but for architectures that transformers
-    keeps in another layout than their checkpoints (mixtures of experts).
+    keeps in another layout than their checkpoints (mixtures of experts). Of a model that is cut
+    over ranks each is gathered: all ranks must read at once.
     """
     base = unwrap(model)
     if _changes_layout(base):
@@ -63,15 +72,19 @@ def _changes_layout(base: Any) -> bool:
 
 def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     adapted = {n: m for n, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+    in_4_bits = tuple(f"{name}." for name in quantize.quantized(base))
     seen: set[int] = set()
     for name, tensor in base.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:
+        # Behind a 4-bit weight follow its scales.
+        if id(tensor) in seen or name.startswith(in_4_bits):
             continue
         seen.add(id(tensor))
+        if f"{name}." in in_4_bits:
+            tensor = quantize.dequantize(tensor)
         if not tensor.is_floating_point():
             raise ModelError(
-                f"'{name}' is {tensor.dtype}: weights that are quantized cannot be pushed to vLLM; "
-                "use rollout.engine hf"
+                f"'{name}' is {tensor.dtype}: weights that are quantized, but by model.quantize "
+                "nf4, cannot be pushed to vLLM; use rollout.engine hf"
             )
         owner, _, parameter = name.partition(".base_layer.")
         if parameter == "weight" and owner in adapted:
@@ -83,7 +96,8 @@ def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]
         elif not parameter and any(name.startswith(f"{n}.") for n in adapted):
             continue
         plain = f"{owner}.{parameter}" if parameter else name
-        yield plain, tensor.detach().to(dtype)
+        # Rounded first: half as many bytes to gather.
+        yield plain, full(tensor.detach().to(dtype))
 
 
 def write_weights(weights: Weights, folder: Path) -> None:

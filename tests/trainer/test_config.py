@@ -48,6 +48,9 @@ def test_resolved_config_round_trips(tmp_path):
         ("model: {trust_remote_code: 1}", ["trust_remote_code", "true or false"]),
         ("loss: {divergence: kl}", ["loss.divergence", "reverse_kl"]),
         ("loss: {beta: 1.0}", ["loss.beta", "(0, 1)"]),
+        ("loss: {token_share: 0}", ["loss.token_share", "(0, 1]"]),
+        ("loss: {token_share: 20}", ["loss.token_share", "(0, 1]"]),
+        ("loss: {token_criterion: kl}", ["loss.token_criterion", "divergence"]),
         ("optim: [1, 2]", ["optim", "section"]),
         ("- 1", ["expected sections"]),
         ("a: [", ["not YAML"]),
@@ -91,10 +94,11 @@ def test_paper_recipes_hold_the_paper_values(name):
 
 
 def test_a_setting_without_effect_is_said():
-    config = OPSDCConfig.load("smollm2-cpu", {"teacher.mode": "frozen", "loss.beta": 0.3})
-    notes = " ".join(ignored_settings(config))
+    changes = {"teacher.mode": "frozen", "loss.beta": 0.3, "loss.token_criterion": "entropy"}
+    notes = " ".join(ignored_settings(OPSDCConfig.load("smollm2-cpu", changes)))
     assert "teacher.refresh_steps" in notes
     assert "loss.beta" in notes
+    assert "loss.token_criterion" in notes
 
 
 def test_every_setting_has_a_flag_and_a_help_text():

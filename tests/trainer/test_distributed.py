@@ -62,6 +62,13 @@ CASES = {
         {"distributed": {"reduce_every_micro_batch": True}},
     ),
     "fsdp, activations again": ("fsdp", 2, UNEVEN, {"model": {"gradient_checkpointing": True}}),
+    "ddp, half of the tokens": ("ddp", 2, UNEVEN, {"loss": {"token_share": 0.5}}),
+    "fsdp, a rank has nothing, tokens by entropy": (
+        "fsdp",
+        3,
+        TWO,
+        {"loss": {"token_share": 0.6, "token_criterion": "entropy", "skip_tolerance": 1e-3}},
+    ),
     "fsdp, ema, mean over tokens": (
         "fsdp",
         2,
@@ -121,6 +128,19 @@ def test_what_ranks_tell_each_other():
         assert found["stopped"] == "SIGTERM"
     assert ALONE.gather(3) == [3]
     assert ALONE.each(lambda: 4) == [4]
+
+
+@pytest.mark.parametrize(
+    "more", [LORA, pytest.param({"kind": "qwen3", "tied": False}, marks=pytest.mark.slow)]
+)
+def test_what_is_pushed_of_parts_is_what_is_pushed_of_the_whole(more):
+    whole, expected = t.pushed_weights(settings_of_steps("ddp", **more))
+    assert not whole
+    for sharded, found in t.ranks(2, t.pushed_weights, settings_of_steps("fsdp", **more)):
+        assert sharded
+        assert list(found) == list(expected)
+        for name in expected:
+            assert found[name] == pytest.approx(expected[name], abs=1e-6)
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all():

@@ -1,6 +1,7 @@
 """Heads: what the loss describes is used exactly, what it does not describe is refused."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,10 +20,10 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from opsdc.batch import Pair
+from opsdc.batch import Pair, token_batch
 from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
 from opsdc.errors import ModelError
-from opsdc.model import check_head, load_model, prepare_model, read_head
+from opsdc.model import check_head, hidden_states, load_model, prepare_model, read_head
 from opsdc.teacher import Teacher
 from opsdc.update import Layout, backward, teacher_hidden_states
 
@@ -69,7 +70,7 @@ def test_every_known_head_is_described_exactly(name):
     teacher = Teacher(model, TeacherConfig(mode="frozen"))
     layout = Layout(packed=False, max_tokens=99, pad_id=0, dtype=torch.float32)
     kept = teacher_hidden_states(model, teacher, [pair], layout)
-    loss, _ = backward(model, teacher, [pair], kept, layout, OPSDCConfig())
+    loss, *_ = backward(model, teacher, [pair], kept, layout, OPSDCConfig())
     with torch.no_grad():
         s = model(torch.tensor([[5, 6, 9, 10, 11]])).logits[0, 1:4].double().log_softmax(-1)
         t = model(torch.tensor([[7, 5, 6, 9, 10, 11]])).logits[0, 2:5].double().log_softmax(-1)
@@ -163,3 +164,37 @@ def test_the_revision_of_a_hub_model_is_recorded(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [commit]
+
+
+RAGGED = [([5, 6, 7], [8, 9, 10, 11]), ([20] * 9, [21, 22]), ([1, 2], [3] * 30), ([9], [7])]
+
+
+@pytest.mark.parametrize(
+    "attention", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)]
+)
+@torch.no_grad()
+def test_packed_hidden_states_are_those_of_padded_rows(attention):
+    """Positions that start anew tell transformers' own masks where sequences begin."""
+
+    def states(packed, attention):
+        model.set_attn_implementation(attention)
+        batch = token_batch(RAGGED, packed=packed, pad_id=0, device=torch.device("cpu"))
+        return hidden_states(model, batch)
+
+    # Heads of 16: flex attention has no smaller ones.
+    model = tiny_model(hidden_size=64).eval()
+    expected = states(False, "sdpa")
+    for packed in (False, True):
+        difference = (states(packed, attention) - expected).abs().max()
+        assert difference <= 1e-5 * expected.abs().max()
+    # A row in which one of the sequences does not start anew is another row.
+    batch = token_batch(RAGGED, packed=True, pad_id=0, device=torch.device("cpu"))
+    batch.position_ids[0, 7:] += 7
+    assert (hidden_states(model, batch) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="it is installed")
+def test_an_attention_that_is_not_installed_is_named(tiny_folder):
+    config = ModelConfig(name_or_path=str(tiny_folder), attn_implementation="flash_attention_2")
+    with pytest.raises(ModelError, match=r"model\.attn_implementation flash_attention_2.*Use sdpa"):
+        load_model(config)

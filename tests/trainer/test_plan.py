@@ -178,7 +178,7 @@ CARDS = {
 @pytest.mark.parametrize("name", CARDS)
 def test_known_architectures_have_the_parameters_of_their_cards(name):
     settings = ModelConfig(dtype="bfloat16")
-    sizes = sizes_of(on_meta(architecture_of(name), settings), settings.dtype)
+    sizes = sizes_of(on_meta(architecture_of(name), settings), settings)
     total, rest = CARDS[name]
     embeddings = sizes.head * (1 if sizes.tied else 2)
     assert sizes.trained / 1e9 == pytest.approx(total, rel=0.03)
@@ -190,7 +190,7 @@ def test_an_adapter_trains_and_copies_nothing_else():
     config = OPSDCConfig(model=model)
     architecture = tiny_model("qwen3").config
     plan = make_plan(config, memory_bytes=10**9, architecture=architecture)
-    adapter = 4 * sizes_of(on_meta(architecture, model), "bfloat16").trained
+    adapter = 4 * sizes_of(on_meta(architecture, model), model).trained
     assert plan.parts["teacher's copy (float32)"]["teacher"] == adapter
     assert plan.parts["gradients (float32)"]["loss"] == adapter
     assert "sampling" not in plan.parts["gradients (float32)"]
@@ -259,6 +259,17 @@ def test_ranks_cut_what_fsdp_cuts_and_ddp_does_not():
     found = [p["gradients (float32)"] for p in (ddp, once, always)]
     assert [g["loss"] for g in found] == [4 * trained, 4 * trained, trained]
     assert [g["update"] for g in found] == [4 * trained, trained, trained]
+
+
+def test_the_loss_scores_all_tokens_and_trains_on_their_share():
+    architecture = tiny_model().config
+
+    def flop(**loss):
+        config = OPSDCConfig.from_dict({"loss": loss})
+        return make_plan(config, memory_bytes=10**9, architecture=architecture).loss_flop
+
+    # Two head GEMMs to score all, four for what is trained on.
+    assert flop(token_share=0.25) == flop() * (2 + 0.25 * 4) / 4
 
 
 def test_a_paged_teacher_leaves_its_head_alone_on_the_device():

@@ -40,6 +40,11 @@ def test_packed_equals_single_on_this_attention():
     assert preflight.choose_packing(tiny_model(), config(packing="on"), SEQUENCES)[0] is True
 
 
+def test_an_attention_without_a_backward_here_is_refused_before_the_run():
+    with pytest.raises(ModelError, match=r"attn_implementation flex_attention.*use sdpa"):
+        run(tiny_model(attn_implementation="flex_attention"))
+
+
 def test_a_model_that_leaks_between_packed_neighbours_is_padded():
     model = tiny_model()
     decoder, plain = model.model, model.model.forward

@@ -58,7 +58,7 @@ def gradients(setting, where, **loss):
     config = OPSDCConfig.from_dict({**config.to_dict(), "loss": loss})
     model.zero_grad(set_to_none=True)
     kept = teacher_hidden_states(model, teacher, pairs, where)
-    value, stats = backward(model, teacher, pairs, kept, where, config)
+    value, _, stats = backward(model, teacher, pairs, kept, where, config)
     flat = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
     return value, flat, torch.cat([s.divergence for s in stats])
 

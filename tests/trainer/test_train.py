@@ -92,11 +92,15 @@ def test_every_teacher_trains(make_config, mode, tmp_path):
     assert [row["teacher_version"] for row in rows] == expected[mode]
 
 
-@pytest.mark.parametrize("mode", ["refresh", "ema"])
-def test_resuming_at_any_step_changes_no_bit(make_config, tmp_path, mode):
-    common = {"eval.problems": 0, "teacher.mode": mode, "train.keep": 9}
+@pytest.mark.parametrize(
+    "settings", [{}, {"teacher.mode": "ema", "loss.token_share": 0.5}], ids=str
+)
+def test_resuming_at_any_step_changes_no_bit(make_config, tmp_path, settings):
+    common = {"eval.problems": 0, "train.keep": 9, **settings}
     run(make_config(**common, output_dir=str(tmp_path / "whole")))
     expected = record(tmp_path / "whole")
+    kept = {"kept_tokens_share", "kept_loss_share"} if "loss.token_share" in settings else set()
+    assert all(set(row) == KEYS | kept for row in expected)
     for stop in (1, 2, 3, 4):
         out = tmp_path / f"stopped-{stop}"
         config = make_config(**common, output_dir=str(out))

@@ -46,7 +46,7 @@ def gradients(model, config, where, *, teacher_mode="frozen", batch=None):
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)
     batch = batch or pairs()
     kept = teacher_hidden_states(model, teacher, batch, where)
-    loss, stats = backward(model, teacher, batch, kept, where, config)
+    loss, _, stats = backward(model, teacher, batch, kept, where, config)
     return loss, {n: p.grad.clone() for n, p in model.named_parameters()}, stats
 
 
@@ -60,11 +60,11 @@ def config(**loss):
     return OPSDCConfig.from_dict({"loss": loss})
 
 
-@pytest.mark.parametrize("normalization", ["sequence", "token"])
+@pytest.mark.parametrize("loss", [{}, {"normalization": "token"}, {"token_share": 0.5}], ids=str)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_micro_batches_and_packing_change_nothing(kind, tied, normalization):
-    settings = config(normalization=normalization)
+def test_micro_batches_and_packing_change_nothing(kind, tied, loss):
+    settings = config(**loss)
     base = gradients(tiny_model(kind, tied=tied), settings, layout())
     assert base[0] > 1e-3
     # One forward of 8, 2×4-ish, 8×1; padded and packed.
@@ -96,8 +96,9 @@ def test_chunked_equals_reference(divergence, teacher_mode):
     assert relative(found[0][1], found[1][1]) <= 1e-5
 
 
-def naive_loss(model, teacher, batch, normalization):
-    """Straight from the paper: two full log-softmaxes, one sequence at a time, in float64."""
+def naive_loss(model, teacher, batch, normalization, share=1.0, criterion="divergence"):
+    """Straight from the paper: two full log-softmaxes, one sequence at a time, in float64; of
+    those tokens of each response alone that have the most of the criterion."""
     total, tokens = 0.0, sum(len(p.response_ids) for p in batch)
     for p in batch:
         n = len(p.response_ids)
@@ -107,23 +108,28 @@ def naive_loss(model, teacher, batch, normalization):
         ids = torch.tensor([[*p.student_prompt_ids, *p.response_ids]])
         s = model(ids).logits[0, -n - 1 : -1].double().log_softmax(-1)
         kl = (s.exp() * (s - t)).sum(-1)
-        total = total + (
-            kl.mean() / len(batch) if normalization == "sequence" else kl.sum() / tokens
-        )
+        value = kl if criterion == "divergence" else -(s.exp() * s).sum(-1)
+        kept = sorted(range(n), key=lambda i: -value[i].item())[: max(1, round(share * n))]
+        total = total + kl[kept].sum() / (len(batch) * n if normalization == "sequence" else tokens)
     return total
 
 
 @pytest.mark.parametrize("normalization", ["sequence", "token"])
-def test_the_step_is_the_paper_formula(normalization):
-    """Alignment, masks, prompts, teacher weights and normalisation against a naive loop."""
-    loss, grads, _ = gradients(tiny_model(), config(normalization=normalization), layout())
+@pytest.mark.parametrize(
+    ("share", "criterion"), [(1.0, "divergence"), (0.5, "divergence"), (0.2, "entropy")]
+)
+def test_the_step_is_the_paper_formula(normalization, share, criterion):
+    """Alignment, masks, prompts, teacher weights, normalisation and which tokens are trained on
+    against a naive loop."""
+    settings = config(normalization=normalization, token_share=share, token_criterion=criterion)
+    loss, grads, _ = gradients(tiny_model(), settings, layout(max_tokens=40))
     model = tiny_model()
     teacher = Teacher(model, TeacherConfig(mode="frozen"))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.02)
-    expected = naive_loss(model, teacher, pairs(), normalization)
+    expected = naive_loss(model, teacher, pairs(), normalization, share, criterion)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert relative({n: p.grad for n, p in model.named_parameters()}, grads) <= 1e-5
@@ -193,7 +199,7 @@ def test_same_prompt_and_weights_give_exactly_zero():
     ]
     teacher = Teacher(model, TeacherConfig(mode="frozen"))
     kept = teacher_hidden_states(model, teacher, same, layout())
-    loss, stats = backward(model, teacher, same, kept, layout(), config())
+    loss, _, stats = backward(model, teacher, same, kept, layout(), config())
     assert loss == 0
     assert all(float(s.divergence.abs().max()) == 0 for s in stats)
     assert all(float(p.grad.abs().max()) == 0 for p in model.parameters())
@@ -371,3 +377,37 @@ def test_an_exact_value_with_columns_left_out(monkeypatch):
     result = update(model, teacher, pairs(), optimizer, layout(), settings, exact_value=True)
     assert seen == [True]
     assert result.skipped_columns["kl_missing"] == 0
+
+
+def test_a_share_that_rounds_to_all_tokens_changes_no_bit():
+    loss, exact, _ = gradients(tiny_model(), config(), layout(max_tokens=40))
+    found_loss, found, _ = gradients(tiny_model(), config(token_share=0.99), layout(max_tokens=40))
+    assert found_loss == loss
+    assert all(torch.equal(exact[name], found[name]) for name in exact)
+
+
+@pytest.mark.parametrize("skip_tolerance", [None, 1e-2])
+def test_a_share_of_the_tokens_is_on_record_and_statistics_are_of_all(skip_tolerance):
+    results = []
+    for share in (1.0, 0.5):
+        model, teacher = moved_model()
+        optimizer = Taken(model.parameters(), lr=1e-3)
+        settings = config(token_share=share, skip_tolerance=skip_tolerance)
+        result = update(model, teacher, pairs(), optimizer, layout(max_tokens=40), settings)
+        results.append((result, flat(optimizer)))
+    (whole, all_of_it), (half, kept) = results
+    assert whole.kept_tokens == {}
+    # Of 9, 3, 14, 1, 6, 12, 2 and 7 tokens.
+    assert half.kept_tokens["kept_tokens_share"] == (4 + 2 + 7 + 1 + 3 + 6 + 1 + 4) / 54
+    share = half.kept_tokens["kept_loss_share"]
+    assert 0.5 < share < 1
+    assert half.loss == pytest.approx(share * whole.loss, rel=1e-2 if skip_tolerance else 1e-6)
+    assert 0.05 < float((kept - all_of_it).norm() / all_of_it.norm()) < 0.9
+    if skip_tolerance is None:
+        assert torch.equal(half.divergence, whole.divergence)
+        assert half.student_entropy == whole.student_entropy
+    else:
+        # A lower bound with columns left out, but of a pass that only scores.
+        assert bool((half.divergence >= whole.divergence * (1 - 1e-6)).all())
+        units = half.skipped_columns["loss_gemm_units"]
+        assert 2.5 < units < 2 + half.kept_tokens["kept_tokens_share"] * 4.1

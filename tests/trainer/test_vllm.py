@@ -230,7 +230,7 @@ def test_server_dies_with_its_run(server, tmp_path):
         "model, tokenizer = load_model(config.model), load_tokenizer(config.model)\n"
         "sampler = start_sampler(config, model, tokenizer, list(range(10, 40)))\n"
         "engine = sampler._engine\n"
-        "print(engine._process.pid, engine._weights_dir, flush=True)\n"
+        "print(engine._process.pid, engine.weights_dir, flush=True)\n"
         "time.sleep(600)\n"
     )
     path = tmp_path / "config.yaml"

@@ -176,7 +176,9 @@ def start(model, tmp_path):
             timeout_s=TIMEOUT_S,
             address=adversary.address,
         )
-        sampler = VLLMSampler(server, seed=0, eos_ids=[EOS], probe_ids=PROBE, dtype=torch.float32)
+        sampler = VLLMSampler(
+            server, seed=0, eos_ids=[EOS], probe_ids=PROBE, dtype=torch.float32, run="r"
+        )
         return adversary, sampler
 
     yield start

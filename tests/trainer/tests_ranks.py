@@ -283,6 +283,18 @@ def talk():
     return found
 
 
+def pushed_weights(settings):
+    """What a sampler would be given of the model, by name; with an adapter that has learned."""
+    import torch
+
+    from opsdc.rollout.weights import Weights
+
+    run = Run(settings)
+    run.move_away()
+    weights = Weights(run.model, torch.float32)
+    return weights.is_sharded, {name: tensor.numpy() for name, tensor in weights}
+
+
 def not_finite_on_one(settings):
     """(skipped, unchanged): rank 1's loss is NaN, whose share holds every second token."""
     import torch
@@ -330,6 +342,41 @@ def no_memory_on_one(rank, owner, name, n):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     _at_call(rank, owner, name, n, fail)
+
+
+def kill_server_before_sampling(rank, n):
+    """SIGKILL to the run's vLLM server, right before it is asked for the n-th batch."""
+    from opsdc.rollout.vllm_server import VLLMServer
+
+    sample, calls = VLLMServer.sample, 0
+
+    def killing(server, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            server._process.kill()
+            server._process.wait()
+            print("its server was killed", flush=True)
+        return sample(server, *arguments)
+
+    VLLMServer.sample = killing
+
+
+def lose_push(rank, n):
+    """The n-th push of rank 1 does not reach its engine, which says nothing."""
+    from opsdc.rollout.vllm_local import VLLMEngine
+
+    load, calls = VLLMEngine.load, 0
+
+    def losing(engine, weights, weights_id, probe):
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == n:
+            engine._weights_id = weights_id
+            return engine._score(probe)
+        return load(engine, weights, weights_id, probe)
+
+    VLLMEngine.load = losing
 
 
 def _at_call(rank, owner, name, n, action):
