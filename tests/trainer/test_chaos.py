@@ -282,7 +282,7 @@ DOING = {
     "preflight": ("opsdc.train.OPSDCTrainer", "_preflight", 5),
     "rollout": ("opsdc.train.OPSDCTrainer", "_generate", 8),
     "update": ("opsdc.train", "update", 8),
-    "save": ("opsdc.checkpoint", "save", 15),
+    "save": ("opsdc.checkpoint", "save", 6),
 }
 
 
