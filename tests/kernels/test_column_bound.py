@@ -71,8 +71,7 @@ def grid(n, d, v):
 @pytest.mark.parametrize("size", [(1, 16, 128), (7, 65, 1000), (100, 16, 2000)])
 def test_the_accuracy_grid(size, monkeypatch):
     # Put to the test also what a call would rather not leave out, as it saves no time.
-    monkeypatch.setattr(columns, "DENSE_SHARE", 1.0)
-    monkeypatch.setattr(columns, "LOOK_SHARE", 1.0)
+    monkeypatch.setattr(columns, "DENSE_SHARE", 2.0)
     shares = []
     for case in grid(*size):
         exact = run(case)
