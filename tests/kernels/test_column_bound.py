@@ -68,11 +68,13 @@ def grid(n, d, v):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(1, 16, 128), (7, 65, 1000), (100, 16, 2000)])
-def test_the_accuracy_grid(size, monkeypatch):
-    # Put to the test also what a call would rather not leave out, as it saves no time.
-    monkeypatch.setattr(columns, "DENSE_SHARE", 1.0)
-    monkeypatch.setattr(columns, "LOOK_SHARE", 1.0)
+@pytest.mark.parametrize(
+    ("size", "fewer"), [((7, 65, 1000), 0), ((40, 16, 4000), 4), ((7, 16, 32000), 100)]
+)
+def test_the_accuracy_grid(size, fewer, monkeypatch):
+    """`fewer`: cells at least in which columns are left out."""
+    # As many as there is room for: put to the test also what saves no time.
+    monkeypatch.setattr(columns, "DENSE_SHARE", 0.5)
     shares = []
     for case in grid(*size):
         exact = run(case)
@@ -81,7 +83,7 @@ def test_the_accuracy_grid(size, monkeypatch):
             got = run(case, skip_tolerance=tolerance)
             shares.append(assert_bounded(got, exact, tolerance, floor=1e-9))
     assert len(shares) >= 200
-    assert sum(share < 1 for share in shares) >= 60
+    assert sum(share < 1 for share in shares) >= fewer
 
 
 @pytest.fixture(scope="module")
