@@ -269,9 +269,10 @@ def budget(case: Case, true: Outcome) -> Budget:
     """The budget of the case's dtype, plus what fp32 logits cannot avoid.
 
     A logit z of fp32 is off by about 3e-7·|z|, or by more in a long sum: by what `torch.matmul` is
-    off on these inputs. So is, relatively, the student's probability of it. Where the heads differ,
-    fp32 logits are subtracted, and the same rounding meets a difference of about √(2·KL): it adds
-    3e-7·max|z| / √(2·KL), per row and on the whole.
+    off on these inputs. So is, relatively, the student's probability of it; a gradient weighs two of
+    them against each other. The difference d of both logits is off by as much where the heads differ and fp32 logits are subtracted, by 3e-7·|d| where
+    one head gives it directly. It meets differences of about √(2·KL), which adds
+    3e-7·max|z| / √(2·KL), or 3e-7·max|d| / √(2·KL), per row and on the whole.
     """
     limit = BUDGETS[case.student_hidden.dtype]
     if case.student_hidden.dtype == torch.float64:
@@ -279,14 +280,16 @@ def budget(case: Case, true: Outcome) -> Budget:
     wide, narrow = case.to(torch.float64), case.to(torch.float32)
     z = wide.student_hidden @ wide.student_weight.T
     off = (narrow.student_hidden @ narrow.student_weight.T - z).abs()
-    rounding = torch.maximum(3e-7 * z.abs().amax(1), off.amax(1))
-    whole, per_row = rounding.max(), rounding
-    if case.teacher_weight is not None:
-        kl = true.per_token.reshape(-1).abs().clamp(min=1e-60)
-        whole, per_row = (x + x / (2 * k).sqrt() for x, k in ((whole, kl.mean()), (rounding, kl)))
+    rounding = difference = torch.maximum(3e-7 * z.abs().amax(1), off.amax(1))
+    if case.teacher_weight is None:
+        d = (wide.teacher_hidden - wide.student_hidden) @ wide.student_weight.T
+        difference = 3e-7 * d.abs().amax(1)
+    kl = true.per_token.reshape(-1).abs().clamp(min=1e-60)
+    whole = rounding.max() + difference.max() / (2 * kl.mean()).sqrt()
+    per_row = rounding + difference / (2 * kl).sqrt()
     return Budget(
         limit.loss + float(whole),
-        limit.gradient + float(whole),
+        limit.gradient + 2 * float(whole),
         limit.worst_row + 2 * float(per_row.max()),
     )
 
