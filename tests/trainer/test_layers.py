@@ -28,8 +28,8 @@ def test_five_compiled_steps_are_those_of_plain_layers(more):
     plain = t.five_steps({**settings, "model": more}, lengths)
     torch._dynamo.utils.counters.clear()
     compiled = t.five_steps({**settings, "model": {**more, "compile": True}}, lengths)
-    # Few graphs for the many lengths, and none given up.
-    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    # Fewer graphs than the 8 after which torch gives up on a layer, whatever the lengths.
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < 8
     assert not torch._dynamo.utils.counters["graph_break"]
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     assert t.distance(plain["gradients"], compiled["gradients"]) <= 1e-5

@@ -135,7 +135,10 @@ def test_code_in_a_model_folder_runs_only_where_the_user_says_so(tmp_path):
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "ours.py").write_text(
         f"open({str(marker)!r}, 'w').close()\n"
-        "from transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        # Classes of its own: transformers marks what it loads as somebody's code, for good.
+        "class C(LlamaConfig): pass\n"
+        "class M(LlamaForCausalLM): pass\n"
     )
     with pytest.raises(ModelError, match="trust_remote_code"):
         load_model(ModelConfig(name_or_path=str(folder)))
