@@ -269,10 +269,11 @@ def budget(case: Case, true: Outcome) -> Budget:
     """The budget of the case's dtype, plus what fp32 logits cannot avoid.
 
     A logit z of fp32 is off by about 3e-7·|z|, or by more in a long sum: by what `torch.matmul` is
-    off on these inputs. So is, relatively, the student's probability of it; a gradient weighs two of
-    them against each other. The difference d of both logits is off by as much where the heads differ and fp32 logits are subtracted, by 3e-7·|d| where
-    one head gives it directly. It meets differences of about √(2·KL), which adds
-    3e-7·max|z| / √(2·KL), or 3e-7·max|d| / √(2·KL), per row and on the whole.
+    off on these inputs. So is, relatively, the student's probability of it; a gradient weighs two
+    of them against each other. The difference d of both logits is off by as much where the heads
+    differ and fp32 logits are subtracted, by 3e-7·|d| where one head gives it directly. It meets
+    differences of about √(2·KL), which adds 3e-7·max|z| / √(2·KL), or 3e-7·max|d| / √(2·KL), per
+    row and on the whole.
     """
     limit = BUDGETS[case.student_hidden.dtype]
     if case.student_hidden.dtype == torch.float64:
