@@ -22,8 +22,8 @@ def test_the_first_signal_asks_and_handlers_return():
 def test_blocks_nest_and_the_outer_one_owns_the_handlers():
     with stop.on_signal():
         with stop.on_signal():
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(stop.Stopped, match="SIGINT"):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(stop.Stopped, match="SIGTERM"):
             stop.check()
 
 
