@@ -290,7 +290,7 @@ def budget(case: Case, true: Outcome) -> Budget:
     per_row = rounding + difference / (2 * kl).sqrt()
     return Budget(
         limit.loss + float(whole),
-        limit.gradient + 2 * float(whole),
+        limit.gradient + float(whole + rounding.max()),
         limit.worst_row + 2 * float(per_row.max()),
     )
 
