@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from opsdc.distiller import Distiller, collate
     from opsdc.train import OPSDCTrainer
 
-# transformers imports it through peft, wherever it is installed, and it then regrets a kernel that
-# nothing here uses.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# transformers imports bitsandbytes through peft, wherever it is installed, and it then regrets a
+# kernel that nothing here uses. Its other warnings stay.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
 
 __version__ = "0.1.0"
 __all__ = ["Distiller", "OPSDCConfig", "OPSDCTrainer", "__version__", "collate"]
