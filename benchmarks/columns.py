@@ -149,7 +149,7 @@ def measure(case: Case, *, repeats: int, rivals: Sequence[str] = RIVALS) -> list
             continue
         stats, *got = _gradients(case, tolerance)
         errors = [
-            float((a - b).detach().norm() / b.norm()) for a, b in zip(got, exact[1:], strict=True)
+            float(((a - b).norm() / b.norm()).detach()) for a, b in zip(got, exact[1:], strict=True)
         ]
         bounds = (stats.hidden_gradient_bound, stats.weight_gradient_bound)
         left = Left(

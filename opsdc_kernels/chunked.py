@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opsdc_kernels import gemm, plan, rows
+from opsdc_kernels.layout import empty_logits
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import Rows
 from opsdc_kernels.tile import Tile, hidden_gradient, operand_scale, rounded_tile
@@ -99,13 +100,13 @@ def run_chunks(
         )
     else:
         height = plan.equal_rows(kept, shard.chunk_rows)
-    buffer = student.new_empty(2 * height, size, dtype=dtype)
+    buffers = empty_logits(student, 2, height, size, dtype, in_torch=shard is not None)
 
     for start in range(0, kept, height):
         stop = min(start + height, kept)
         tokens = slice(start, stop) if kept_K is None else kept_K[start:stop]
-        s_CV, other_CV = buffer[: stop - start], buffer[stop - start : 2 * (stop - start)]
-        _logits_into(buffer[: 2 * (stop - start)], problem, weight, tokens, operand)
+        s_CV, other_CV = both_2CV = buffers[:, : stop - start]
+        _logits_into(both_2CV, problem, weight, tokens, operand)
         scale_C1 = row_passes(problem, s_CV, other_CV, tokens, bool(needs), result, shard)
         if not needs or size == 0:
             continue
@@ -205,19 +206,25 @@ def _logits_into(
     tokens: slice | Tensor,
     operand: torch.dtype,
 ) -> None:
-    """Rows [:C] get the student's raw logits, rows [C:] the teacher's or the difference's."""
-    student = problem.student_hidden.detach()[tokens]
+    """The student's raw logits, and the teacher's or the difference's."""
+    student_CD = problem.student_hidden.detach()[tokens].to(operand)
+    if problem.shared_logits and out_2CV.is_contiguous():
+        both_CD = torch.cat([student_CD, _other_operand(problem, tokens, operand)])
+        gemm.logits_into(out_2CV.flatten(0, 1), both_CD, weight)
+        return
+    gemm.logits_into(out_2CV[0], student_CD, weight)
+    other_logits_into(out_2CV[1], problem, weight, tokens, operand)
+
+
+def _other_operand(problem: Problem, tokens: slice | Tensor, operand: torch.dtype) -> Tensor:
+    """The teacher's hidden states, or the difference of both where one head gives both logits."""
     teacher = problem.teacher_hidden[tokens]
     if problem.shared_logits:
         # The difference is taken in fp32. A 16-bit operand (GPU) rounds it once; neighbouring
         # 16-bit hidden states mostly have exact differences.
-        delta = teacher.to(problem.dtype) - student.to(problem.dtype)
-        both = torch.cat([student.to(operand), delta.to(operand)])
-        gemm.logits_into(out_2CV, both, weight)
-        return
-    height = student.shape[0]
-    gemm.logits_into(out_2CV[:height], student.to(operand), weight)
-    other_logits_into(out_2CV[height:], problem, weight, tokens, operand)
+        student = problem.student_hidden.detach()[tokens]
+        teacher = teacher.to(problem.dtype) - student.to(problem.dtype)
+    return teacher.to(operand)
 
 
 def other_logits_into(
@@ -230,14 +237,9 @@ def other_logits_into(
 ) -> None:
     """The teacher's raw logits, or the difference's where one head gives both; `columns`: those
     alone."""
-    teacher = problem.teacher_hidden[tokens]
-    if problem.shared_logits:
-        teacher = teacher.to(problem.dtype) - problem.student_hidden.detach()[tokens].to(
-            problem.dtype
-        )
-    elif problem.teacher_weight is not None:
+    if problem.teacher_weight is not None:
         weight = problem.teacher_weight[: problem.vocab_size]
-    gemm.logits_into(out_CV, teacher.to(operand), weight, columns)
+    gemm.logits_into(out_CV, _other_operand(problem, tokens, operand), weight, columns)
 
 
 def row_passes(
@@ -261,7 +263,7 @@ def row_passes(
         for statistic, found in zip(result.statistics, statistics, strict=True):
             statistic[tokens] = found
         return torch.full_like(value, factor)[:, None]
-    row_function, step = _row_function(s_CV, problem)
+    row_function, step = _row_function(s_CV)
     blocks: list[Rows] = []
     for start in range(0, s_CV.shape[0], step):
         block = slice(start, start + step)
@@ -280,7 +282,7 @@ def row_passes(
     return torch.cat([found.factor for found in blocks])[:, None]
 
 
-def _row_function(s_CV: Tensor, problem: Problem) -> tuple[Callable[..., Rows], int]:
+def _row_function(s_CV: Tensor) -> tuple[Callable[..., Rows], int]:
     """The row pass for this device and dtype, and the rows it takes at once."""
     if s_CV.is_cuda and s_CV.dtype == torch.float32 and find_spec("triton"):
         from opsdc_kernels.triton.rows import divergence_rows_ as in_triton
@@ -289,10 +291,7 @@ def _row_function(s_CV: Tensor, problem: Problem) -> tuple[Callable[..., Rows], 
     if plan.compiled_rows(s_CV.device, s_CV.dtype):
         from opsdc_kernels.native.rows import divergence_rows_ as in_c
 
-        # A soft-cap takes temporaries in torch, as do rows in doubt.
-        capped = problem.logit_softcap != (None, None)
-        block = plan.block_rows(s_CV.shape[1], s_CV.device)
-        return in_c, plan.exact_rows(block) if capped else s_CV.shape[0]
+        return in_c, s_CV.shape[0]
     step = plan.block_rows(s_CV.shape[1], s_CV.device)
     buffers = s_CV.new_empty(plan.CPU_BUFFERS, min(step, s_CV.shape[0]), s_CV.shape[1])
     return partial(rows.divergence_rows_, buffers=buffers), step

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opsdc_kernels import plan
+from opsdc_kernels.layout import tokens_last
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.rows import capped
 
@@ -36,7 +37,7 @@ def student(
     problem: Problem, x_CV: Tensor, square_V: Tensor, along_C: Tensor, apart_C: Tensor
 ) -> Student:
     """Of raw products `x_CV` = h·Wᵀ, which stay."""
-    if _in_c(problem, x_CV):
+    if _in_c(x_CV):
         from opsdc_kernels.native.columns import student as in_c
 
         return in_c(problem, x_CV, square_V, along_C, apart_C)
@@ -64,7 +65,7 @@ def dropped(
     problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Σ q and Σ q·square over the columns that are not kept, each [C]."""
-    if _in_c(problem, x_CV):
+    if _in_c(x_CV):
         from opsdc_kernels.native.columns import dropped as in_c
 
         return in_c(problem, x_CV, lse_C, keeps_V, square_V)
@@ -94,8 +95,8 @@ def _logits_(problem: Problem, x_CK: Tensor) -> Tensor:
     return capped(x_CK if scale == 1.0 else x_CK.mul_(scale), cap, problem.temperature)
 
 
-def _in_c(problem: Problem, x_CV: Tensor) -> bool:
-    return problem.logit_softcap[0] is None and plan.compiled_rows(x_CV.device, x_CV.dtype)
+def _in_c(x_CV: Tensor) -> bool:
+    return tokens_last(x_CV) and plan.compiled_rows(x_CV.device, x_CV.dtype)
 
 
 def _blocks(x_CV: Tensor) -> list[slice]:

@@ -32,6 +32,7 @@ from opsdc_kernels.chunked import (
 )
 from opsdc_kernels.column_bound import CUTS, SLACK, Heads, bounds, cuts_of, sums_at_cuts
 from opsdc_kernels.column_sums import probabilities_
+from opsdc_kernels.layout import empty_logits, select_columns, two_tiles
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.tile import rounded_tile
 
@@ -214,8 +215,8 @@ class _Pass:
             self.result.weight_gradient = untouched_zeros(problem.student_weight, problem.dtype)
         starts = range(0, self.count, self.height)
         chunks = [self._tokens(i, i + self.height) for i in starts]
-        buffers = self.token_error_N.new_empty(2 + ahead, min(self.height, self.count), size)
-        spare, *logits = buffers
+        height = min(self.height, self.count)
+        spare, *logits = empty_logits(self.weight, 2 + ahead, height, size, problem.dtype)
         for i, tokens in enumerate(chunks):
             if self.dense:  # once dense, always: what a choice costs would be lost again
                 self._all_of_the_rest(starts[i])
@@ -266,22 +267,25 @@ class _Pass:
         """Whether so many columns would be kept, going by some tokens of all chunks."""
         rows = min(LOOK_ROWS, self.height)
         each = torch.arange(rows, device=self.weight.device) * (self.count // rows)
+        each = torch.cat([each[::2], each[1::2]])  # two halves, spread alike
         tokens = each if self.kept_K is None else self.kept_K[each]
-        x_CV, spare_CV = self.token_error_N.new_empty(2, rows, self.problem.vocab_size)
+        size, dtype = self.problem.vocab_size, self.problem.dtype
+        x_CV, spare_CV = empty_logits(self.weight, 2, rows, size, dtype)
         self._student_logits(tokens, x_CV)
         weights = self._weights(tokens)
         student = self._student(x_CV, weights)
         cut_V, cut, _ = self._choose(tokens, x_CV, spare_CV, weights, student)
         keeps_V = cut_V > cut
         smallest = torch.where(keeps_V, 0, student.peak_V).amax()
-        first, second = (self._peaks(x_CV[half::2], weights, half) > smallest for half in (0, 1))
+        halves = slice(0, -(-rows // 2)), slice(-(-rows // 2), rows)
+        first, second = (self._peaks(x_CV[half], weights) > smallest for half in halves)
         both, once = (first & second).sum(), (first ^ second).sum()
         share = _more(once, both, 2 * self.height / rows) / len(keeps_V)
         self.units += rows
         return bool(share > DENSE_SHARE)
 
-    def _peaks(self, x_CV: Tensor, weights: _Weights, start: int) -> Tensor:
-        nothing = torch.zeros_like(weights.size_C[start::2])
+    def _peaks(self, x_CV: Tensor, weights: _Weights) -> Tensor:
+        nothing = torch.zeros_like(weights.size_C[: len(x_CV)])
         return column_sums.student(self.problem, x_CV, self.square_V, nothing, nothing).peak_V
 
     def _weights(self, tokens: Tokens) -> _Weights:
@@ -339,7 +343,7 @@ class _Pass:
         peak_V = student.peak_V
         pilot = peak_V.topk(-(-len(peak_V) // plan.PILOT_PARTS)).indices
         part = replace(self._restricted(pilot), return_stats=False, target_ids=None)
-        dz_CK = x_CV.index_select(1, pilot)
+        dz_CK = select_columns(x_CV, pilot)
         # The pilot's rows are renormalized over its columns.
         mass_C1 = probabilities_(part, dz_CK.clone(), student.lse_C).sum(1, keepdim=True)
         scratch = Result(torch.zeros_like(self.token_error_N), (), None, None, None)
@@ -467,8 +471,8 @@ class _Pass:
         student: column_sums.Student,
     ) -> None:
         part, result = self._restricted(columns), self.result
-        dz_CK, other_CK = _gathered(spare_CV, len(columns))
-        torch.index_select(x_CV, 1, columns, out=dz_CK)
+        dz_CK, other_CK = two_tiles(spare_CV, len(columns))
+        select_columns(x_CV, columns, dz_CK)
         q_CK = probabilities_(part, other_CK.copy_(dz_CK), student.lse_C)
         self.token_error_N[tokens] = left.hidden_C
         self.weight_error_V += left.outer_V
@@ -508,7 +512,7 @@ class _Pass:
         cut_V = cuts_of(peak_V, pilot)
         hidden_CJ = sums_at_cuts(size_CV, cut_V, norm_V)[1] * SLACK * weights.size_C[:, None]
         outer_V = weights.reach_C @ size_CV
-        pilot_CK = x_CV.index_select(1, pilot).mul_(scale_C1)
+        pilot_CK = select_columns(x_CV, pilot).mul_(scale_C1)
         allowed = self._allowed(tokens, pilot_CK, weights, pilot)
         none_J = torch.zeros_like(hidden_CJ[0])
         cut = self._largest_cut(cut_V, hidden_CJ.square().sum(0), outer_V, none_J, allowed)
@@ -523,8 +527,8 @@ class _Pass:
             return
         self.token_error_N[tokens] = hidden_CJ.gather(1, cut.expand(len(x_CV), 1)).squeeze(1)
         self.weight_error_V += torch.where(keeps_V, 0.0, outer_V)
-        dz_CK, scratch_CK = _gathered(spare_CV, len(columns))
-        torch.index_select(x_CV, 1, columns, out=dz_CK)
+        dz_CK, scratch_CK = two_tiles(spare_CV, len(columns))
+        select_columns(x_CV, columns, dz_CK)
         self._multiply_back(tokens, dz_CK, scratch_CK, scale_C1, columns)
 
     def _multiply_back(
@@ -624,12 +628,6 @@ def _more(once: Tensor, both: Tensor, times: float) -> Tensor:
     unseen = once.square() / (4 * both.clamp(min=1))
     rate = once / (2 * unseen + once).clamp(min=TINY)
     return once + both + unseen * (1 - (1 - rate) ** (times - 2))
-
-
-def _gathered(spare_CV: Tensor, width: int) -> Tensor:
-    """Two tiles [C, width] in one of [C, V]."""
-    count = 2 * len(spare_CV) * width
-    return spare_CV.view(-1)[:count].view(2, len(spare_CV), width)
 
 
 def _rest(

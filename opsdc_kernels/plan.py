@@ -13,6 +13,7 @@ import torch
 
 from opsdc_kernels.gemm import GATHER_BLOCK_BYTES, UPCAST_BLOCK_BYTES
 from opsdc_kernels.native.build import native
+from opsdc_kernels.native.threads import PANEL
 
 CPU_WORKSPACE_CAP_BYTES = 192 << 20
 """More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""
@@ -216,9 +217,11 @@ def column_chunk_rows(
 
 
 def equal_rows(tokens: int, rows: int) -> int:
-    """Rows per chunk of as many, about equal chunks as chunks of `rows` would be."""
+    """Rows per chunk of as many, about equal chunks as chunks of `rows` would be; full panels of
+    the row passes in C, and of products, where these are not more rows."""
     chunks = max(-(-tokens // rows), 1)
-    return max(-(-tokens // chunks), 1)
+    equal = max(-(-tokens // chunks), 1)
+    return equal if chunks == 1 else min(-(-equal // PANEL) * PANEL, rows)
 
 
 def block_rows(vocab_size: int, device: torch.device) -> int:

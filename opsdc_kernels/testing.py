@@ -270,21 +270,19 @@ def budget(case: Case, true: Outcome) -> Budget:
 
     A logit z of fp32 is off by about 3e-7·|z|, or by more in a long sum: by what `torch.matmul` is
     off on these inputs. So is, relatively, the student's probability of it; a gradient weighs two
-    of them against each other. The difference d of both logits is off by as much where the heads
-    differ and fp32 logits are subtracted, by 3e-7·|d| where one head gives it directly. It meets
-    differences of about √(2·KL), which adds 3e-7·max|z| / √(2·KL), or 3e-7·max|d| / √(2·KL), per
-    row and on the whole.
+    of them against each other. The difference d of both logits is off by what both are where the
+    heads differ and fp32 logits are subtracted, by 3e-7·|d| where one head gives it directly. It
+    meets differences of about √(2·KL), which adds its error over √(2·KL), per row and on the whole.
     """
     limit = BUDGETS[case.student_hidden.dtype]
     if case.student_hidden.dtype == torch.float64:
         return limit
-    wide, narrow = case.to(torch.float64), case.to(torch.float32)
-    z = wide.student_hidden @ wide.student_weight.T
-    off = (narrow.student_hidden @ narrow.student_weight.T - z).abs()
-    rounding = difference = torch.maximum(3e-7 * z.abs().amax(1), off.amax(1))
-    if case.teacher_weight is None:
-        d = (wide.teacher_hidden - wide.student_hidden) @ wide.student_weight.T
-        difference = 3e-7 * d.abs().amax(1)
+    rounding = _rounding_of_logits(case.student_hidden, case.student_weight)
+    if case.teacher_weight is not None:
+        difference = rounding + _rounding_of_logits(case.teacher_hidden, case.teacher_weight)
+    else:
+        delta = case.teacher_hidden.double() - case.student_hidden.double()
+        difference = 3e-7 * (delta @ case.student_weight.double().T).abs().amax(1)
     kl = true.per_token.reshape(-1).abs().clamp(min=1e-60)
     whole = rounding.max() + difference.max() / (2 * kl.mean()).sqrt()
     per_row = rounding + difference / (2 * kl).sqrt()
@@ -293,6 +291,13 @@ def budget(case: Case, true: Outcome) -> Budget:
         limit.gradient + float(whole + rounding.max()),
         limit.worst_row + 2 * float(per_row.max()),
     )
+
+
+def _rounding_of_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[N]"""
+    z = hidden.double() @ weight.double().T
+    off = (hidden.float() @ weight.float().T - z).abs()
+    return torch.maximum(3e-7 * z.abs().amax(1), off.amax(1))
 
 
 def within(found: Errors, limit: Budget) -> bool:

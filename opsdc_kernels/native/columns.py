@@ -1,4 +1,4 @@
-"""`opsdc_kernels.column_sums` in C, for fp32 on a CPU and logits without a soft-cap; and the
+"""`opsdc_kernels.column_sums` in C, for fp32 on a CPU and logits that lie tokens last; and the
 distances of `column_bound`."""
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor
 from opsdc_kernels.column_sums import Student
 from opsdc_kernels.native import threads
 from opsdc_kernels.native.build import native
+from opsdc_kernels.native.rows import Side, as_given, side
 from opsdc_kernels.native.threads import address
 from opsdc_kernels.problem import Problem
 
@@ -18,12 +19,9 @@ class ColumnJob(ctypes.Structure):
     """As `ColumnJob` in rows.c."""
 
     _fields_ = (
-        ("student", ctypes.c_void_p),
+        ("student", Side),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("bias", ctypes.c_void_p),
-        ("factor", ctypes.c_float),
         ("square", ctypes.c_void_p),
         ("keeps", ctypes.c_void_p),
         ("along", ctypes.c_void_p),
@@ -43,7 +41,7 @@ def student(
     problem: Problem, x_CV: Tensor, square_V: Tensor, along_C: Tensor, apart_C: Tensor
 ) -> Student:
     rows = x_CV.new_empty(3, len(x_CV))
-    columns = x_CV.new_zeros(len(threads.parts(x_CV)), 3, x_CV.shape[1])  # one of each per thread
+    columns = x_CV.new_empty(len(threads.parts(x_CV)), 3, x_CV.shape[1])  # one of each per thread
     rowwise = {"along": along_C, "apart": apart_C, **_named(("lse", "entropy", "spread"), rows)}
     columnwise = [{"square": square_V, **_named(("peak", "slope", "rest"), own)} for own in columns]
     _run("opsdc_student", problem, x_CV, rowwise, columnwise)
@@ -111,18 +109,14 @@ def _run(
     library = native().dll
     assert library is not None
     size = x_CV.shape[1]
-    bias = problem.student_bias
-    bias = None if bias is None else bias.detach()[:size].to(x_CV.dtype).contiguous()
+    bias = as_given(problem.student_bias, size)
     rowwise = {name: x.contiguous() for name, x in rowwise.items()}
 
     jobs = [
         ColumnJob(
-            student=address(x_CV, start * x_CV.stride(0)),
+            student=side(x_CV[start:], problem, 0, bias),
             rows=stop - start,
             columns=size,
-            stride=x_CV.stride(0),
-            bias=address(bias),
-            factor=problem.logit_scale[0] / problem.temperature,
             **{name: address(x, start) for name, x in rowwise.items()},
             **{name: address(x) for name, x in own.items()},
         )

@@ -1,6 +1,6 @@
 """Row passes of a chunk of logits in C: the counterpart of `opsdc_kernels.rows`, with its contract,
-for fp32 on a CPU. Rows that the C code leaves alone (infinite logits, log-ratios that overflow) go
-to `rows_exact`, soft-capped logits through torch first.
+for fp32 on a CPU and logits that lie tokens last. Rows that the C code leaves alone (infinite
+logits, log-ratios that overflow) go to `rows_exact`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,26 @@ FIELDS = 8
 """Divergence, the five statistics, the two log-probabilities of targets."""
 
 
+class Side(ctypes.Structure):
+    """As `Side` in rows.c."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("stride", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("factor", ctypes.c_float),
+        ("range", ctypes.c_float),
+    )
+
+
 class Job(ctypes.Structure):
     """As `Job` in rows.c."""
 
     _fields_ = (
-        ("student", ctypes.c_void_p),
-        ("other", ctypes.c_void_p),
+        ("student", Side),
+        ("other", Side),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
-        ("student_stride", ctypes.c_int64),
-        ("other_stride", ctypes.c_int64),
-        ("student_bias", ctypes.c_void_p),
-        ("teacher_bias", ctypes.c_void_p),
-        ("student_factor", ctypes.c_float),
-        ("other_factor", ctypes.c_float),
         ("shared", ctypes.c_int32),
         ("divergence", ctypes.c_int32),
         ("gradient", ctypes.c_int32),
@@ -54,74 +60,68 @@ def divergence_rows_(
     gradient: bool,
     target_ids_B: Tensor | None = None,
 ) -> Rows:
-    """As `opsdc_kernels.rows.divergence_rows_`."""
-    raw = problem.logit_softcap == (None, None)
-    slope = t_BV = None
-    s, other, shared = student_BV, other_BV, problem.shared_logits
-    if not raw:
-        s, t_BV, other, slope = transform_(student_BV, other_BV, problem, None)
-        shared = True
-    results = _run(s, other, shared, raw, problem, gradient, target_ids_B)
+    """As `opsdc_kernels.rows.divergence_rows_`, of [B, V] with stride (1, any)."""
+    results = _run(student_BV, other_BV, problem, gradient, target_ids_B)
+    sign = -(1 - problem.beta) if problem.divergence == "jsd" else -1.0
     for row in results[0].isnan().nonzero().squeeze(1).tolist():
         block = slice(row, row + 1)
-        d = other[block] if shared else other[block] - s[block]
-        if t_BV is not None:
-            t = t_BV[block]
-        else:
-            t = s[block] + d if shared else other[block]
+        x, other = student_BV[block].clone(), other_BV[block].clone()
+        s, t, d, slope = transform_(x, other, problem, None)
         targets = None if target_ids_B is None else target_ids_B[block]
-        value, statistics = exact_rows_(s[block], t, d, problem, gradient, targets)
+        t = s + d if t is None else t
+        value, statistics = exact_rows_(s, t, d, problem, gradient, targets)
         if gradient:
-            s[block] /= _sign(problem)
+            student_BV[block] = (s if slope is None else s.mul_(slope)) / sign
         results[0, block] = value
         for field, found in zip(results[1:], statistics or (), strict=False):
             field[block] = found
-    if gradient and slope is not None:
-        s.mul_(slope)
-    if gradient and s is not student_BV:
-        student_BV.copy_(s)
     statistics = None
     if problem.return_stats:
         statistics = tuple(results[1 : 6 if target_ids_B is None else FIELDS])
-    factor = torch.full_like(results[0], _sign(problem) * problem.logit_factor)
-    return Rows(results[0], factor, statistics)
+    return Rows(results[0], torch.full_like(results[0], sign * problem.logit_factor), statistics)
 
 
-def _sign(problem: Problem) -> float:
-    """What the gradient that the C code leaves is still to be multiplied by."""
-    return -(1 - problem.beta) if problem.divergence == "jsd" else -1.0
+def side(x_BV: Tensor, problem: Problem, which: int, bias_V: Tensor | None) -> Side:
+    """The logits of the student (0) or of the other (1); `bias_V` contiguous fp32, to keep alive
+    as long as this."""
+    cap = problem.logit_softcap[which]
+    scale = problem.logit_scale[which]
+    return Side(
+        x=address(x_BV),
+        stride=x_BV.stride(1),
+        bias=address(bias_V),
+        factor=scale / (problem.temperature if cap is None else cap),
+        range=0.0 if cap is None else cap / problem.temperature,
+    )
+
+
+def as_given(bias: Tensor | None, columns: int) -> Tensor | None:
+    """A bias as `side` wants it."""
+    return None if bias is None else bias.detach()[:columns].float().contiguous()
 
 
 def _run(
-    s: Tensor,
-    other: Tensor,
-    shared: bool,
-    raw: bool,
+    student_BV: Tensor,
+    other_BV: Tensor,
     problem: Problem,
     gradient: bool,
     target_ids: Tensor | None,
 ) -> Tensor:
-    """[FIELDS, B]; NaN in the first for rows left alone. `raw`: biases and factors are to apply."""
+    """[FIELDS, B]; NaN in the first for rows left alone."""
     library = native().dll
     assert library is not None
-    rows, columns = s.shape
-    results = s.new_empty(FIELDS, rows)
-    given = (problem.student_bias, None if shared else problem.teacher_bias)
-    biases = [None if x is None else x.detach()[:columns].float().contiguous() for x in given]
+    rows, columns = student_BV.shape
+    results = student_BV.new_empty(FIELDS, rows)
+    shared = problem.shared_logits
+    own = as_given(problem.student_bias, columns)
+    other = None if shared else as_given(problem.teacher_bias, columns)
     targets = None if target_ids is None else target_ids.contiguous()
-
-    def job(start: int, stop: int) -> Job:
-        return Job(
-            student=address(s, start * s.stride(0)),
-            other=address(other, start * other.stride(0)),
+    jobs = [
+        Job(
+            student=side(student_BV[start:], problem, 0, own),
+            other=side(other_BV[start:], problem, 1, other),
             rows=stop - start,
             columns=columns,
-            student_stride=s.stride(0),
-            other_stride=other.stride(0),
-            student_bias=address(biases[0]) if raw else None,
-            teacher_bias=address(biases[1]) if raw else None,
-            student_factor=problem.logit_scale[0] / problem.temperature if raw else 1.0,
-            other_factor=problem.logit_scale[1] / problem.temperature if raw else 1.0,
             shared=shared,
             divergence=DIVERGENCES.index(problem.divergence),
             gradient=gradient,
@@ -131,6 +131,7 @@ def _run(
             out=address(results, start),
             out_stride=rows,
         )
-
-    threads.run(library, "opsdc_rows", [job(*part) for part in threads.parts(s)])
+        for start, stop in threads.parts(student_BV)
+    ]
+    threads.run(library, "opsdc_rows", jobs)
     return results

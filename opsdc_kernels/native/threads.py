@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+PANEL = 16
+"""`W` in rows.c."""
 THREAD_LOGITS = 1 << 17
 """Fewer logits per thread than this (0.2 ms) are not worth waking one."""
 
@@ -28,10 +30,11 @@ class Queue(ctypes.Structure):
 
 
 def parts(x_BV: Tensor) -> list[tuple[int, int]]:
-    """(first row, one past the last) for each thread."""
+    """(first row, one past the last) for each thread; all but the last are whole panels."""
     rows, columns = x_BV.shape
-    threads = max(min(torch.get_num_threads(), rows, rows * columns // THREAD_LOGITS), 1)
-    cuts = [rows * i // threads for i in range(threads + 1)]
+    panels = -(-rows // PANEL)
+    threads = max(min(torch.get_num_threads(), panels, rows * columns // THREAD_LOGITS), 1)
+    cuts = [min(panels * i // threads * PANEL, rows) for i in range(threads + 1)]
     return list(itertools.pairwise(cuts))
 
 

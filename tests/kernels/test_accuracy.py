@@ -57,9 +57,11 @@ def test_large_vocabulary():
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_other_divergences(divergence):
-    cells = sweep((0.3, 2.0), KLS[2:], [(7, 16, 31), (7, 65, 1000)],
-                  backends=("chunked", "reference"), divergence=divergence)  # fmt: skip
-    assert cells >= 60
+    sizes = [(7, 16, 31), (7, 65, 1000)]
+    cells = sweep((0.3, 2.0), KLS[2:], sizes, divergence=divergence)
+    # Autograd subtracts E_q[a] from an a near log 2 at the last KL: a peaked row keeps 3 digits.
+    cells += sweep((0.3, 2.0), KLS[2:-1], sizes, backends=("reference",), divergence=divergence)
+    assert cells >= 100
 
 
 def test_temperature_scale_and_weights():

@@ -54,7 +54,10 @@ def assert_bounded(case, tolerance, floor=1e-11, **options):
     wide = {k: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
             for k, x in options.items() if k != "exact_value"}  # fmt: skip
     exact, true = gradients(case.to(torch.float64), **wide)
-    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, true, strict=True)]
+    errors = [
+        float(((a.double() - b).norm() / b.norm()).detach())
+        for a, b in zip(found, true, strict=True)
+    ]
     assert errors[0] <= float(stats.hidden_gradient_bound) + floor
     if len(errors) == 2:
         assert errors[1] <= float(stats.weight_gradient_bound) + floor

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from opsdc_kernels import plan
+from opsdc_kernels.native.threads import PANEL
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ def test_chunks_fit_the_workspace(dtype, v):
 def test_chunks_are_about_equal():
     rows = plan.chunk_rows(1000, 49152, (576, 576), torch.float32, CPU, 320 << 20)
     chunks = -(-1000 // rows)
-    assert rows - 1000 // chunks <= 1
+    assert 0 <= rows - 1000 // chunks <= PANEL  # full panels, but for the last chunk
 
 
 def test_scratch_is_eight_bytes_per_logit_of_a_chunk():
