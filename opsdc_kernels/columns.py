@@ -44,12 +44,14 @@ LOOK_ROWS = 32
 dense goes to `chunked` before anything is spent on it."""
 LOOK_LEAST = 8 * LOOK_ROWS
 """Tokens of calls that are looked at."""
+SAMPLE_TOP = 8
+"""The cut is chosen by the tokens of the highest entropy, which have most of what can be left out,"""
 SAMPLE_STEP = 16
-"""The cut is chosen by every 16th token in the order of their entropy."""
-SAMPLE_LEAST = 16
-"""Tokens of a sample."""
-ATTEMPTS = 3
-"""Cuts that are tried where the sample misled."""
+"""and by every 16th of the others in its order,"""
+SAMPLE_LEAST = 8
+"""or more often, so that they are so many."""
+ATTEMPTS = 6
+"""Cuts that are tried where the sample misled: each costs little beside all columns."""
 HEADROOM = 0.8
 """Share of the tolerance that a choice may use up: the gradient's size is an estimate then."""
 TINY = 1e-30
@@ -270,11 +272,11 @@ class _Pass:
         each = torch.cat([each[::2], each[1::2]])  # two halves, spread alike
         tokens = each if self.kept_K is None else self.kept_K[each]
         size, dtype = self.problem.vocab_size, self.problem.dtype
-        x_CV, spare_CV = empty_logits(self.weight, 2, rows, size, dtype)
+        (x_CV,) = empty_logits(self.weight, 1, rows, size, dtype)
         self._student_logits(tokens, x_CV)
         weights = self._weights(tokens)
         student = self._student(x_CV, weights)
-        cut_V, cut, _ = self._choose(tokens, x_CV, spare_CV, weights, student)
+        cut_V, cut, _ = self._choose(tokens, x_CV, weights, student)
         keeps_V = cut_V > cut
         smallest = torch.where(keeps_V, 0, student.peak_V).amax()
         halves = slice(0, -(-rows // 2)), slice(-(-rows // 2), rows)
@@ -314,7 +316,7 @@ class _Pass:
     ) -> None:
         weights = self._weights(tokens)
         student = self._student(x_CV, weights)
-        cut_V, cut, allowed = self._choose(tokens, x_CV, spare_CV, weights, student)
+        cut_V, cut, allowed = self._choose(tokens, x_CV, weights, student)
         self.units += _count(tokens)
         for _ in range(ATTEMPTS):
             left = self._leave(x_CV, cut_V > cut, weights, student, allowed)
@@ -335,7 +337,6 @@ class _Pass:
         self,
         tokens: Tokens,
         x_CV: Tensor,
-        spare_CV: Tensor,
         weights: _Weights,
         student: column_sums.Student,
     ) -> tuple[Tensor, Tensor, _Allowed]:
@@ -354,22 +355,24 @@ class _Pass:
         targets = self.problem.target_ids
         forced = pilot if targets is None else torch.cat([pilot, targets[tokens]])
         cut_V = cuts_of(peak_V, forced)
-        count = len(x_CV)
-        step = SAMPLE_STEP if count >= SAMPLE_LEAST * SAMPLE_STEP else 1
-        some = student.entropy_C.argsort()[step // 2 :: step]
-        q_RV = torch.index_select(x_CV, 0, some, out=spare_CV[: len(some)])
-        probabilities_(self.problem, q_RV, student.lse_C[some])
+        order = student.entropy_C.argsort()
+        rest, top = order[:-SAMPLE_TOP], order[-SAMPLE_TOP:]
+        step = max(min(SAMPLE_STEP, len(rest) // SAMPLE_LEAST), 1)
+        some = torch.cat([rest[step // 2 :: step], top])
+        times_R = torch.ones_like(student.entropy_C[some])  # tokens that each stands for
+        times_R[: -len(top)] = len(rest) / max(len(some) - len(top), 1)
+        q_RV = probabilities_(self.problem, x_CV.index_select(0, some), student.lse_C[some])
         eta, nu = weights.slopes
         found = bounds(
             *sums_at_cuts(q_RV, cut_V, self.square_V), student.spread_C[some], (eta[some], nu[some])
         )
-        reach_R = weights.reach_C[some]
+        reach_R = weights.reach_C[some] * times_R
         around = reach_R @ (eta[some] * student.spread_C[some].sqrt() + nu[some])
         # δ reaches the columns as the rest does, but for its size: an estimate.
         shift_J = reach_R @ found.shift / around.clamp(min=TINY)
         cut = self._largest_cut(
             cut_V,
-            (found.hidden * weights.size_C[some, None]).square().sum(0) * (count / len(some)),
+            times_R @ (found.hidden * weights.size_C[some, None]).square(),
             self.heads.radius_V * student.slope_V + student.rest_V,
             shift_J * torch.linalg.vector_norm(student.rest_V),
             allowed,

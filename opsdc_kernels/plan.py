@@ -17,6 +17,8 @@ from opsdc_kernels.native.threads import PANEL
 
 CPU_WORKSPACE_CAP_BYTES = 192 << 20
 """More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""
+CPU_COLUMN_CHUNK_ROWS = 256
+"""At most, where columns are left out: tokens of lower chunks share more of them."""
 GPU_MINIMUM_CHUNK_ROWS = 512
 """Below this a GPU's GEMMs no longer run at their full rate."""
 CPU_BUFFERS = 6
@@ -211,7 +213,9 @@ def column_chunk_rows(
         return column_scratch_bytes(rows, vocab_size, dims, dtype, device)
 
     rows = max(bisect_right(range(1, max(tokens, 1) + 1), budget, key=scratch), 1)
-    if workspace_bytes is None and device.type == "cuda":
+    if device.type == "cpu":
+        rows = min(rows, CPU_COLUMN_CHUNK_ROWS)
+    elif workspace_bytes is None:
         rows = max(rows, GPU_MINIMUM_CHUNK_ROWS)
     return equal_rows(tokens, rows)
 
