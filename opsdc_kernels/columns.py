@@ -45,7 +45,7 @@ dense goes to `chunked` before anything is spent on it."""
 LOOK_LEAST = 8 * LOOK_ROWS
 """Tokens of calls that are looked at."""
 SAMPLE_TOP = 8
-"""The cut is chosen by the tokens of the highest entropy, which have most of what can be left out,"""
+"""The cut is chosen by the tokens of the highest entropy, where errors are largest,"""
 SAMPLE_STEP = 16
 """and by every 16th of the others in its order,"""
 SAMPLE_LEAST = 8
