@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +45,18 @@ class Timing:
 
 
 def measure(
-    shape: Shape, device: torch.device, *, repeats: int, compiled: bool = True
+    shape: Shape,
+    device: torch.device,
+    *,
+    repeats: int,
+    compiled: bool = True,
+    only: Sequence[str] = ("",),
 ) -> list[Timing | Failure]:
-    """Every contender in every mode; prints each line when it is known."""
+    """Every contender whose name begins with one of `only`, in every mode; prints each line when
+    it is known."""
     case = inputs(shape, device=device)
     running = [c for c in contenders(device)[0] if compiled or not c.compiled]
+    running = [c for c in running if c.name.lower().startswith(tuple(map(str.lower, only)))]
     found: list[Timing | Failure] = []
     for mode in MODES:
         calls = {c.name: call_of(c, case, mode) for c in running if _has(c, mode)}
@@ -156,6 +163,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} instead of {FULL}")
     parser.add_argument("--repeats", type=int, default=5, help="(default %(default)s)")
     parser.add_argument("--eager", action="store_true", help="leave the compiled contenders out")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        metavar="NAME",
+        help="contenders whose names begin so: --only ours naive",
+    )
     options = parser.parse_args()
     device = default_device()
     measure(
@@ -163,6 +177,7 @@ def main() -> None:
         device,
         repeats=options.repeats,
         compiled=not options.eager,
+        only=options.only,
     )
 
 

@@ -1,10 +1,10 @@
 """Token chunks with full vocabulary rows resident, and the gradient computed in the forward pass.
 
 Per chunk of C tokens: the student's and the teacher's logits (2 GEMMs; one of twice the height
-where the head is shared), row passes that turn the student's logits into their own gradient in
-place, then dH and dW from that tile (1 GEMM each). Nothing is recomputed: 4 units of 2·N·V·D flop
-with a trainable head, 3 with a frozen one, 2 without gradients, and 8 bytes of scratch per logit
-of a chunk.
+where the head is shared and rows lie one after the other), row passes that turn the student's
+logits into their own gradient in place, then dH and dW from that tile (1 GEMM each). Nothing is
+recomputed: 4 units of 2·N·V·D flop with a trainable head, 3 with a frozen one, 2 without gradients,
+and 8 bytes of scratch per logit of a chunk.
 """
 
 from __future__ import annotations
