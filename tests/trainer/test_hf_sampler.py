@@ -50,7 +50,7 @@ def test_logprobs_are_the_models_own_whatever_is_sampled():
         assert len({len(r.response_ids) for r in found}) > 1 or params
         for r in found:
             own = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], torch.float32)
-            assert r.logprobs == pytest.approx(own[len(r.prompt_ids) - 1 :], abs=1e-5)
+            assert r.logprobs == pytest.approx(own[len(r.prompt_ids) - 1 :], abs=3e-5)
             assert r.is_finite
 
 
