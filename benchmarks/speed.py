@@ -56,7 +56,10 @@ def measure(
     it is known."""
     case = inputs(shape, device=device)
     running = [c for c in contenders(device)[0] if compiled or not c.compiled]
+    known = [c.name for c in running]
     running = [c for c in running if c.name.lower().startswith(tuple(map(str.lower, only)))]
+    if not running:
+        raise SystemExit(f"--only {' '.join(only)}: no contender begins so; there are {known}")
     found: list[Timing | Failure] = []
     for mode in MODES:
         calls = {c.name: call_of(c, case, mode) for c in running if _has(c, mode)}

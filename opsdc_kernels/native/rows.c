@@ -136,9 +136,9 @@ typedef struct {
 /* What a panel has gathered; c = (d - anchor) - mean. */
 typedef struct {
     float peak[W], anchor[W], mean[W], share[W], log_ratio[W], middle[W], poison[W], farthest[W];
-    float peak_t[W];
-    double total[W], moment[W], total_s[W], below_s[W], total_t[W], below_t[W], value[W], other[W];
-    float peak_s[W];
+    double total[W], moment[W], value[W], other[W];
+    float peak_s[W], peak_t[W]; /* from here to below_t: of the statistics */
+    double total_s[W], below_s[W], total_t[W], below_t[W];
     int doubt[W], doubts;
 } Panel;
 
