@@ -39,10 +39,12 @@ from opsdc_kernels.tile import rounded_tile
 DENSE_SHARE = 0.45
 """From this share of columns on, gathering costs more than it saves. At most ½: the second logit
 buffer holds the columns of student and teacher."""
-LOOK_ROWS = 32
+LOOK_ROWS = 16
 """Tokens, spread over a call, that are looked at first: a call whose every chunk would turn out
 dense goes to `chunked` before anything is spent on it."""
-LOOK_LEAST = 8 * LOOK_ROWS
+LOOK_SHARE = 0.35
+"""The share that a look gives is about three quarters of what is kept then."""
+LOOK_LEAST = 16 * LOOK_ROWS
 """Tokens of calls that are looked at."""
 SAMPLE_TOP = 8
 """The cut is chosen by the tokens of the highest entropy, where errors are largest,"""
@@ -280,15 +282,12 @@ class _Pass:
         keeps_V = cut_V > cut
         smallest = torch.where(keeps_V, 0, student.peak_V).amax()
         halves = slice(0, -(-rows // 2)), slice(-(-rows // 2), rows)
-        first, second = (self._peaks(x_CV[half], weights) > smallest for half in halves)
+        q_CV = probabilities_(self.problem, x_CV, student.lse_C)
+        first, second = (q_CV[half].amax(0) > smallest for half in halves)
         both, once = (first & second).sum(), (first ^ second).sum()
         share = _more(once, both, 2 * self.height / rows) / len(keeps_V)
         self.units += rows
-        return bool(share > DENSE_SHARE)
-
-    def _peaks(self, x_CV: Tensor, weights: _Weights) -> Tensor:
-        nothing = torch.zeros_like(weights.size_C[: len(x_CV)])
-        return column_sums.student(self.problem, x_CV, self.square_V, nothing, nothing).peak_V
+        return bool(share > LOOK_SHARE)
 
     def _weights(self, tokens: Tokens) -> _Weights:
         problem, needs = self.problem, self.needs
@@ -591,7 +590,7 @@ class _Pass:
         if result.hidden_gradient is not None:
             size_N = torch.linalg.vector_norm(result.hidden_gradient, dim=1)
         norms = [] if result.bias_gradient is None else [result.bias_gradient.norm()]
-        if result.weight_gradient is not None:
+        if result.weight_gradient is not None and self.kept_columns < self.count:
             touched = self.touched_V.nonzero().squeeze(1)
             blocks = gemm.row_blocks(result.weight_gradient, error_N.dtype, touched)
             norms += [block.norm() for _, block in blocks]
