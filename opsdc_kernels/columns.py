@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,7 +29,8 @@ from opsdc_kernels.chunked import (
     run_chunks,
     weight_operand,
 )
-from opsdc_kernels.column_bound import CUTS, SLACK, Heads, bounds, cuts_of, sums_at_cuts
+from opsdc_kernels.column_bound import SLACK, cuts_of, sums_at_cuts
+from opsdc_kernels.column_choice import TINY, Choice, Left, Tokens, gradient_rows, restricted
 from opsdc_kernels.column_sums import probabilities_
 from opsdc_kernels.layout import empty_logits, select_columns, two_tiles
 from opsdc_kernels.problem import Problem
@@ -46,25 +46,12 @@ LOOK_SHARE = 0.35
 """The share that a look gives is about three quarters of what is kept then."""
 LOOK_LEAST = 16 * LOOK_ROWS
 """Tokens of calls that are looked at."""
-SAMPLE_TOP = 8
-"""The cut is chosen by the tokens of the highest entropy, where errors are largest,"""
-SAMPLE_STEP = 16
-"""and by every 16th of the others in its order,"""
-SAMPLE_LEAST = 8
-"""or more often, so that they are so many."""
 ATTEMPTS = 6
 """Cuts that are tried where the sample misled: each costs little beside all columns."""
-HEADROOM = 0.8
-"""Share of the tolerance that a choice may use up: the gradient's size is an estimate then."""
-TINY = 1e-30
-"""Probabilities below carry no digits of c."""
 REST_COLUMNS = 256
 """Kept columns, about, that the estimate of the divergence's error looks at."""
 LARGEST_RATIO = 6.0
 """|c| of a dropped column that the estimate of the divergence's error reckons with."""
-
-
-Tokens = slice | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,44 +81,6 @@ def exact(result: Result) -> Realised:
     rows = torch.zeros_like(result.per_token)
     zero = rows.new_zeros(())
     return Realised(rows, rows, zero, zero, zero + 1, zero + 2)
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What the tokens of a chunk count [C], and what bounds their differences."""
-
-    row_C: Tensor
-    """Token weights."""
-    size_C: Tensor
-    """What an error counts in dH: |row weight · factor|."""
-    reach_C: Tensor
-    """The same in dW: times ‖h‖."""
-    slopes: tuple[Tensor, Tensor]
-    """(η, ν)"""
-
-
-@dataclass(frozen=True, slots=True)
-class _Allowed:
-    hidden: Tensor
-    """Square of the error of dH."""
-    weight: Tensor
-    """Error of dW."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Left:
-    """What is left out of a chunk at a cut."""
-
-    keeps_V: Tensor
-    hidden_C: Tensor
-    """Bound of the error of each token in dH."""
-    shift_C: Tensor
-    """What δ of each token adds to the error of a column of dW, per probability."""
-    outer_V: Tensor
-    """Bound of the error of the columns of dW that are left out, else 0."""
-    mass_C: Tensor
-    within: Tensor
-    """Whether the errors are those that are allowed."""
 
 
 def run_columns(
@@ -180,7 +129,6 @@ class _Pass:
     ) -> None:
         self.problem, self.needs, self.row_weight_N = problem, needs, row_weight_N
         self.kept_K, self.exact_value = kept_K, exact_value
-        self.tolerance = HEADROOM * tolerance
         self.count = len(problem.student_hidden) if kept_K is None else len(kept_K)
         self.weight = problem.student_weight.detach()[: problem.vocab_size]
         self.operand = gemm.operand_dtype(self.weight, problem.dtype)
@@ -188,9 +136,8 @@ class _Pass:
         self.token_error_N = self.weight.new_zeros(len(problem.student_hidden), dtype=problem.dtype)
         self.divergence_error_N = torch.zeros_like(self.token_error_N)
         self.weight_error_V = self.token_error_N.new_zeros(len(self.weight))
-        self.unused = self.token_error_N.new_zeros(())
-        """Of the tolerance, by the chunks so far: what Σ‖error of dH‖² may still be more."""
         self.backward_units = needs.hidden + needs.weight
+        self.choosing_units = 1 + (1 + self.backward_units) / plan.PILOT_PARTS
         self.kept_columns = self.units = 0.0  # summed over the tokens; units per token
         self.weight_written = self.dense = False
         self.touched_V = torch.zeros_like(self.weight_error_V, dtype=torch.bool)
@@ -200,15 +147,10 @@ class _Pass:
             self.count, problem.vocab_size, dims, problem.student_hidden.dtype,
             problem.student_hidden.device, problem.workspace_bytes,
         )  # fmt: skip
-        self.chunks = -(-self.count // self.height)
-
-    @cached_property
-    def heads(self) -> Heads:
-        return Heads.of(self.problem)
-
-    @cached_property
-    def square_V(self) -> Tensor:
-        return self.heads.radius_V.square()
+        self.choice = Choice(
+            problem, needs, row_weight_N, tolerance=tolerance,
+            chunks=-(-self.count // self.height), exact_value=exact_value,
+        )  # fmt: skip
 
     def over_chunks(self, ahead: bool) -> Realised:
         problem, size = self.problem, self.problem.vocab_size
@@ -276,9 +218,9 @@ class _Pass:
         size, dtype = self.problem.vocab_size, self.problem.dtype
         (x_CV,) = empty_logits(self.weight, 1, rows, size, dtype)
         self._student_logits(tokens, x_CV)
-        weights = self._weights(tokens)
-        student = self._student(x_CV, weights)
-        cut_V, cut, _ = self._choose(tokens, x_CV, weights, student)
+        weights = self.choice.weights(tokens)
+        student = self.choice.student(x_CV, weights)
+        cut_V, cut, _ = self.choice.cut(tokens, x_CV, weights, student)
         keeps_V = cut_V > cut
         smallest = torch.where(keeps_V, 0, student.peak_V).amax()
         halves = slice(0, -(-rows // 2)), slice(-(-rows // 2), rows)
@@ -286,25 +228,8 @@ class _Pass:
         first, second = (q_CV[half].amax(0) > smallest for half in halves)
         both, once = (first & second).sum(), (first ^ second).sum()
         share = _more(once, both, 2 * self.height / rows) / len(keeps_V)
-        self.units += rows
+        self.units += rows * self.choosing_units
         return bool(share > LOOK_SHARE)
-
-    def _weights(self, tokens: Tokens) -> _Weights:
-        problem, needs = self.problem, self.needs
-        hidden_CD = problem.student_hidden.detach()[tokens].to(problem.dtype)
-        row_C = torch.ones_like(hidden_CD[:, 0])
-        if self.row_weight_N is not None:
-            row_C = row_C * self.row_weight_N[tokens]
-        size_C = row_C.abs()
-        if not self.exact_value:
-            size_C = size_C * abs(problem.logit_factor)
-        square = hidden_CD.square().sum(1) * needs.weight + needs.bias
-        return _Weights(row_C, size_C, size_C * square.sqrt(), self.heads.slopes(problem, tokens))
-
-    def _student(self, x_CV: Tensor, weights: _Weights) -> column_sums.Student:
-        eta, nu = weights.slopes
-        reach = weights.reach_C
-        return column_sums.student(self.problem, x_CV, self.square_V, reach * eta, reach * nu)
 
     def _chunk(
         self,
@@ -313,12 +238,12 @@ class _Pass:
         spare_CV: Tensor,
         following: tuple[Tokens, Tensor] | None,
     ) -> None:
-        weights = self._weights(tokens)
-        student = self._student(x_CV, weights)
-        cut_V, cut, allowed = self._choose(tokens, x_CV, weights, student)
-        self.units += _count(tokens)
+        weights = self.choice.weights(tokens)
+        student = self.choice.student(x_CV, weights)
+        cut_V, cut, allowed = self.choice.cut(tokens, x_CV, weights, student)
+        self.units += _count(tokens) * self.choosing_units
         for _ in range(ATTEMPTS):
-            left = self._leave(x_CV, cut_V > cut, weights, student, allowed)
+            left = self.choice.left(x_CV, cut_V > cut, weights, student, allowed)
             if following is not None:
                 self._student_logits(*following)
                 following = None
@@ -332,131 +257,6 @@ class _Pass:
         else:
             self._sparse(tokens, x_CV, spare_CV, left, columns, student)
 
-    def _choose(
-        self,
-        tokens: Tokens,
-        x_CV: Tensor,
-        weights: _Weights,
-        student: column_sums.Student,
-    ) -> tuple[Tensor, Tensor, _Allowed]:
-        """The first cut that drops each column [V], the cut to take, and the errors allowed."""
-        peak_V = student.peak_V
-        pilot = peak_V.topk(-(-len(peak_V) // plan.PILOT_PARTS)).indices
-        part = replace(self._restricted(pilot), return_stats=False, target_ids=None)
-        dz_CK = select_columns(x_CV, pilot)
-        # The pilot's rows are renormalized over its columns.
-        mass_C1 = probabilities_(part, dz_CK.clone(), student.lse_C).sum(1, keepdim=True)
-        scratch = Result(torch.zeros_like(self.token_error_N), (), None, None, None)
-        scale_C1 = self._gradient_rows(part, dz_CK, torch.empty_like(dz_CK), tokens, pilot, scratch)
-        allowed = self._allowed(tokens, dz_CK.mul_(scale_C1 * mass_C1), weights, pilot)
-        self.units += _count(tokens) / plan.PILOT_PARTS * (1 + self.backward_units)
-
-        targets = self.problem.target_ids
-        forced = pilot if targets is None else torch.cat([pilot, targets[tokens]])
-        cut_V = cuts_of(peak_V, forced)
-        order = student.entropy_C.argsort()
-        rest, top = order[:-SAMPLE_TOP], order[-SAMPLE_TOP:]
-        step = max(min(SAMPLE_STEP, len(rest) // SAMPLE_LEAST), 1)
-        some = torch.cat([rest[step // 2 :: step], top])
-        times_R = torch.ones_like(student.entropy_C[some])  # tokens that each stands for
-        times_R[: -len(top)] = len(rest) / max(len(some) - len(top), 1)
-        q_RV = probabilities_(self.problem, x_CV.index_select(0, some), student.lse_C[some])
-        eta, nu = weights.slopes
-        found = bounds(
-            *sums_at_cuts(q_RV, cut_V, self.square_V), student.spread_C[some], (eta[some], nu[some])
-        )
-        reach_R = weights.reach_C[some] * times_R
-        around = reach_R @ (eta[some] * student.spread_C[some].sqrt() + nu[some])
-        # δ reaches the columns as the rest does, but for its size: an estimate.
-        shift_J = reach_R @ found.shift / around.clamp(min=TINY)
-        cut = self._largest_cut(
-            cut_V,
-            times_R @ (found.hidden * weights.size_C[some, None]).square(),
-            self.heads.radius_V * student.slope_V + student.rest_V,
-            shift_J * torch.linalg.vector_norm(student.rest_V),
-            allowed,
-        )
-        return cut_V, cut, allowed
-
-    def _allowed(
-        self, tokens: Tokens, pilot_CK: Tensor, weights: _Weights, pilot: Tensor
-    ) -> _Allowed:
-        """From the gradients of the pilot's columns, pilot_CK those of their logits."""
-        needs, dtype = self.needs, self.problem.dtype
-        pilot_CK = pilot_CK * weights.row_C[:, None]
-        infinite = pilot_CK.new_full((), torch.inf)
-        hidden = weight = infinite
-        if needs.hidden:
-            gradient = pilot_CK @ self.weight.index_select(0, pilot).to(dtype)
-            hidden = (self.tolerance * torch.linalg.vector_norm(gradient)).square()
-        if needs.weight or needs.bias:
-            gradient = pilot_CK.sum(0)
-            if needs.weight:
-                hidden_CD = self.problem.student_hidden.detach()[tokens].to(dtype)
-                gradient = pilot_CK.T @ hidden_CD
-            # Errors of chunks may add up where their gradients do not.
-            share = self.tolerance / self.chunks**0.5
-            weight = share * torch.linalg.vector_norm(gradient)
-        return _Allowed(hidden + self.unused, weight)
-
-    def _largest_cut(
-        self, cut_V: Tensor, square_J: Tensor, outer_V: Tensor, shift_J: Tensor, allowed: _Allowed
-    ) -> Tensor:
-        """The largest whose errors are allowed, 0-dim; −1 where none is."""
-        squares = outer_V.new_zeros(CUTS + 1).index_add_(0, cut_V, outer_V.square())
-        error_J = squares[:CUTS].cumsum(0).sqrt() + shift_J
-        within = (square_J <= allowed.hidden) & (error_J <= allowed.weight)
-        return within.int().cumprod(0).sum() - 1
-
-    def _leave(
-        self,
-        x_CV: Tensor,
-        keeps_V: Tensor,
-        weights: _Weights,
-        student: column_sums.Student,
-        allowed: _Allowed,
-    ) -> _Left:
-        sums = column_sums.dropped(self.problem, x_CV, student.lse_C, keeps_V, self.square_V)
-        found = bounds(*sums, student.spread_C, weights.slopes)
-        hidden_C, shift_C = found.hidden * weights.size_C, found.shift * weights.reach_C
-        eta, nu = weights.slopes
-        around_C = weights.reach_C * (eta * student.spread_C.sqrt() + nu)
-        # On columns that are left out δ is a small part of the rest, at most this.
-        most = torch.where(shift_C > 0, shift_C / around_C, 0).amax()
-        outer_V = self.heads.radius_V * student.slope_V + (1 + most) * student.rest_V
-        outer_V = torch.where(keeps_V, 0, outer_V * SLACK)
-        shift = shift_C.sum() / around_C.sum().clamp(min=TINY)
-        error = torch.linalg.vector_norm(outer_V)
-        error = error + shift * torch.linalg.vector_norm(student.rest_V)
-        within = (hidden_C.square().sum() <= allowed.hidden) & (error <= allowed.weight)
-        return _Left(keeps_V, hidden_C, shift_C, outer_V, sums[0], within)
-
-    def _restricted(self, columns: Tensor) -> Problem:
-        """The problem of these columns alone; its heads are still whole."""
-        problem = self.problem
-        own, bias, targets = problem.student_bias, problem.teacher_bias, problem.target_ids
-        return replace(
-            problem,
-            student_bias=None if own is None else own.detach().index_select(0, columns),
-            teacher_bias=None if bias is None else bias.index_select(0, columns),
-            target_ids=None if targets is None else torch.searchsorted(columns, targets),
-            vocab_size=len(columns),
-        )
-
-    def _gradient_rows(
-        self,
-        part: Problem,
-        x_CK: Tensor,
-        other_CK: Tensor,
-        tokens: Tokens,
-        columns: Tensor,
-        result: Result,
-    ) -> Tensor:
-        """dZ of the columns of `part` replaces the student's raw products, up to a factor [C, 1]
-        that is returned; values and statistics are those of these columns."""
-        other_logits_into(other_CK, self.problem, self.weight, tokens, self.operand, columns)
-        return row_passes(part, x_CK, other_CK, tokens, True, result, None)
-
     def _dense(self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor) -> None:
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
         scale_C1 = row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
@@ -468,11 +268,11 @@ class _Pass:
         tokens: Tokens,
         x_CV: Tensor,
         spare_CV: Tensor,
-        left: _Left,
+        left: Left,
         columns: Tensor,
         student: column_sums.Student,
     ) -> None:
-        part, result = self._restricted(columns), self.result
+        part, result = restricted(self.problem, columns), self.result
         dz_CK, other_CK = two_tiles(spare_CV, len(columns))
         select_columns(x_CV, columns, dz_CK)
         q_CK = probabilities_(part, other_CK.copy_(dz_CK), student.lse_C)
@@ -481,7 +281,7 @@ class _Pass:
         self.weight_error_V.index_add_(0, columns, q_CK.T @ left.shift_C)
         step = len(columns) // REST_COLUMNS + 1
         some_CK = q_CK[:, ::step].clone()
-        scale_C1 = self._gradient_rows(part, dz_CK, other_CK, tokens, columns, result)
+        scale_C1 = gradient_rows(self.problem, part, dz_CK, other_CK, tokens, columns, result)
         self.units += _count(tokens) * len(columns) / len(self.weight)
         largest = torch.where(left.keeps_V, 0.0, student.peak_V).amax()
         self.divergence_error_N[tokens] = _rest(
@@ -506,7 +306,7 @@ class _Pass:
         ‖Σ_D dZ·W_v‖ ≤ Σ_D |dZ|·‖W_v‖, and nothing shifts."""
         other_logits_into(spare_CV, self.problem, self.weight, tokens, self.operand)
         scale_C1 = row_passes(self.problem, x_CV, spare_CV, tokens, True, self.result, None)
-        weights = self._weights(tokens)
+        weights = self.choice.weights(tokens)
         size_CV = torch.mul(x_CV, scale_C1, out=spare_CV).abs_()
         peak_V = size_CV.amax(0)
         pilot = peak_V.topk(-(-len(peak_V) // plan.PILOT_PARTS)).indices
@@ -515,9 +315,9 @@ class _Pass:
         hidden_CJ = sums_at_cuts(size_CV, cut_V, norm_V)[1] * SLACK * weights.size_C[:, None]
         outer_V = weights.reach_C @ size_CV
         pilot_CK = select_columns(x_CV, pilot).mul_(scale_C1)
-        allowed = self._allowed(tokens, pilot_CK, weights, pilot)
+        allowed = self.choice.allowed(tokens, pilot_CK, weights, pilot)
         none_J = torch.zeros_like(hidden_CJ[0])
-        cut = self._largest_cut(cut_V, hidden_CJ.square().sum(0), outer_V, none_J, allowed)
+        cut = self.choice.largest_cut(cut_V, hidden_CJ.square().sum(0), outer_V, none_J, allowed)
         keeps_V = cut_V > cut
         if following is not None:
             self._student_logits(*following)
@@ -581,8 +381,7 @@ class _Pass:
         self.touched_V[slice(None) if columns is None else columns] = True
         if gradient_CD is not None and result.hidden_gradient is not None:
             result.hidden_gradient[tokens] = gradient_CD
-            norm, error = gradient_CD.norm(), self.token_error_N[tokens].norm()
-            self.unused += (self.tolerance * norm).square() - error.square()
+            self.choice.used(gradient_CD.norm(), self.token_error_N[tokens].norm())
 
     def _realised(self) -> Realised:
         result, error_N, tokens = self.result, self.token_error_N, max(self.count, 1)

@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsdc_kernels import column_bound, column_sums, columns, linear_divergence, plan, testing
+from opsdc_kernels import (
+    column_bound,
+    column_choice,
+    column_sums,
+    columns,
+    linear_divergence,
+    plan,
+    testing,
+)
 from opsdc_kernels.chunked import Needs, run_chunks
 from opsdc_kernels.columns import run_columns
 from opsdc_kernels.memory import PeakMemory
@@ -272,7 +280,7 @@ def test_chunks_whose_gradients_cancel_are_done_again_with_all_columns(monkeypat
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-4])
 def test_choices_that_misled_are_done_again(monkeypatch, tolerance):
     """The bound that is reported is within the tolerance, however bad the estimates."""
-    monkeypatch.setattr(columns, "HEADROOM", 20.0)
+    monkeypatch.setattr(column_choice, "HEADROOM", 20.0)
     stats, _ = assert_bounded(language_case(temperature=0.4), tolerance)
     assert float(stats.kept_share) == 1
 
@@ -369,7 +377,7 @@ def bounds_by(hidden, shift):
     def change(found):
         return found._replace(hidden=hidden(found.hidden), shift=shift(found.shift))
 
-    return changed(columns, "bounds", change)
+    return changed(column_choice, "bounds", change)
 
 
 def no_bound_of_weights():
@@ -395,13 +403,13 @@ def drift_ignored():
 
 def renormalized():
     """The gradient divided by the mass that was kept."""
-    original = columns._Pass._leave
+    original = column_choice.Choice.left
 
     def mutant(self, *args):
         found = original(self, *args)
         return replace(found, mass_C=torch.zeros_like(found.mass_C))
 
-    return {(columns._Pass, "_leave"): mutant}
+    return {(column_choice.Choice, "left"): mutant}
 
 
 def columns_scattered_wrongly():
@@ -410,20 +418,20 @@ def columns_scattered_wrongly():
 
 
 def teacher_of_other_columns():
-    original = columns.other_logits_into
+    original = column_choice.other_logits_into
 
     def mutant(out, problem, weight, tokens, operand, chosen=None):
         chosen = None if chosen is None else chosen.roll(1)
         original(out, problem, weight, tokens, operand, chosen)
 
-    return {(columns, "other_logits_into"): mutant}
+    return {(column_choice, "other_logits_into"): mutant}
 
 
 MUTANTS = {
     "bound 300 times too small": lambda: bounds_by(lambda x: x / 300, torch.clone),
     "no bound": lambda: bounds_by(torch.zeros_like, torch.zeros_like),
     "no bound of dW": no_bound_of_weights,
-    "ten times the tolerance": lambda: unchecked({(columns, "HEADROOM"): 8.0}),
+    "ten times the tolerance": lambda: unchecked({(column_choice, "HEADROOM"): 8.0}),
     "drift of the head ignored": drift_ignored,
     "renormalized over the kept": renormalized,
     "columns off by one": columns_scattered_wrongly,
