@@ -2,8 +2,8 @@
 
 The gradient −q·c weights every vocabulary column by the student's own probability. Per chunk of
 tokens: the student's logits in full, the columns that any of them gives more than a cut, then the
-teacher's logits and the gradient GEMMs on those columns alone, gathered. The largest cut is taken
-whose bound (`column_bound`) is within the tolerance. Where few columns would go, the chunk takes
+teacher's logits and the gradient GEMMs on those columns alone, gathered. `column_choice` takes the
+largest cut whose bound is within the tolerance. Where few columns would go, the chunk takes
 the way of `chunked`, with all of them.
 
 Cost in head GEMMs: 1 + 3·(share of columns kept), with a frozen head 1 + 2·share.
