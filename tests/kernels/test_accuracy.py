@@ -121,8 +121,29 @@ def test_the_assertion_can_fail(monkeypatch):
         bad[name] = bad[name] * 1.01
         assert not testing.within(testing.errors(testing.Outcome(**bad), true), limit)
     monkeypatch.setattr(testing, "linear_divergence", rounded_logits)
-    with pytest.raises(AssertionError, match="exceed"):
+    with pytest.raises(
+        AssertionError, match=r"loss is off by .*; 5 of 5 rows, row \d by .*allowed"
+    ):
         testing.assert_accurate(case, backend="chunked")
+
+
+def test_a_row_whose_difference_cancels_excuses_no_other():
+    """KL 1e-23 in one row, whose log-ratios fp32 cannot tell from 0, beside KLs of 1e-6."""
+    case = testing.make_case(tokens=513, dim=16, vocab_size=128, entropy=0.3, kl=1e-6,
+                             dtype=torch.bfloat16, common_mode=2.0)  # fmt: skip
+    testing.assert_accurate(case, backend="chunked")
+    true = testing.truth(case)
+    limit = testing.budget(case, true)
+    assert 0 < float(true.per_token[498]) < 1e-22
+    per_token = true.per_token.clone()
+    per_token[498] *= 100
+    off = testing.Outcome(true.loss, per_token, true.hidden_gradient, true.weight_gradient)
+    assert testing.within(testing.errors(off, true), limit)
+    other = int(true.per_token.argmax())
+    per_token[other] *= 1.02
+    found = testing.excesses(testing.errors(off, true), limit)
+    assert len(found) == 1
+    assert found[0].startswith(f"1 of 513 rows, row {other} by 2.0e-02")
 
 
 def rounded_logits(h, w, ht, wt, return_stats=True, backend="chunked", **options):
