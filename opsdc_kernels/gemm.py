@@ -14,6 +14,9 @@ from torch import Tensor
 UPCAST_BLOCK_BYTES = 8 << 20
 GATHER_BLOCK_BYTES = 128 << 20
 """Of the rows of a head that are gathered at once on a GPU; a CPU upcasts and gathers in one go."""
+FEW_TOKENS, SUMMED_TERMS = 3, 1024
+"""A CPU's BLAS may sum a product of one or two rows term by term: on a large partial sum, what the
+many small terms of a peaked row add up to is lost (5e-5 of dH at V 32,000 with MKL on AVX2)."""
 
 
 def upcasts(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -34,6 +37,13 @@ def hidden_gradient_into(
     out_CD: Tensor, tile_CV: Tensor, weight_VD: Tensor, kept_K: Tensor | None = None
 ) -> None:
     """out = tile · weight."""
+    if out_CD.device.type == "cpu" and len(out_CD) <= FEW_TOKENS:
+        out_CD.zero_()
+        for columns, block in row_blocks(weight_VD, out_CD.dtype, kept_K):
+            tiles = tile_CV[:, columns].to(block.dtype).split(SUMMED_TERMS, 1)
+            for tile, rows in zip(tiles, block.split(SUMMED_TERMS), strict=True):
+                out_CD += tile @ rows
+        return
     first = True
     for columns, block in row_blocks(weight_VD, out_CD.dtype, kept_K):
         _addmm_into(out_CD, tile_CV[:, columns].to(block.dtype), block, first=first)

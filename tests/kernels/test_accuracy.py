@@ -55,6 +55,13 @@ def test_large_vocabulary():
     assert sweep((0.5,), (1e-3,), [(7, 65, 32000)]) == 8
 
 
+def test_two_tokens_of_a_large_vocabulary():
+    """Where a BLAS sums term by term, what thousands of columns add to a favourite's is lost."""
+    case = testing.make_case(tokens=2, dim=512, vocab_size=32000, entropy=0.3, kl=1.0,
+                             common_mode=2.0)  # fmt: skip
+    assert testing.assert_accurate(case, backend="chunked").hidden_gradient < 1e-5
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
 def test_other_divergences(divergence):
     sizes = [(7, 16, 31), (7, 65, 1000)]
