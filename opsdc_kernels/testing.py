@@ -24,6 +24,10 @@ NEAR_UNIFORM_SLACK = 0.02
 """Entropies within this many nats of ln V would need logits too flat to be of interest."""
 
 
+FAINT = 0.01
+"""Of the largest token's gradient: smaller ones are judged on that scale."""
+
+
 class Unrepresentable(ValueError):
     """No inputs of this dtype and vocabulary have the wanted entropy and KL."""
 
@@ -67,8 +71,8 @@ class Errors:
     weight_gradient: float
     """Frobenius."""
     rows: Tensor
-    """[N]: the larger error of each token's divergence and hidden gradient. Gradients below 1 % of
-    the largest token's are judged on that scale: a saturated JSD has nearly none."""
+    """[N]: the larger error of each token's divergence and hidden gradient. Gradients below
+    `FAINT` of the largest token's are judged on that scale: a saturated JSD has nearly none."""
     finite: bool
     negative: bool
     """Some token's divergence is below 0."""
@@ -156,13 +160,17 @@ def make_case(
     return case
 
 
-def _check_representable(case: Case, entropy: float, kl: float) -> None:
+def _logits(case: Case) -> tuple[Tensor, Tensor]:
+    """The student's, and teacher − student, in float64 [N, V]."""
     wide = case.to(torch.float64)
     s = wide.student_hidden @ wide.student_weight.T
     if wide.teacher_weight is None:
-        d = (wide.teacher_hidden - wide.student_hidden) @ wide.student_weight.T
-    else:
-        d = wide.teacher_hidden @ wide.teacher_weight.T - s
+        return s, (wide.teacher_hidden - wide.student_hidden) @ wide.student_weight.T
+    return s, wide.teacher_hidden @ wide.teacher_weight.T - s
+
+
+def _check_representable(case: Case, entropy: float, kl: float) -> None:
+    s, d = _logits(case)
     for name, wanted, got in (("entropy", entropy, _entropy(s)), ("kl", kl, _kl(s, d))):
         if not 1 / 3 < float(got.mean()) / wanted < 3:
             dtype, found = case.student_hidden.dtype, float(got.mean())
@@ -243,7 +251,7 @@ def errors(got: Outcome, true: Outcome) -> Errors:
     """Errors of `got`, relative to the size of `true`."""
     rows = torch.stack([
         _row_errors(got.per_token[..., None], true.per_token[..., None], 0.0),
-        _row_errors(got.hidden_gradient, true.hidden_gradient, 0.01),
+        _row_errors(got.hidden_gradient, true.hidden_gradient, FAINT),
     ])  # fmt: skip
     tensors = (got.loss, got.per_token, got.hidden_gradient, got.weight_gradient)
     return Errors(
@@ -278,25 +286,26 @@ def budget(case: Case, true: Outcome) -> Budget:
     of them against each other. The difference d of both logits is off by what both are where the
     heads differ and fp32 logits are subtracted, by 3e-7·|d| where one head gives it directly. It
     meets differences of about √(2·KL), which adds its error over √(2·KL), per row and on the whole.
-    A divergence is their square: differences off by the share x leave it off by 2·x + x², and in a
-    single row, whose difference may all but cancel, x may be large.
+    A divergence is their square: differences off by the share x leave it off by 2·x + x². In a
+    single row they may all but cancel, in the divergence or only in its gradient.
     """
     limit = BUDGETS[case.student_hidden.dtype]
     if case.student_hidden.dtype == torch.float64:
         return limit
     rounding = _rounding_of_logits(case.student_hidden, case.student_weight)
+    s, d = _logits(case)
     if case.teacher_weight is not None:
         difference = rounding + _rounding_of_logits(case.teacher_hidden, case.teacher_weight)
     else:
-        delta = case.teacher_hidden.double() - case.student_hidden.double()
-        difference = 3e-7 * (delta @ case.student_weight.double().T).abs().amax(1)
+        difference = 3e-7 * d.abs().amax(1)
     kl = true.per_token.reshape(-1).abs().clamp(min=1e-60)
     whole = rounding.max() + difference.max() / (2 * kl.mean()).sqrt()
-    per_row = rounding + difference / (2 * kl).sqrt()
+    share = rounding + difference / (2 * kl).sqrt()
+    of_gradient = _conditioning_of_gradients(case, s, d, rounding, difference)
     return Budget(
         limit.loss + float(whole),
         limit.gradient + float(whole + rounding.max()),
-        limit.rows + per_row * (2 + per_row),
+        limit.rows + torch.maximum(share * (2 + share), of_gradient),
     )
 
 
@@ -305,6 +314,26 @@ def _rounding_of_logits(hidden: Tensor, weight: Tensor) -> Tensor:
     z = hidden.double() @ weight.double().T
     off = (hidden.float() @ weight.float().T - z).abs()
     return torch.maximum(3e-7 * z.abs().amax(1), off.amax(1))
+
+
+def _conditioning_of_gradients(
+    case: Case, s: Tensor, d: Tensor, rounding: Tensor, difference: Tensor
+) -> Tensor:
+    """[N]: what a row of dH = Σ q·c·w is off by, relatively, where its logits are off by `rounding`
+    and its differences by `difference`, each on its own: twice the sum in quadrature. A column's
+    error acts along w − E_q[w], and small rows are judged as in `errors`."""
+    w = case.student_weight.double()
+    q = torch.softmax(s, 1)
+    c = d - (q * d).sum(1, keepdim=True)
+    mean = q @ w
+    distance = (w.square().sum(1) - 2 * mean @ w.T + mean.square().sum(1, keepdim=True)).clamp(
+        min=0
+    )
+    size = ((q * c) @ w).norm(dim=1)
+    size = size.clamp(min=max(FAINT * float(size.max()), 1e-300))
+    pull = (q.square() * distance).sum(1).sqrt()
+    relative = ((q * c).square() * distance).sum(1).sqrt()
+    return 2 * (rounding * relative + difference * pull) / size
 
 
 def within(found: Errors, limit: Budget) -> bool:

@@ -59,7 +59,7 @@ def test_two_tokens_of_a_large_vocabulary():
     """Where a BLAS sums term by term, what thousands of columns add to a favourite's is lost."""
     case = testing.make_case(tokens=2, dim=512, vocab_size=32000, entropy=0.3, kl=1.0,
                              common_mode=2.0)  # fmt: skip
-    assert testing.assert_accurate(case, backend="chunked").hidden_gradient < 1e-5
+    assert testing.assert_accurate(case, backend="chunked").hidden_gradient < 3e-5
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
