@@ -14,7 +14,7 @@ from torch import Tensor
 UPCAST_BLOCK_BYTES = 8 << 20
 GATHER_BLOCK_BYTES = 128 << 20
 """Of the rows of a head that are gathered at once on a GPU; a CPU upcasts and gathers in one go."""
-FEW_TOKENS, SUMMED_TERMS = 3, 1024
+FEW_TOKENS, SUMMED_TERMS = 2, 1024
 """A CPU's BLAS may sum a product of one or two rows term by term: on a large partial sum, what the
 many small terms of a peaked row add up to is lost (5e-5 of dH at V 32,000 with MKL on AVX2)."""
 

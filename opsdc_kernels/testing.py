@@ -79,6 +79,7 @@ class Errors:
 
     @property
     def worst_row(self) -> float:
+        """The largest of `rows`; 0 without tokens."""
         return float(self.rows.max()) if self.rows.numel() else 0.0
 
 
