@@ -29,20 +29,6 @@ def test_imports_go_one_way(path):
         assert name.split(".")[0] not in above[package], f"{path} imports {name}"
 
 
-def test_only_the_loss_module_calls_the_kernels():
-    allowed = {"loss.py", "update.py", "plan.py"}
-    users = {
-        p.name
-        for p in SOURCES
-        if p.parent.name == "opsdc"
-        and any(n.startswith("opsdc_kernels") for n in imports(ast.parse(p.read_text("utf-8"))))
-    }
-    assert users <= allowed
-    for path in SOURCES:
-        if path.name != "loss.py" and path.parent.name == "opsdc":
-            assert "linear_divergence(" not in path.read_text("utf-8")
-
-
 # Modules that unpickle or run what they read. torch.distributed.checkpoint unpickles its metadata.
 BANNED_MODULES = (
     "pickle",
