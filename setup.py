@@ -38,7 +38,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
-        "opsdc": ["py.typed", "*.yaml", "recipes/*.yaml", "instructions/*.txt"],
+        "opsdc": ["py.typed", "planner/*.yaml", "recipes/*.yaml", "instructions/*.txt"],
         "opsdc_kernels": ["py.typed", "native/rows.c"],
     },
     install_requires=[

@@ -26,11 +26,11 @@ WAYS = ("fused", "materialized")
 
 def measure(way: str, response_tokens: int) -> dict[str, float]:
     """One contender, in this process."""
-    from opsdc.batch import Pair, token_batch
     from opsdc.config import OPSDCConfig
-    from opsdc.dataset import prompted_sets
-    from opsdc.loss import distillation_loss
-    from opsdc.model import Head, hidden_states, load_model, load_tokenizer, read_head
+    from opsdc.data.prompted import prompted_sets
+    from opsdc.method.batch import Pair, token_batch
+    from opsdc.method.loss import distillation_loss
+    from opsdc.models.load import Head, hidden_states, load_model, load_tokenizer, read_head
 
     config = OPSDCConfig.load("smollm2-cpu")
     tokenizer = load_tokenizer(config.model)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from opsdc.batch import Pair, token_batch
 from opsdc.config import OPSDCConfig
-from opsdc.dataset import prompted_sets
-from opsdc.model import hidden_states, load_model, load_tokenizer, read_head
-from opsdc.rollout import Request, SamplingParams
+from opsdc.data.prompted import prompted_sets
+from opsdc.method.batch import Pair, token_batch
+from opsdc.models.load import hidden_states, load_model, load_tokenizer, read_head
+from opsdc.rollout.base import Request, SamplingParams
 from opsdc.rollout.hf import HFSampler
 from opsdc_kernels import testing
 from opsdc_kernels.testing import Case, Outcome

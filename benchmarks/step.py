@@ -28,7 +28,7 @@ from benchmarks.memory import fresh_processes
 from benchmarks.resident import added_mib
 from benchmarks.rollouts import Rollouts
 from opsdc.config import OPSDCConfig
-from opsdc.model import hidden_states, load_model, load_tokenizer, read_head
+from opsdc.models.load import hidden_states, load_model, load_tokenizer, read_head
 from opsdc_kernels.testing import Case, truth
 
 CPU = torch.device("cpu")

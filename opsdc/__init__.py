@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsdc.config import OPSDCConfig
-    from opsdc.distiller import Distiller, collate
+    from opsdc.method.distiller import Distiller, collate
     from opsdc.train import OPSDCTrainer
 
 # transformers imports bitsandbytes through peft, wherever it is installed, and it then regrets a
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
         return OPSDCConfig
     if name in ("Distiller", "collate"):
-        from opsdc import distiller
+        from opsdc.method import distiller
 
         return getattr(distiller, name)
     if name == "OPSDCTrainer":

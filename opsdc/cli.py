@@ -236,15 +236,16 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
 def _train(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
     if arguments.dry_run:
-        from opsdc.dry_run import dry_run
+        from opsdc.planner.dry_run import dry_run
 
         dry_run(config)
         return 0
-    from opsdc import stop
+    from opsdc.ranks import stop
 
     # From before anything large is imported: a stop asked for then still ends with status 0.
     with stop.on_signal():
-        from opsdc import distributed, report
+        from opsdc.eval import report
+        from opsdc.ranks import talk as distributed
         from opsdc.train import OPSDCTrainer
 
         with distributed.join(config.distributed).one_voice():
@@ -267,8 +268,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     overrides = _overrides(arguments)
     overrides.setdefault("output_dir", str(folder / "reeval"))
     config = OPSDCConfig.load(folder / "config.yaml", overrides)
-    from opsdc import report
-    from opsdc.evaluate import evaluate_arms
+    from opsdc.eval import report
+    from opsdc.eval.arms import evaluate_arms
 
     evaluate_arms(config, arguments.trained or folder / "model")
     report.print_report(Path(config.output_dir))
@@ -277,7 +278,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
-    from opsdc.rollout.vllm_serve import serve_run
+    from opsdc.rollout.vllm.server import serve_run
 
     serve_run(config)
     return 0
@@ -285,7 +286,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.batch is not None:
-        from opsdc.replay import replay
+        from opsdc.debug.replay import replay
 
         print(replay(arguments.batch))
         return 0
@@ -293,9 +294,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.model:
         overrides["model.name_or_path"] = arguments.model
     config = OPSDCConfig.load(arguments.config, overrides)
-    from opsdc.dataset import prompted_sets
-    from opsdc.inspect import inspect
-    from opsdc.model import load_model, load_tokenizer
+    from opsdc.data.prompted import prompted_sets
+    from opsdc.debug.show import inspect
+    from opsdc.models.load import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     rows = None
@@ -320,7 +321,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, overrides)
     if arguments.gpus < 1 or arguments.gemm_tflops <= 0:
         raise ConfigError("--gpus must be at least 1 and --gemm-tflops above 0")
-    from opsdc.plan import parse_bytes, report, write_header
+    from opsdc.planner.plan import parse_bytes, report, write_header
 
     plan, text = report(
         config,
@@ -338,7 +339,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from opsdc.plots import plot_run
+    from opsdc.eval.plots import plot_run
 
     print(plot_run(arguments.folder, arguments.output))
     return 0

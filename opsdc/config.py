@@ -254,7 +254,7 @@ _Action = Literal["off", "warn", "stop", "rollback"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
-    """What to do when a run goes wrong; `opsdc.guard` says where the limits come from.
+    """What to do when a run goes wrong; `opsdc.record.guard` says where the limits come from.
 
     warn prints a line; stop ends the run as if it were its last step; rollback ends it with the
     newest checkpoint from before.

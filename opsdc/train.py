@@ -19,12 +19,23 @@ from typing import Any, NoReturn
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, get_scheduler
 
-from opsdc import checkpoint, distributed, evaluate, guard, plots, preflight, replay, sharding, stop
-from opsdc.batch import Pair
+from opsdc import checks as preflight
 from opsdc.config import LossConfig, OPSDCConfig, ignored_settings
-from opsdc.dataset import Prompted, prompted_sets
+from opsdc.data.prompted import Prompted, prompted_sets
+from opsdc.debug import replay
 from opsdc.errors import ConfigError, OutOfMemoryError, TrainingError
-from opsdc.metrics import (
+from opsdc.eval import arms as evaluate
+from opsdc.eval import plots
+from opsdc.method.batch import Pair
+from opsdc.method.teacher import Teacher
+from opsdc.method.update import ADVICE, UpdateResult, update
+from opsdc.models.load import decode, describe, load_model, load_tokenizer, prepare_model
+from opsdc.progress import Progress
+from opsdc.ranks import shard as sharding
+from opsdc.ranks import stop
+from opsdc.ranks import talk as distributed
+from opsdc.record import checkpoint, guard
+from opsdc.record.lines import (
     Callbacks,
     Lines,
     finite,
@@ -34,13 +45,9 @@ from opsdc.metrics import (
     write_text,
     writing,
 )
-from opsdc.model import decode, describe, load_model, load_tokenizer, prepare_model
-from opsdc.progress import Progress
-from opsdc.rollout import Request, Rollout, SamplingParams, check_batch
+from opsdc.record.versions import versions
+from opsdc.rollout.base import Request, Rollout, SamplingParams, check_batch
 from opsdc.rollout.start import start_sampler
-from opsdc.teacher import Teacher
-from opsdc.update import ADVICE, UpdateResult, update
-from opsdc.versions import versions
 
 # Steps in a row whose loss or gradient is not finite before a run gives up.
 MAX_SKIPPED = 3
@@ -54,7 +61,7 @@ class OPSDCTrainer:
             config's `model.name_or_path`.
         config: everything else; see `OPSDCConfig`.
         train_dataset, eval_dataset: rows (a list of mappings or a `datasets.Dataset`) instead of
-            the config's `data.source`; columns as in `opsdc.tasks`.
+            the config's `data.source`; columns as in `opsdc.data.sources`.
         processing_class: the tokenizer, when `model` is given as a module.
         callbacks: `transformers.TrainerCallback`s; `on_log` receives each step's record.
 

@@ -227,7 +227,7 @@ def planted(tmp_path, files):
         ("opsdc_kernels/fused/op.py", "from opsdc_kernels import row_pass",
          "opsdc_kernels/row_pass/exact.py"),
         ("opsdc_kernels/row_pass/exact.py",
-         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import opsdc_kernels.columns.kept",
+         "if TYPE_CHECKING:\n    import opsdc_kernels.columns.kept",
          "opsdc_kernels/columns/kept.py"),
     ],
 )  # fmt: skip

@@ -17,10 +17,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from opsdc import stop
-from opsdc.model import unwrap
+from opsdc.models.load import unwrap
 from opsdc.progress import Progress
-from opsdc.rollout import Request, Rollout, SamplingParams, stream_seed
+from opsdc.ranks import stop
+from opsdc.rollout.base import Request, Rollout, SamplingParams, stream_seed
 
 
 class HFSampler:
@@ -117,7 +117,7 @@ class HFSampler:
                 use_cache=True,
             ),
             logits_processor=processors,
-            # Ranks of an FSDP model do not wait for each other: see `opsdc.sharding.whole`.
+            # Ranks of an FSDP model do not wait for each other: see `opsdc.ranks.shard.whole`.
             synced_gpus=False,
         )
         logprobs = chosen.finish(output[:, -1])

@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config import OPSDCConfig
-from opsdc.distributed import ALONE, Ranks
-from opsdc.model import architecture, unwrap
-from opsdc.rollout import Sampler
+from opsdc.models.load import architecture, unwrap
+from opsdc.ranks.talk import ALONE, Ranks
+from opsdc.rollout.base import Sampler
 from opsdc.rollout.hf import HFSampler, eos_token_ids
-from opsdc.rollout.ranks import RankedSampler
+from opsdc.rollout.ranked import RankedSampler
 
 if TYPE_CHECKING:
-    from opsdc.rollout.vllm_sampler import Engine
+    from opsdc.rollout.vllm.sampler import Engine
 
 # Long enough to touch every weight, short enough to cost nothing.
 _PROBE_TOKENS = 64
@@ -41,7 +41,7 @@ def start_sampler(
     if config.rollout.engine == "hf":
         sampler = HFSampler(model, tokenizer, seed=config.seed)
         return sampler if ranks.size == 1 else RankedSampler(sampler, ranks, computes_with=model)
-    from opsdc.rollout.vllm_sampler import VLLMSampler
+    from opsdc.rollout.vllm.sampler import VLLMSampler
 
     engine = _start_engine(config, model, ranks)
     print(f"rollouts: {engine.description}", flush=True)
@@ -59,7 +59,7 @@ def start_sampler(
 
 
 def _start_engine(config: OPSDCConfig, model: Any, ranks: Ranks) -> Engine:
-    from opsdc.rollout.vllm_local import VLLMEngine, engine_options
+    from opsdc.rollout.vllm.engine import VLLMEngine, engine_options
 
     base = unwrap(model)
     if config.rollout.engine == "vllm":
@@ -68,8 +68,8 @@ def _start_engine(config: OPSDCConfig, model: Any, ranks: Ranks) -> Engine:
         engine = VLLMEngine(options, ranks)
         weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
         return engine
-    from opsdc.rollout.vllm_server import VLLMServer, connect
-    from opsdc.rollout.vllm_shared import SharedServer
+    from opsdc.rollout.vllm.client import VLLMServer, connect
+    from opsdc.rollout.vllm.ranked_client import SharedServer
 
     if ranks.size == 1:
         return connect(config, base)

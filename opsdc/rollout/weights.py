@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from opsdc import quantize
 from opsdc.errors import ModelError, WeightSyncError
-from opsdc.model import unwrap
-from opsdc.sharding import full, is_sharded
+from opsdc.models import quantize
+from opsdc.models.load import unwrap
+from opsdc.ranks.shard import full, is_sharded
 
 _SHARD_BYTES = 1 << 30
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from opsdc.config import OPSDCConfig, flags
-from opsdc.dataset import PromptedSet
+from opsdc.data.prompted import PromptedSet
+from opsdc.data.prompts import build_prompts
+from opsdc.data.sources import load_problems, problems_from_rows
 from opsdc.errors import ConfigError, DataError
-from opsdc.prompts import build_prompts
-from opsdc.tasks import load_problems, problems_from_rows
 
 MANY = pytest.mark.parametrize(
     "seed", [0, *(pytest.param(s, marks=[pytest.mark.slow, pytest.mark.fuzz]) for s in range(1, 9))]

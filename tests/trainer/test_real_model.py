@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from opsdc import preflight
-from opsdc.batch import Pair
+from opsdc import checks as preflight
 from opsdc.config import OPSDCConfig, TeacherConfig
-from opsdc.dataset import prompted_sets
-from opsdc.model import load_model, load_tokenizer, read_head
-from opsdc.rollout import Request, SamplingParams, difference
+from opsdc.data.prompted import prompted_sets
+from opsdc.method.batch import Pair
+from opsdc.method.teacher import Teacher
+from opsdc.method.update import Layout, backward, teacher_hidden_states
+from opsdc.models.load import load_model, load_tokenizer, read_head
+from opsdc.rollout.base import Request, SamplingParams, difference
 from opsdc.rollout.hf import HFSampler
-from opsdc.teacher import Teacher
-from opsdc.update import Layout, backward, teacher_hidden_states
 
 pytestmark = pytest.mark.model
 

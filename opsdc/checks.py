@@ -1,0 +1,260 @@
+"""Checks before step 1, each of which has cost somebody a run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opsdc.config import OPSDCConfig
+from opsdc.errors import CheckpointError, ModelError
+from opsdc.method.batch import Pair, token_batch
+from opsdc.method.teacher import Teacher
+from opsdc.method.update import Layout, autocast, backward, teacher_hidden_states
+from opsdc.models.load import VARIABLE_LENGTH, check_head, hidden_states, read_head, unwrap
+from opsdc.planner.plan import loss_plan, sizes_of
+from opsdc.ranks import shard as sharding
+from opsdc.ranks.talk import ALONE, Ranks
+from opsdc.record import checkpoint
+from opsdc.rollout.base import AGREEMENT, Request, Sampler, SamplingParams, difference
+from opsdc.rollout.weights import sequence_logprobs
+
+# Packed and single forwards add in another order; anything above rounding is a leak.
+_PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# From each prompt of the checks: enough for a cache or a position that is off by one to show.
+_SAMPLED_TOKENS = 8
+
+
+def check_attention(model: Any) -> None:
+    """Raise ModelError for an attention that can sample here, but not learn."""
+    attention = unwrap(model).config._attn_implementation
+    if attention == "flex_attention" and read_head(model).weight.device.type == "cpu":
+        raise ModelError(
+            "model.attn_implementation flex_attention: torch has no backward of it on a CPU; use "
+            "sdpa"
+        )
+
+
+@torch.no_grad()
+def packing_difference(model: Any, sequences: list[list[int]], dtype: torch.dtype) -> float:
+    """Largest hidden-state difference of packed against single sequences, relative to the largest.
+
+    In transformers, packed neighbours are isolated only on some attention paths and for some
+    architectures; where they are not, they leak into each other silently.
+    """
+    device = read_head(model).weight.device
+
+    def run(parts: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        with autocast(device, dtype):
+            batch = token_batch(parts, packed=True, pad_id=0, device=device)
+            return hidden_states(model, batch).float()
+
+    parts = [(ids[:1], ids[1:]) for ids in sequences]
+    single = torch.cat([run([part]) for part in parts])
+    return float((run(parts) - single).abs().max() / single.abs().max().clamp_min(1e-30))
+
+
+def choose_packing(model: Any, config: OPSDCConfig, sequences: list[list[int]]) -> tuple[bool, str]:
+    """Whether to pack, and the sentence that says why. Raises ModelError when "on" would leak."""
+    wanted = config.train.packing
+    if wanted == "off":
+        return False, "padded batches (train.packing off)"
+    attention = unwrap(model).config._attn_implementation
+    if wanted == "auto" and attention not in VARIABLE_LENGTH:
+        return False, f"padded batches ({attention} attention would pay for foreign blocks)"
+    dtype = getattr(torch, config.model.dtype)
+    difference = packing_difference(model, sequences, dtype)
+    if difference <= _PACKED_TOLERANCE[dtype]:
+        return True, f"packed rows (packed equals single to {difference:.1e})"
+    if wanted == "on":
+        raise ModelError(
+            f"train.packing on: packed neighbours leak into each other in "
+            f"{type(unwrap(model)).__name__} with {attention} attention (relative difference "
+            f"{difference:.1e}); use off"
+        )
+    return False, f"padded batches (packed neighbours leak: {difference:.1e})"
+
+
+def same_prompt_divergence(
+    model: Any,
+    teacher: Teacher,
+    pairs: list[Pair],
+    layout: Layout,
+    config: OPSDCConfig,
+    ranks: Ranks = ALONE,
+) -> float:
+    """Mean divergence in nats, the student's prompt on both sides; 0 while weights are equal."""
+    same = [
+        Pair(
+            student_prompt_ids=p.student_prompt_ids,
+            teacher_prompt_ids=p.student_prompt_ids,
+            response_ids=p.response_ids,
+        )
+        for p in pairs
+    ]
+    kept = teacher_hidden_states(model, teacher, same, layout, ranks=ranks)
+    loss, *_ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return loss
+
+
+def common_suffix(pairs: list[Pair]) -> int:
+    """Tokens in which every pair's two prompts end alike; prompts of unequal suffixes are refused
+    when they are built."""
+
+    def length(pair: Pair) -> int:
+        ends = zip(
+            reversed(pair.student_prompt_ids), reversed(pair.teacher_prompt_ids), strict=False
+        )
+        return sum(1 for _ in itertools.takewhile(lambda end: end[0] == end[1], ends))
+
+    return min(map(length, pairs))
+
+
+def sampler_agreement(sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDCConfig) -> str:
+    """A few tokens from each prompt, as a line: the sampler's log-probabilities are the trainer's.
+
+    Raises ModelError where they are not (rollouts would come from another model than is trained),
+    or are no numbers.
+    """
+    prompts = [list(p.student_prompt_ids) for p in pairs]
+    requests = [Request(key=f"preflight/{i}", prompt_ids=ids) for i, ids in enumerate(prompts)]
+    # No more than a rollout's: an engine has room for no longer ones.
+    params = SamplingParams(max_new_tokens=min(_SAMPLED_TOKENS, config.rollout.max_new_tokens))
+    dtype = getattr(torch, config.model.dtype)
+    own: list[float] = []
+    found: list[float] = []
+    for r in sampler.generate(requests, params, label="preflight"):
+        whole = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], dtype)
+        own += whole[len(whole) - len(r.response_ids) :]
+        found += r.logprobs or ()
+    if not all(map(math.isfinite, own)):
+        raise ModelError(
+            f"the model's own log-probabilities of {len(own)} tokens are not finite: its weights "
+            "hold NaN or infinity, or model.dtype overflows; use float32, or another model"
+        )
+    mean, largest = difference(own, found)
+    limits = AGREEMENT[dtype]
+    if not (mean <= limits[0] and largest <= limits[1]):
+        raise ModelError(
+            f"the sampler's log-probabilities of {len(own)} tokens that it sampled are "
+            f"{mean:.1e} nats from the trainer's on average and {largest:.1e} at most (allowed: "
+            f"{limits[0]:.0e} and {limits[1]:.0e}): it samples from another model than is trained. "
+            "Use another rollout.engine, or model.attn_implementation eager"
+        )
+    return f"sampler: the trainer's log p of {len(own)} sampled tokens to {largest:.1e} nats"
+
+
+def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
+    """Room for the checkpoints that are kept and the one being written, as a line.
+
+    Raises CheckpointError where there is less: a run would find out hours later.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    own = trained if hasattr(model, "peft_config") else list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in own)
+    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
+    size = weights * (1 if teacher.is_student else 2) + moments
+    saves = -(-config.train.steps // config.train.save_every) if config.train.save_every else 1
+    folder = Path(config.output_dir) / "checkpoints"
+    wanted = min(config.train.keep + 1, saves)
+    needed = size * max(wanted - len(checkpoint.listing(folder)), 1)
+    # The folder itself comes with the first checkpoint.
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    line = (
+        f"disk: {needed / 2**30:.2f} GiB for checkpoints of {size / 2**30:.2f} GiB, "
+        f"{free / 2**30:.2f} GiB free in {there}"
+    )
+    if needed > free:
+        raise CheckpointError(
+            f"{line}: too little; free some, lower train.keep, or name another output_dir"
+        )
+    return line
+
+
+def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
+    """What training takes beside the weights, without activations, against what is free: a line.
+
+    Only a warning: activations depend on attention and checkpointing, and free memory on others.
+    """
+    device, sizes = read_head(model).weight.device, sizes_of(model, config.model)
+    # A forward holds at most so many response tokens.
+    tokens = config.train.max_tokens_per_micro_batch
+    plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes)
+    # Gradients and two moments in float32.
+    held = 12 * sizes.trained // (ranks.size if sharding.is_sharded(model) else 1)
+    needed = held + plan.peak_bytes
+    free = _free_bytes(device)
+    line = (
+        f"memory: {needed / 2**30:.2f} GiB for gradients, moments and the loss beside activations, "
+        + ("free unknown" if free is None else f"{free / 2**30:.2f} GiB free")
+    )
+    if free is not None and needed > free:
+        return (
+            f"warning: {line}; lower train.max_tokens_per_micro_batch or loss.workspace_bytes, or "
+            "train an adapter (model.lora)"
+        )
+    return line
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)
+
+
+def run(
+    model: Any,
+    teacher: Teacher,
+    sampler: Sampler,
+    pairs: list[Pair],
+    config: OPSDCConfig,
+    *,
+    pad_id: int,
+    teacher_is_student: bool,
+    ranks: Ranks = ALONE,
+) -> tuple[Layout, list[str]]:
+    """All checks on a few prompts; gives the layout to train with and one line per check.
+
+    `teacher_is_student`: both have the same weights now (at the start, or right after a refresh).
+    """
+    check_attention(model)
+    sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
+    with sharding.whole(model):
+        difference = check_head(model)
+        packed, why = choose_packing(model, config, sequences)
+    layout = Layout(
+        packed=packed,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        pad_id=pad_id,
+        dtype=getattr(torch, config.model.dtype),
+    )
+    lines = [
+        f"head: the model's own logits to {difference:.1e}",
+        f"layout: {why}, at most {layout.max_tokens} tokens a forward",
+        disk_room(model, teacher, config),
+        memory_room(model, config, ranks),
+        f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
+        sampler_agreement(sampler, model, pairs, config),
+    ]
+    if not teacher_is_student:
+        return layout, lines
+    divergence = same_prompt_divergence(model, teacher, pairs, layout, config, ranks)
+    lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
+    if not divergence <= 1e-6:
+        raise ModelError(
+            f"the same prompt on both sides gives a divergence of {divergence:.1e} nats per token "
+            "instead of 0: teacher and student do not compute alike. Dropout in the model's "
+            "config, or an attention implementation that is not deterministic, would do that"
+        )
+    return layout, lines

@@ -1,0 +1,193 @@
+"""Rows of files and datasets, and their columns read with every doubt an error.
+
+`where` in all functions is the place that errors name: "problems.jsonl, line 3".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from opsdc.data.prompts import text_fault
+from opsdc.errors import ConfigError, DataError
+
+FILE_TYPES = (".jsonl", ".json", ".parquet")
+# Written into the prompt next to control tokens, so nothing else may pass.
+_ROLES = ("system", "user", "assistant")
+
+
+def read_file(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, or row from 1, and its content) of a .jsonl, .json or .parquet file."""
+    try:
+        if path.suffix == ".parquet":
+            yield from enumerate(_parquet(path), 1)
+        elif path.suffix == ".json":
+            yield from enumerate(_json_array(path), 1)
+        else:
+            with path.open("rb") as file:
+                # Bytes end lines at \n alone; text mode would also at characters inside strings.
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield number, _json(line, f"{path}, line {number}", "utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}; check data.source") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def read_dataset(source: str, split: str, options: Mapping[str, Any]) -> Iterator[Any]:
+    """Rows of a Hub dataset or of a local folder that `datasets.load_dataset` understands."""
+    if Path(source).is_file():
+        raise DataError(f"data.source {source}: files must end in {', '.join(FILE_TYPES)}")
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise DataError(f"data.source {source}: there is no such file or folder")
+    if reserved := {"path", "split"} & set(options):
+        raise ConfigError(f"data.options {sorted(reserved)}: use data.source and data.split")
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"data.source {source} needs the package datasets: pip install datasets"
+        ) from error
+    try:
+        found = datasets.load_dataset(source, split=split, **options)
+    except Exception as error:  # Network, unknown name, split or option: whatever, it cannot load.
+        raise DataError(
+            f"data.source {source}, split {split}: datasets.load_dataset failed: {error}; check "
+            "the name, data.split, data.options and the network, or give a file that ends in "
+            f"{', '.join(FILE_TYPES)}"
+        ) from error
+    return iter(found)
+
+
+def column(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, or None; a dot goes into a nested one unless a column has it."""
+    if name in row or "." not in name:
+        return row.get(name)
+    outer, inner = name.split(".", 1)
+    nested = row.get(outer)
+    return column(nested, inner) if isinstance(nested, Mapping) else None
+
+
+def pick(
+    row: Mapping[str, Any], named: str | None, usual: Sequence[str], what: str, where: str
+) -> tuple[str, Any]:
+    """Name and value of the named column, else of the first usual one that is not empty.
+
+    Raises DataError, listing the columns that exist, where there is none.
+    """
+    for name in [named] if named is not None else usual:
+        value = column(row, name)
+        if value is not None:
+            return name, value
+    wanted = f"'{named}'" if named is not None else "any of " + ", ".join(usual)
+    raise DataError(
+        f"{where} has no {what}: no value in {wanted}; its columns are "
+        f"{', '.join(map(str, row)) or 'none'}. Set data.{what}_column to the one that holds it"
+    )
+
+
+def text(value: Any, where: str) -> str:
+    """A non-empty text without characters that no tokenizer takes."""
+    if not isinstance(value, str):
+        _wrong(value, "text", where)
+    if fault := text_fault(value):
+        raise DataError(f"{where} holds {fault}; remove it from the data")
+    if not value.strip():
+        raise DataError(f"{where} is empty; give a text or remove the row")
+    return value
+
+
+def chat(value: Any, where: str) -> tuple[dict[str, str], ...]:
+    """A text as one user turn, or a list of turns up to the last user turn."""
+    if isinstance(value, str):
+        return ({"role": "user", "content": text(value, where)},)
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        _wrong(value, "text or a list of messages", where)
+    turns = []
+    for i, turn in enumerate(value):
+        place = f"{where}, message {i + 1}"
+        if not isinstance(turn, Mapping):
+            _wrong(turn, "an object with role and content", place)
+        if turn.get("role") not in _ROLES:
+            raise DataError(f"{place}: role must be one of {_ROLES}, not {turn.get('role')!r}")
+        content = text(turn.get("content"), f"{place}, content")
+        turns.append({"role": str(turn["role"]), "content": content})
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or turns[-1]["role"] != "user":
+        raise DataError(f"{where} has no user turn at its end (assistant turns there are dropped)")
+    return tuple(turns)
+
+
+def number_or_text(value: Any, where: str) -> str:
+    """A text, or a number as text (70.0 is 70: a column with gaps turns integers into floats)."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise DataError(f"{where} is {value}; give a number, a text or nothing")
+        return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if not isinstance(value, str):
+        _wrong(value, "text or a number", where)
+    return text(value, where)
+
+
+def _wrong(value: Any, expected: str, where: str) -> NoReturn:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
+    raise DataError(f"{where} must be {expected}, not {type(value).__name__}: {shown}")
+
+
+def _json(raw: bytes, where: str, encoding: str) -> Any:
+    try:
+        return json.loads(
+            raw.decode(encoding), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+        )
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 at byte {error.start}; convert the file") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: not JSON: {error.msg} (line {error.lineno}, column {error.colno}); a .jsonl "
+            "file has one object per line, a .json file one array of objects"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not usable as JSON: {error}") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _json_array(path: Path) -> list[Any]:
+    found = _json(path.read_bytes(), str(path), "utf-8-sig")
+    if not isinstance(found, list):
+        raise DataError(
+            f"{path} must hold an array of objects, not {type(found).__name__}; one object per "
+            "line goes into a .jsonl file"
+        )
+    return found
+
+
+def _parquet(path: Path) -> list[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{path} needs the package pyarrow: pip install pyarrow") from error
+    try:
+        rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a usable Parquet file: {error}") from error
+    return rows

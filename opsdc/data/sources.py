@@ -1,0 +1,334 @@
+"""Where problems come from, and in which order they are used.
+
+Sources: a .jsonl, .json or .parquet file; a Hub dataset (or a local dataset folder); a procedural
+task, `reasoning_gym:TASK`; the demo's `embedded:word_sums`. Columns, the first that exists unless
+one is named:
+
+    prompt   `messages` or `prompt` (a chat: role and content; trailing assistant turns are
+             dropped), `prompt`, `problem` or `question` (text)
+    answer   `answer`, `solution`, `ground_truth`, `reward_model.ground_truth` (a dot goes into a
+             nested column); optional, and only metrics look at it
+    teacher  `teacher_prompt` (text or a chat): the teacher's whole prompt; the instruction is then
+             not added
+    level    `difficulty` or `level` (a number or a short text); optional
+
+A worked solution as answer is reduced to its last boxed expression, or to what follows "####".
+
+Every row becomes a problem or an error that says where: rows are never skipped or repaired. The one
+exception is counted and said: training rows whose prompt is also held out (`ProblemSet.split`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opsdc.data import columns
+from opsdc.data.prompts import dapo_prompt
+from opsdc.data.word_sums import word_sums
+from opsdc.errors import ConfigError, DataError
+from opsdc.eval.scorers import last_boxed
+
+_PROMPT_COLUMNS = ("messages", "prompt", "problem", "question")
+_ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
+_DIFFICULTY_COLUMNS = ("difficulty", "level")
+_GYM = "reasoning_gym:"
+_EMBEDDED = "embedded:word_sums"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One question, as the chat the student sees.
+
+    `id` is unique in its set and stable (source and position); `entry` is what reasoning-gym's own
+    scorer needs (task, options with seed, index).
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    answer: str | None = None
+    teacher_messages: tuple[dict[str, str], ...] | None = None
+    difficulty: float | str | None = None
+    entry: dict[str, Any] | None = None
+
+
+class ProblemSet:
+    """Problems in an order that is a pure function of the seed and the step."""
+
+    def __init__(self, problems: Sequence[Problem], *, seed: int) -> None:
+        self._problems = tuple(problems)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> Problem:
+        return self._problems[index]
+
+    def batch(self, step: int, size: int) -> list[Problem]:
+        """The problems of a step, counted from 1: each once per epoch, the short rest dropped.
+
+        Depends on (seed, step, size) alone, so there is no position to save. Every epoch has its
+        own shuffle. Raises DataError where the set is smaller than a batch.
+        """
+        if step < 1 or size < 1:
+            raise ValueError(f"step and size count from 1, got step={step}, size={size}")
+        n = len(self)
+        if size > n:
+            raise DataError(
+                f"a batch of {size} problems cannot be drawn from {n}; lower "
+                "rollout.prompts_per_step or give more problems"
+            )
+        epoch, at = divmod(step - 1, n // size)
+        key = f"{self.seed}/epoch {epoch}"
+        return [self[_shuffled(i, n, key)] for i in range(at * size, (at + 1) * size)]
+
+    def split(self, eval_size: int) -> tuple[ProblemSet, ProblemSet]:
+        """(train, eval): `eval_size` problems held out by the seed, the others in their order.
+
+        No prompt is in both: where a source repeats itself, repetitions of held-out problems are
+        left out of training, and standard error says how many.
+        """
+        if eval_size < 0:
+            raise ConfigError(f"data.eval_size must be 0 or more, got {eval_size}")
+        n = len(self)
+        if eval_size >= n:
+            raise DataError(
+                f"data.eval_size {eval_size} leaves none of {n} problems to train on; lower it or "
+                "give more problems"
+            )
+        held_out = [_shuffled(i, n, f"{self.seed}/held out") for i in range(eval_size)]
+        chosen = set(held_out)
+        prompts = {_prompt_key(self[i]) for i in held_out}
+        rest = [p for i, p in enumerate(self._problems) if i not in chosen]
+        train = [p for p in rest if _prompt_key(p) not in prompts]
+        if not train:
+            raise DataError(
+                f"all {len(rest)} problems outside the {eval_size} held-out ones repeat their "
+                "prompts; lower data.eval_size or give more varied problems"
+            )
+        if len(train) < len(rest):
+            print(
+                f"data: left {len(rest) - len(train)} of {len(rest)} training problems out, whose "
+                "prompt is also held out",
+                file=sys.stderr,
+            )
+        return (
+            ProblemSet(train, seed=self.seed),
+            ProblemSet([self[i] for i in held_out], seed=self.seed),
+        )
+
+
+def load_problems(
+    source: str,
+    *,
+    split: str | None,
+    options: dict[str, Any],
+    prompt_column: str | None,
+    answer_column: str | None,
+    seed: int,
+) -> ProblemSet:
+    """All problems of a source; see the module's docstring for sources and columns.
+
+    Args:
+        split: of a Hub dataset; None: train. Nothing else has one.
+        options: passed on to `datasets.load_dataset` or to the reasoning-gym task (`size` and its
+            own settings; the seed is ours). `prompt_template`, for every source: a text in which
+            {problem} stands for the problem, or DAPO or DAPO-no-reminder, the paper's training and
+            evaluation prompts.
+
+    Raises DataError, naming file and line or row, the columns that exist, and the remedy;
+    ConfigError for an option that is unknown or a package that is missing.
+    """
+    options = dict(options)
+    layout = _layout(options.pop("prompt_template", None))
+    if source.startswith(_GYM):
+        if split is not None:
+            raise ConfigError(f"data.split {split!r}: {source} has no splits; unset it")
+        task = source.removeprefix(_GYM)
+        return ProblemSet(_gym_problems(task, options, layout, seed), seed=seed)
+    path = Path(source)
+    numbered: Iterable[tuple[int, Any]]
+    if source == _EMBEDDED:
+        unit, name = "row", "word_sums"
+        numbered = enumerate(_word_sums(split, options, seed), 1)
+    elif path.suffix in columns.FILE_TYPES:
+        if options or split is not None:
+            given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
+            raise ConfigError(f"{given} means nothing to the file {source}; unset it")
+        unit = "line" if path.suffix == ".jsonl" else "row"
+        numbered, name = columns.read_file(path), path.name
+    else:
+        unit, split = "row", split or "train"
+        numbered = enumerate(columns.read_dataset(source, split, options), 1)
+        name = f"{source}:{split}"
+    found = _problems(numbered, source, name, unit, prompt_column, answer_column, layout)
+    return ProblemSet(found, seed=seed)
+
+
+def problems_from_rows(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    origin: str,
+    prompt_column: str | None,
+    answer_column: str | None,
+    seed: int,
+) -> ProblemSet:
+    """Problems of rows in memory (a list of mappings, a `datasets.Dataset`); `origin` names them.
+
+    Columns and errors as in `load_problems`.
+    """
+    numbered = enumerate(rows, 1)
+    found = _problems(numbered, origin, origin, "row", prompt_column, answer_column, _layout(None))
+    return ProblemSet(found, seed=seed)
+
+
+def _problems(
+    numbered: Iterable[tuple[int, Any]],
+    source: str,
+    name: str,
+    unit: str,
+    prompt_column: str | None,
+    answer_column: str | None,
+    layout: Callable[[str], str],
+) -> list[Problem]:
+    found = []
+    for number, row in numbered:
+        where = f"{source}, {unit} {number}"
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where} must be an object with columns, not {type(row).__name__}")
+        column, value = columns.pick(row, prompt_column, _PROMPT_COLUMNS, "prompt", where)
+        messages = _laid_out(columns.chat(value, f"{where}, column {column}"), layout)
+        teacher = row.get("teacher_prompt")
+        place = f"{where}, column teacher_prompt"
+        found.append(
+            Problem(
+                id=f"{name}:{number}",
+                messages=messages,
+                answer=_answer(row, answer_column, where),
+                teacher_messages=None if teacher is None else columns.chat(teacher, place),
+                difficulty=_difficulty(row),
+            )
+        )
+    if not found:
+        raise DataError(f"{source} holds no problems; check data.source and data.split")
+    return found
+
+
+def _answer(row: Mapping[str, Any], answer_column: str | None, where: str) -> str | None:
+    if answer_column is None and all(columns.column(row, c) is None for c in _ANSWER_COLUMNS):
+        return None
+    column, value = columns.pick(row, answer_column, _ANSWER_COLUMNS, "answer", where)
+    answer = columns.number_or_text(value, f"{where}, column {column}")
+    # A worked solution: the answer is in its last box (MATH) or behind #### (GSM8K).
+    _, mark, behind = answer.rpartition("####")
+    return last_boxed(answer) or (behind.strip() if mark else "") or answer
+
+
+def _difficulty(row: Mapping[str, Any]) -> float | str | None:
+    for name in _DIFFICULTY_COLUMNS:
+        value = row.get(name)
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return value
+    return None
+
+
+def _layout(template: Any) -> Callable[[str], str]:
+    """How `prompt_template` turns a problem's text into the user turn."""
+    if template is None:
+        return lambda problem: problem
+    if template == "DAPO":
+        return dapo_prompt
+    if template == "DAPO-no-reminder":
+        return lambda problem: dapo_prompt(problem, reminder=False)
+    if not isinstance(template, str) or template.count("{problem}") != 1:
+        raise ConfigError(
+            "data.options.prompt_template must be DAPO, DAPO-no-reminder or a text with {problem} "
+            f"once in it, not {template!r}"
+        )
+    return lambda problem: template.replace("{problem}", problem)
+
+
+def _laid_out(
+    messages: tuple[dict[str, str], ...], layout: Callable[[str], str]
+) -> tuple[dict[str, str], ...]:
+    last = messages[-1]
+    return (*messages[:-1], {**last, "content": layout(last["content"])})
+
+
+def _gym_problems(
+    task: str, options: dict[str, Any], layout: Callable[[str], str], seed: int
+) -> list[Problem]:
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ConfigError(
+            f'data.source {_GYM}{task} needs the package reasoning-gym: pip install "opsdc[eval]"'
+        ) from error
+    if "seed" in options:
+        raise ConfigError("data.options.seed: the task's seed is the top-level seed; unset it")
+    options = {"seed": seed, **options}
+    try:
+        dataset = reasoning_gym.create_dataset(task, **options)
+        rows = [dataset[i] for i in range(len(dataset))]
+    except Exception as error:  # Its checks are assertions, TypeErrors and ValueErrors alike.
+        raise ConfigError(
+            f"data.source {_GYM}{task} with data.options {options}: {error or repr(error)}; "
+            "check the task's name and its settings in reasoning-gym's gallery"
+        ) from error
+    found = []
+    for i, row in enumerate(rows):
+        where = f"{_GYM}{task}, problem {i}"
+        answer = row["answer"]
+        found.append(
+            Problem(
+                id=f"{task}:{seed}:{i}",
+                messages=_laid_out(columns.chat(row["question"], where), layout),
+                answer=None if answer is None else columns.number_or_text(answer, where),
+                difficulty=_difficulty(row["metadata"]),
+                entry={"task": task, "options": options, "index": i},
+            )
+        )
+    if not found:
+        raise DataError(f"{_GYM}{task} makes no problems; set data.options.size above 0")
+    return found
+
+
+def _word_sums(split: str | None, options: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    size = options.pop("size", 500)
+    if split is not None or options:
+        given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
+        raise ConfigError(f"{given} means nothing to {_EMBEDDED}, which knows `size`; unset it")
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ConfigError(f"data.options.size must be a whole number, got {size!r}")
+    try:
+        return word_sums(size, seed)
+    except ValueError as error:
+        raise ConfigError(f"data.options.size: {error}") from error
+
+
+def _shuffled(index: int, n: int, key: str) -> int:
+    """Where `index` goes in a permutation of range(n) that `key` chooses, without making it.
+
+    A Feistel network over at least 2^8 points, walked until it lands below n: on average fewer
+    than 4 steps once n > 64. Luby and Rackoff, How to construct pseudorandom permutations, 1988.
+    """
+    half = max(4, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for turn in range(4):
+            digest = hashlib.blake2b(f"{key}/{turn}/{right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
+        index = left << half | right
+        if index < n:
+            return index
+
+
+def _prompt_key(problem: Problem) -> bytes:
+    return hashlib.sha256(json.dumps(problem.messages).encode()).digest()

@@ -1,0 +1,1 @@
+"""A problem or a step under the lens."""

@@ -1,0 +1,1 @@
+"""OPSDC itself: batches, the teacher, the loss, one update."""

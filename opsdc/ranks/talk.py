@@ -1,0 +1,282 @@
+"""Several processes, one run: who they are, what they tell each other, how they end together.
+
+    torchrun --nproc_per_node 8 -m opsdc train --config my.yaml
+    accelerate launch --multi_gpu --num_processes 8 -m opsdc train --config my.yaml
+
+Both say in environment variables which process this is; without them a run is one process and
+nothing here does anything. Every rank runs the same loop on the same step. What ranks do apart
+(sampling, reading files) ends in `each`, where an error or a stop of one is everybody's; what they
+do in lockstep asks `check_stop`. Values travel as JSON: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from opsdc import errors
+from opsdc.config import DistributedConfig
+from opsdc.errors import OPSDCError, OutOfMemoryError, TrainingError
+from opsdc.ranks import stop
+
+T = TypeVar("T")
+
+# Between looks at what other ranks have said, while this one works by itself.
+_LOOK_S = 1.0
+# Beyond every signal's number.
+_OUT_OF_MEMORY = 1000
+
+
+# Errors that a rank can raise for another.
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (*vars(errors).values(), OSError)
+    if isinstance(kind, type) and issubclass(kind, Exception)
+}
+
+
+class Ranks:
+    """The processes of a run. Of one process, every method gives back what it is given.
+
+    All ranks must make the same calls in the same order, but for `report` and what `each` runs.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+        self._board: Any = None
+        if size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self._board = dist.PrefixStore("opsdc", store)
+        self._runs = 0
+        self._posted = False
+        self._heard: str | None = None
+        self._looked = 0.0
+
+    @property
+    def first(self) -> bool:
+        """True on the rank that writes files and speaks."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order; what JSON can hold."""
+        if self.size == 1:
+            return [value]
+        mine = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        found = self._gather_rows(mine)
+        return [json.loads(bytes(part.tolist())) for part in found]
+
+    def concat(self, rows: torch.Tensor) -> torch.Tensor:
+        """[Σn, ...] on the CPU: every rank's [n, ...], in rank order."""
+        return rows.cpu() if self.size == 1 else torch.cat(self._gather_rows(rows.cpu()))
+
+    def _gather_rows(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(counts, torch.tensor([len(mine)]))
+        longest = max(int(n) for n in counts)
+        padded = mine.new_zeros(longest, *mine.shape[1:])
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return [part[: int(n)] for part, n in zip(parts, counts, strict=True)]
+
+    def from_first(self, value: T) -> T:
+        """The first rank's value, on all of them."""
+        return value if self.size == 1 else self.gather(value if self.first else None)[0]
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks if it is on one."""
+        return any(self.gather(flag))
+
+    def sum(self, value: float) -> float:
+        """The sum over ranks, the same bits on all of them."""
+        return sum(self.gather(value))
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """What `work()` gives on every rank; an error or a stop on one of them is raised on all.
+
+        `work` may take each rank another time, and must not talk to the others.
+        """
+        if self.size == 1:
+            return [work()]
+        own: Exception | None = None
+        outcome: dict[str, Any]
+        try:
+            outcome = {"value": work()}
+        except stop.Stopped as stopped:
+            outcome = {"stopped": str(stopped)}
+        except Exception as error:
+            own = error
+            kind = "OutOfMemoryError" if is_out_of_memory(error) else _kind(error)
+            outcome = {"error": str(error) or type(error).__name__, "kind": kind}
+        found = self.gather(outcome)
+        for rank, other in enumerate(found):
+            if "error" in other:
+                if own is not None and other["kind"] != "OutOfMemoryError":
+                    raise own
+                raise _KINDS[other["kind"]](f"rank {rank}: {other['error']}") from own
+        for other in found:
+            if "stopped" in other:
+                raise stop.Stopped(other["stopped"])
+        return [other["value"] for other in found]
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """What `work()` gives on the first rank, where alone it runs; errors as in `each`."""
+        return self.each(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
+
+    def check_stop(self, *, out_of_memory: bool = False) -> None:
+        """`stop.check` at a place that all ranks pass: all leave there, or none.
+
+        A rank that ran out of memory on its way passes it by saying so: all then raise
+        OutOfMemoryError.
+        """
+        if self.size == 1:
+            return stop.check()
+        name = stop.requested()
+        code = _OUT_OF_MEMORY if out_of_memory else signal.Signals[name] if name else 0
+        found = torch.tensor([int(code)])
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        if int(found) == _OUT_OF_MEMORY:
+            raise OutOfMemoryError("a rank ran out of memory")
+        if int(found):
+            raise stop.Stopped(signal.Signals(int(found)).name)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within the block a signal to one rank is heard by all: `stop.check` raises on each."""
+        if self.size == 1:
+            yield
+            return
+        self._runs += 1
+        self._posted, self._heard = False, None
+        stop.tell_others(self._exchange)
+        try:
+            yield
+        finally:
+            stop.tell_others(None)
+
+    def _exchange(self, name: str | None) -> str | None:
+        """Post this rank's signal, or look at most once a second for that of another."""
+        key = f"stop/{self._runs}"
+        if name is not None and not self._posted:
+            self._board.set(key, name)
+            self._posted = True
+        now = time.monotonic()
+        if name is None and self._heard is None and now - self._looked >= _LOOK_S:
+            self._looked = now
+            if self._board.check([key]):
+                self._heard = self._board.get(key).decode()
+        return name or self._heard
+
+    @contextlib.contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """Within the block only the first rank prints; the first that fails says so, by its name.
+
+        What else then fails (a connection that the failed rank held) is its consequence, and ends
+        those ranks silently.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            with contextlib.ExitStack() as quiet:
+                if not self.first:
+                    nowhere = quiet.enter_context(open(os.devnull, "w"))
+                    quiet.enter_context(contextlib.redirect_stdout(nowhere))
+                    quiet.enter_context(contextlib.redirect_stderr(nowhere))
+                yield
+        except Exception as error:
+            if not self._is_first_to_fail():
+                raise SystemExit(1) from None
+            if isinstance(error, OPSDCError):
+                named = str(error).startswith("rank ")
+                raise error if named else type(error)(f"rank {self.rank}: {error}") from error
+            print(f"rank {self.rank} failed:", file=sys.stderr, flush=True)
+            raise
+
+    def _is_first_to_fail(self) -> bool:
+        try:
+            return self._board.add("failed", 1) == 1
+        except dist.DistError:
+            # The process that kept the board is gone, and was therefore the first.
+            return False
+
+
+ALONE = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+"""A run of one process."""
+_joined: Ranks | None = None
+
+
+def join(config: DistributedConfig) -> Ranks:
+    """This process's place among the ranks that torchrun or accelerate started, or `ALONE`.
+
+    Starts torch's process group, or uses the one there is. Later calls give the same.
+    """
+    global _joined
+    if _joined is not None:
+        return _joined
+    if not dist.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return ALONE
+        _start(config)
+    if dist.get_world_size() == 1:
+        return ALONE
+    _joined = Ranks(dist.get_rank(), dist.get_world_size(), _device())
+    return _joined
+
+
+def leave() -> None:
+    """Take this process out of its group: at the end, with all ranks there."""
+    global _joined
+    if _joined is not None:
+        _joined = None
+        # A vLLM engine that was closed has done so.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _start(config: DistributedConfig) -> None:
+    device = _device()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        # What ranks tell each other lies on the CPU, where it waits for no kernel.
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        timeout=datetime.timedelta(seconds=config.timeout_s),
+        device_id=device if cuda else None,
+    )
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise TrainingError(
+            f"local rank {local} has no GPU, there are {torch.cuda.device_count()}; start as many "
+            "processes per node as it has GPUs (--nproc_per_node)"
+        )
+    return torch.device("cuda", local)
+
+
+def _kind(error: Exception) -> str:
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return next((name for name in names if name in _KINDS), "TrainingError")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, or Python, found no memory."""
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemoryError)) or (
+        "can't allocate memory" in str(error)
+    )

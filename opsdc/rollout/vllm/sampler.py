@@ -1,0 +1,136 @@
+"""The sampler over a vLLM engine, wherever that runs: random streams, versions, and their proof.
+
+A push is proven by a probe: the engine scores a fixed sequence with its new weights, the trainer
+scores it with its own, and the two must agree. Every batch is proven again: the engine scores the
+probe with the very weights that sampled the batch, and names the push they came by.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from opsdc.errors import RolloutError, WeightSyncError
+from opsdc.ranks import stop
+from opsdc.rollout.base import AGREEMENT, Request, Rollout, SamplingParams, difference, stream_seed
+from opsdc.rollout.vllm.engine import Batch
+from opsdc.rollout.weights import Weights, sequence_logprobs
+
+# The engine against itself, same weights and same probe: nothing but the order of sums may differ.
+_REPEAT = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+class Engine(Protocol):
+    """`VLLMEngine` here or in another process."""
+
+    @property
+    def description(self) -> str:
+        """Version and place, for the log."""
+
+    def load(self, weights: Weights, weights_id: str, probe: list[int]) -> list[float]: ...
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        params: SamplingParams,
+        eos_ids: Sequence[int],
+        probe: list[int],
+    ) -> Batch: ...
+
+    def close(self) -> None: ...
+
+
+class VLLMSampler:
+    """Pushes weights to an engine and samples from it; trusts neither to have worked."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        seed: int,
+        eos_ids: Sequence[int],
+        probe_ids: Sequence[int],
+        dtype: torch.dtype,
+        run: str,
+    ) -> None:
+        self._engine = engine
+        self._seed = seed
+        self._eos_ids = list(eos_ids)
+        self._probe_ids = list(probe_ids)
+        self._dtype = dtype
+        # Two runs that push to one server count the same versions, but not under the same name.
+        self._run = run
+        self._weights_id: str | None = None
+        self._version = -1
+        self._probe: list[float] = []
+
+    def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
+        """Give the engine the model's weights and check by the probe that it has them."""
+        began = time.perf_counter()
+        self._weights_id = None
+        weights_id = f"{self._run}-{version}"
+        # Right after an update no step is complete, and nothing could be saved.
+        with stop.held_back():
+            probe = self._engine.load(Weights(model, self._dtype), weights_id, self._probe_ids)
+        own = sequence_logprobs(model, self._probe_ids, self._dtype)
+        mean, largest = difference(probe, own)
+        limits = AGREEMENT[self._dtype]
+        if not (mean <= limits[0] and largest <= limits[1]):
+            raise WeightSyncError(
+                f"after the push of weights version {version} vLLM and the trainer differ by "
+                f"{mean:.1e} nats on average and {largest:.1e} at most on a probe of "
+                f"{len(own)} tokens (allowed: {limits[0]:.0e} and {limits[1]:.0e}): vLLM does not "
+                "compute with these weights, or not this model"
+            )
+        self._weights_id, self._version, self._probe = weights_id, version, probe
+        return {
+            "seconds_push": round(time.perf_counter() - began, 3),
+            "probe_mean_difference": mean,
+            "probe_max_difference": largest,
+        }
+
+    def generate(
+        self, requests: Sequence[Request], params: SamplingParams, *, label: str
+    ) -> list[Rollout]:
+        if self._weights_id is None:
+            raise WeightSyncError("the sampler has no proven weights: push before generating")
+        if not requests:
+            return []
+        batch = self._engine.sample(
+            [r.prompt_ids for r in requests],
+            [stream_seed(self._seed, r.key) for r in requests],
+            params,
+            self._eos_ids,
+            self._probe_ids,
+        )
+        if batch.weights_id != self._weights_id:
+            raise WeightSyncError(
+                f"{label}: sampled by weights '{batch.weights_id}', not by version "
+                f"{self._version} of this run"
+            )
+        _, largest = difference(batch.probe, self._probe)
+        if not largest <= _REPEAT[self._dtype]:
+            raise WeightSyncError(
+                f"{label}: the probe's log-probabilities are {largest:.1e} away from those right "
+                f"after the push of version {self._version}: the engine's weights have changed"
+            )
+        if len(batch.rows) != len(requests):
+            raise RolloutError(f"{label}: {len(batch.rows)} answers to {len(requests)} requests")
+        return [
+            Rollout(
+                key=request.key,
+                prompt_ids=request.prompt_ids,
+                response_ids=row.ids,
+                finished=row.finished,
+                weights_version=self._version,
+                logprobs=row.logprobs,
+            )
+            for request, row in zip(requests, batch.rows, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._engine.close()
