@@ -9,7 +9,8 @@ import torch
 from opsdc.config import OPSDCConfig
 from opsdc.data.prompted import prompted_sets
 from opsdc.data.prompts import Messages, load_instruction
-from opsdc.method.batch import Pair, TokenBatch, token_batch
+from opsdc.method.batch import Pair, token_batch
+from opsdc.models.head import TokenBatch
 from opsdc.models.load import load_model, load_tokenizer
 from opsdc.rollout.base import Request, SamplingParams
 from opsdc.rollout.hf import HFSampler

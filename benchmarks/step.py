@@ -28,7 +28,8 @@ from benchmarks.memory import fresh_processes
 from benchmarks.resident import added_mib
 from benchmarks.rollouts import Rollouts
 from opsdc.config import OPSDCConfig
-from opsdc.models.load import hidden_states, load_model, load_tokenizer, read_head
+from opsdc.models.head import hidden_states, read_head
+from opsdc.models.load import load_model, load_tokenizer
 from opsdc_kernels.testing import Case, truth
 
 CPU = torch.device("cpu")

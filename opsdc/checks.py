@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig
+from opsdc.config import OPSDCConfig, ignored_settings
+from opsdc.data.prompted import PromptedSet
 from opsdc.errors import CheckpointError, ModelError
-from opsdc.method.batch import Pair, token_batch
+from opsdc.method.batch import Layout, Pair, plan_step, token_batch
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import Layout, autocast, backward, teacher_hidden_states
-from opsdc.models.load import VARIABLE_LENGTH, check_head, hidden_states, read_head, unwrap
+from opsdc.method.update import (
+    autocast,
+    student_pass,
+    teacher_pass,
+)
+from opsdc.models.adapters import unwrap
+from opsdc.models.head import check_head, hidden_states, read_head
+from opsdc.models.load import VARIABLE_LENGTH
 from opsdc.planner.plan import loss_plan, sizes_of
-from opsdc.ranks import shard as sharding
+from opsdc.ranks import shard
 from opsdc.ranks.talk import ALONE, Ranks
 from opsdc.record import checkpoint
 from opsdc.rollout.base import AGREEMENT, Request, Sampler, SamplingParams, difference
@@ -96,8 +104,11 @@ def same_prompt_divergence(
         )
         for p in pairs
     ]
-    kept = teacher_hidden_states(model, teacher, same, layout, ranks=ranks)
-    loss, *_ = backward(model, teacher, same, kept, layout, config, ranks=ranks)
+    plan = plan_step(
+        same, layout, normalization=config.loss.normalization, rank=ranks.rank, ranks=ranks.size
+    )
+    kept = teacher_pass(model, teacher, plan, ranks=ranks)
+    loss, *_ = student_pass(model, teacher, plan, kept, config, ranks=ranks)
     for parameter in model.parameters():
         parameter.grad = None
     return loss
@@ -188,7 +199,7 @@ def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
     tokens = config.train.max_tokens_per_micro_batch
     plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes)
     # Gradients and two moments in float32.
-    held = 12 * sizes.trained // (ranks.size if sharding.is_sharded(model) else 1)
+    held = 12 * sizes.trained // (ranks.size if shard.is_sharded(model) else 1)
     needed = held + plan.peak_bytes
     free = _free_bytes(device)
     line = (
@@ -213,6 +224,46 @@ def _free_bytes(device: torch.device) -> int | None:
     return next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)
 
 
+def before_first_step(
+    model: Any,
+    teacher: Teacher,
+    sampler: Sampler,
+    problems: PromptedSet,
+    tokenizer: PreTrainedTokenizerBase,
+    config: OPSDCConfig,
+    *,
+    step: int,
+    ranks: Ranks = ALONE,
+) -> Layout:
+    """Prove what a run stands on with its first prompts; print a line per check.
+
+    Returns the layout to train with. `step`: the updates that the model has seen.
+    """
+    pad = tokenizer.pad_token_id
+    sample = [
+        # The prompt's own tokens stand in for a response: no sampling before the checks.
+        Pair(
+            student_prompt_ids=p.prompts.student_ids,
+            teacher_prompt_ids=p.prompts.teacher_ids,
+            response_ids=p.prompts.student_ids[:8],
+        )
+        for p in (problems[i] for i in range(min(3, len(problems))))
+    ]
+    layout, lines = run(
+        model,
+        teacher,
+        sampler,
+        sample,
+        config,
+        pad_id=0 if pad is None else pad,
+        teacher_is_student=teacher.equals_student(step),
+        ranks=ranks,
+    )
+    for line in [*ignored_settings(config), *lines]:
+        print(line, flush=True)
+    return layout
+
+
 def run(
     model: Any,
     teacher: Teacher,
@@ -230,7 +281,7 @@ def run(
     """
     check_attention(model)
     sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
-    with sharding.whole(model):
+    with shard.gathered(model):
         difference = check_head(model)
         packed, why = choose_packing(model, config, sequences)
     layout = Layout(

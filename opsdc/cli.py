@@ -245,10 +245,10 @@ def _train(arguments: argparse.Namespace) -> int:
     # From before anything large is imported: a stop asked for then still ends with status 0.
     with stop.on_signal():
         from opsdc.eval import report
-        from opsdc.ranks import talk as distributed
+        from opsdc.ranks import talk
         from opsdc.train import OPSDCTrainer
 
-        with distributed.join(config.distributed).one_voice():
+        with talk.join(config.distributed).only_first_rank_prints():
             try:
                 trainer = OPSDCTrainer(None, config)
             except stop.Stopped as signal:
@@ -257,7 +257,7 @@ def _train(arguments: argparse.Namespace) -> int:
             if "stopped" not in trainer.train() and trainer.ranks.first:
                 report.print_report(Path(config.output_dir))
             trainer.sampler.close()
-            distributed.leave()
+            talk.leave()
     return 0
 
 

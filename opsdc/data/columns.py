@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from opsdc.data.prompts import text_fault
+from opsdc.data.text import text_fault
 from opsdc.errors import ConfigError, DataError
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config import OPSDCConfig, PromptConfig
+from opsdc.data.problem import Problem, ProblemSet
 from opsdc.data.prompts import PromptPair, build_prompts, load_instruction
-from opsdc.data.sources import Problem, ProblemSet, load_problems, problems_from_rows
+from opsdc.data.sources import load_problems, problems_from_rows
 from opsdc.errors import DataError
-from opsdc.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,12 @@ class PromptedSet:
         """
         limit = self._config.max_tokens
         kept, longest = [], 0
-        progress = Progress(f"{name} prompts", total=len(self), unit="problem")
-        for i in range(len(self)):
+        for i in tqdm(range(len(self)), desc=f"{name} prompts", leave=False, delay=2):
             item = self[i]
             n = max(len(item.prompts.student_ids), len(item.prompts.teacher_ids))
             longest = max(longest, n)
             if n <= limit:
                 kept.append(item.problem)
-            progress.advance()
-        progress.close()
         dropped = len(self) - len(kept)
         if dropped:
             print(

@@ -30,21 +30,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opsdc.data.text import DAPO_OPENING, text_fault
 from opsdc.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from opsdc.data.sources import Problem
+    from opsdc.data.problem import Problem
 
 Messages = Sequence[dict[str, str]]
-
-DAPO_OPENING = "Solve the following math problem step by step. "
-DAPO_FORMAT = (
-    "The last line of your response should be of the form Answer: $Answer (without quotes) where "
-    "$Answer is the answer to the problem."
-)
-DAPO_REMINDER = 'Remember to put your answer on its own line after "Answer:".'
 
 
 @dataclass(frozen=True)
@@ -87,24 +81,9 @@ def load_instruction(spec: str) -> str:
     return text
 
 
-def dapo_prompt(question: str, *, reminder: bool = True) -> str:
-    """The paper's student prompt; its evaluations leave the reminder out."""
-    parts = [DAPO_OPENING + DAPO_FORMAT, question]
-    return "\n\n".join([*parts, DAPO_REMINDER] if reminder else parts)
-
-
 def instructed(text: str, instruction: str) -> str:
     """A user turn with the instruction in front; a DAPO prompt's opening sentence gives way."""
     return f"{instruction}\n\n{text.removeprefix(DAPO_OPENING)}"
-
-
-def text_fault(text: str) -> str | None:
-    """What no prompt may hold, in words, or None."""
-    if "\0" in text:
-        return "a NUL character"
-    if found := re.search("[\ud800-\udfff]", text):
-        return f"a lone surrogate (U+{ord(found[0]):04X}, not a character)"
-    return None
 
 
 def build_prompts(

@@ -10,7 +10,6 @@ one is named:
              nested column); optional, and only metrics look at it
     teacher  `teacher_prompt` (text or a chat): the teacher's whole prompt; the instruction is then
              not added
-    level    `difficulty` or `level` (a number or a short text); optional
 
 A worked solution as answer is reduced to its last boxed expression, or to what follows "####".
 
@@ -20,108 +19,20 @@ exception is counted and said: training rows whose prompt is also held out (`Pro
 
 from __future__ import annotations
 
-import hashlib
-import json
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from opsdc.data import columns
-from opsdc.data.prompts import dapo_prompt
+from opsdc.data.problem import Problem, ProblemSet
+from opsdc.data.text import dapo_prompt, last_boxed
 from opsdc.data.word_sums import word_sums
 from opsdc.errors import ConfigError, DataError
-from opsdc.eval.scorers import last_boxed
 
 _PROMPT_COLUMNS = ("messages", "prompt", "problem", "question")
 _ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
-_DIFFICULTY_COLUMNS = ("difficulty", "level")
 _GYM = "reasoning_gym:"
 _EMBEDDED = "embedded:word_sums"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One question, as the chat the student sees.
-
-    `id` is unique in its set and stable (source and position); `entry` is what reasoning-gym's own
-    scorer needs (task, options with seed, index).
-    """
-
-    id: str
-    messages: tuple[dict[str, str], ...]
-    answer: str | None = None
-    teacher_messages: tuple[dict[str, str], ...] | None = None
-    difficulty: float | str | None = None
-    entry: dict[str, Any] | None = None
-
-
-class ProblemSet:
-    """Problems in an order that is a pure function of the seed and the step."""
-
-    def __init__(self, problems: Sequence[Problem], *, seed: int) -> None:
-        self._problems = tuple(problems)
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-    def __getitem__(self, index: int) -> Problem:
-        return self._problems[index]
-
-    def batch(self, step: int, size: int) -> list[Problem]:
-        """The problems of a step, counted from 1: each once per epoch, the short rest dropped.
-
-        Depends on (seed, step, size) alone, so there is no position to save. Every epoch has its
-        own shuffle. Raises DataError where the set is smaller than a batch.
-        """
-        if step < 1 or size < 1:
-            raise ValueError(f"step and size count from 1, got step={step}, size={size}")
-        n = len(self)
-        if size > n:
-            raise DataError(
-                f"a batch of {size} problems cannot be drawn from {n}; lower "
-                "rollout.prompts_per_step or give more problems"
-            )
-        epoch, at = divmod(step - 1, n // size)
-        key = f"{self.seed}/epoch {epoch}"
-        return [self[_shuffled(i, n, key)] for i in range(at * size, (at + 1) * size)]
-
-    def split(self, eval_size: int) -> tuple[ProblemSet, ProblemSet]:
-        """(train, eval): `eval_size` problems held out by the seed, the others in their order.
-
-        No prompt is in both: where a source repeats itself, repetitions of held-out problems are
-        left out of training, and standard error says how many.
-        """
-        if eval_size < 0:
-            raise ConfigError(f"data.eval_size must be 0 or more, got {eval_size}")
-        n = len(self)
-        if eval_size >= n:
-            raise DataError(
-                f"data.eval_size {eval_size} leaves none of {n} problems to train on; lower it or "
-                "give more problems"
-            )
-        held_out = [_shuffled(i, n, f"{self.seed}/held out") for i in range(eval_size)]
-        chosen = set(held_out)
-        prompts = {_prompt_key(self[i]) for i in held_out}
-        rest = [p for i, p in enumerate(self._problems) if i not in chosen]
-        train = [p for p in rest if _prompt_key(p) not in prompts]
-        if not train:
-            raise DataError(
-                f"all {len(rest)} problems outside the {eval_size} held-out ones repeat their "
-                "prompts; lower data.eval_size or give more varied problems"
-            )
-        if len(train) < len(rest):
-            print(
-                f"data: left {len(rest) - len(train)} of {len(rest)} training problems out, whose "
-                "prompt is also held out",
-                file=sys.stderr,
-            )
-        return (
-            ProblemSet(train, seed=self.seed),
-            ProblemSet([self[i] for i in held_out], seed=self.seed),
-        )
 
 
 def load_problems(
@@ -212,7 +123,6 @@ def _problems(
                 messages=messages,
                 answer=_answer(row, answer_column, where),
                 teacher_messages=None if teacher is None else columns.chat(teacher, place),
-                difficulty=_difficulty(row),
             )
         )
     if not found:
@@ -228,14 +138,6 @@ def _answer(row: Mapping[str, Any], answer_column: str | None, where: str) -> st
     # A worked solution: the answer is in its last box (MATH) or behind #### (GSM8K).
     _, mark, behind = answer.rpartition("####")
     return last_boxed(answer) or (behind.strip() if mark else "") or answer
-
-
-def _difficulty(row: Mapping[str, Any]) -> float | str | None:
-    for name in _DIFFICULTY_COLUMNS:
-        value = row.get(name)
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            return value
-    return None
 
 
 def _layout(template: Any) -> Callable[[str], str]:
@@ -290,7 +192,6 @@ def _gym_problems(
                 id=f"{task}:{seed}:{i}",
                 messages=_laid_out(columns.chat(row["question"], where), layout),
                 answer=None if answer is None else columns.number_or_text(answer, where),
-                difficulty=_difficulty(row["metadata"]),
                 entry={"task": task, "options": options, "index": i},
             )
         )
@@ -310,25 +211,3 @@ def _word_sums(split: str | None, options: dict[str, Any], seed: int) -> list[di
         return word_sums(size, seed)
     except ValueError as error:
         raise ConfigError(f"data.options.size: {error}") from error
-
-
-def _shuffled(index: int, n: int, key: str) -> int:
-    """Where `index` goes in a permutation of range(n) that `key` chooses, without making it.
-
-    A Feistel network over at least 2^8 points, walked until it lands below n: on average fewer
-    than 4 steps once n > 64. Luby and Rackoff, How to construct pseudorandom permutations, 1988.
-    """
-    half = max(4, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for turn in range(4):
-            digest = hashlib.blake2b(f"{key}/{turn}/{right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
-        index = left << half | right
-        if index < n:
-            return index
-
-
-def _prompt_key(problem: Problem) -> bytes:
-    return hashlib.sha256(json.dumps(problem.messages).encode()).digest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +12,20 @@ import torch
 from opsdc.config import OPSDCConfig
 from opsdc.debug.show import per_token
 from opsdc.errors import CheckpointError, DataError
-from opsdc.method.batch import Pair
+from opsdc.method.batch import Layout, Pair, plan_step
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import Layout, backward, teacher_hidden_states
+from opsdc.method.update import student_pass, teacher_pass
 from opsdc.models.load import load_model, load_tokenizer, prepare_model
 from opsdc.record import checkpoint
-from opsdc.record.lines import write_json
 
 _SHOWN = 8
 
 
-def dump(path: Path, step: int, pairs: Sequence[Pair], config: OPSDCConfig) -> None:
-    """Write the token ids of a step and the settings to replay it; plain JSON."""
-    rows = [
-        {
-            "student_prompt_ids": list(p.student_prompt_ids),
-            "teacher_prompt_ids": list(p.teacher_prompt_ids),
-            "response_ids": list(p.response_ids),
-        }
-        for p in pairs
-    ]
-    write_json(path, {"step": step, "config": config.to_dict(), "pairs": rows})
-
-
 def replay(path: Path) -> str:
-    """Do the step of `dump` again, from the checkpoint before it, and say what is not finite.
+    """Do a step again from its batch and the checkpoint before it, and say what is not finite.
 
-    Raises DataError for a file that `dump` did not write, CheckpointError where the state before
-    the step is gone.
+    Raises DataError for a file that no run wrote (`write_batch`), CheckpointError where the state
+    before the step is gone.
     """
     step, config, pairs = _read(path)
     tokenizer = load_tokenizer(config.model)
@@ -66,8 +51,8 @@ def replay(path: Path) -> str:
         dtype=getattr(torch, config.model.dtype),
     )
     model.train()
-    kept = teacher_hidden_states(model, teacher, pairs, layout)
-    loss, *_ = backward(model, teacher, pairs, kept, layout, config)
+    plan = plan_step(pairs, layout, normalization=config.loss.normalization)
+    loss, *_ = student_pass(model, teacher, plan, teacher_pass(model, teacher, plan), config)
     sick = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
     gradients = [
         n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from opsdc.config import OPSDCConfig
 from opsdc.data.prompted import Prompted
-from opsdc.method.batch import Pair, token_batch
+from opsdc.method.batch import Layout, Pair, plan_step
 from opsdc.method.loss import distillation_loss
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import Layout, autocast, teacher_hidden_states
-from opsdc.models.load import hidden_states, read_head
+from opsdc.method.update import autocast, teacher_pass
+from opsdc.models.head import hidden_states, read_head
 from opsdc.rollout.base import Request, Rollout, SamplingParams
 from opsdc.rollout.hf import HFSampler
 
@@ -29,14 +29,10 @@ def per_token(
     model: Any, teacher: Teacher, pair: Pair, config: OPSDCConfig, layout: Layout
 ) -> dict[str, torch.Tensor]:
     """[R] per response token: KL(student‖teacher), both entropies, both log-probabilities."""
-    teacher_rows = teacher_hidden_states(model, teacher, [pair], layout)[0]
+    plan = plan_step([pair], layout, normalization=config.loss.normalization)
+    teacher_rows = teacher_pass(model, teacher, plan)[0]
     device = teacher_rows.device
-    batch = token_batch(
-        [(pair.student_prompt_ids, pair.response_ids)],
-        packed=False,
-        pad_id=layout.pad_id,
-        device=device,
-    )
+    batch = plan.student_batch([0], device)
     with autocast(device, layout.dtype):
         student_rows = hidden_states(model, batch)
         _, stats = distillation_loss(

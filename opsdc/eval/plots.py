@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opsdc.errors import DataError
-from opsdc.eval.arms import headline, read_answers
+from opsdc.eval.answers import headline, read_answers
 from opsdc.record.lines import read_lines
 
 

@@ -9,11 +9,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from opsdc.eval.arms import read_answers
+from opsdc.config import OPSDCConfig
+from opsdc.eval.answers import read_answers
+from opsdc.eval.arms import write_summary
+from opsdc.eval.plots import plot_run
 
 _ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
 _SAMPLES = 3
 _SHOWN_CHARACTERS = 400
+
+
+def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write a finished run's summary.json and plot.png; return the summary."""
+    summary = write_summary(folder, config, facts)
+    plot_run(folder)
+    return summary
 
 
 def print_report(folder: Path) -> None:

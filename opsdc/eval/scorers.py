@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from opsdc.data.text import last_boxed
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval import grader
 
 if TYPE_CHECKING:
-    from opsdc.data.sources import Problem
+    from opsdc.data.problem import Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +53,6 @@ def score(response: str, problem: Problem, scorer: str) -> Score:
     if scorer not in _SCORERS:
         raise ConfigError(f"unknown scorer '{scorer}'; the scorers are {', '.join(SCORERS)}")
     return _SCORERS[scorer](response, problem)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} or \fbox{...} whose braces close, or None."""
-    open_groups: list[int | None] = []
-    start, content = -1, None
-    for token in _BOX_TOKEN.finditer(text):
-        if token["box"]:
-            open_groups.append(token.end())
-        elif token[0] == "{":
-            open_groups.append(None)
-        elif token[0] == "}" and open_groups:
-            opened = open_groups.pop()
-            if opened is not None and opened > start:
-                start, content = opened, text[opened : token.start()].strip()
-    return content
-
-
-# An escaped brace (\{) is a character, not a group.
-_BOX_TOKEN = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 
 
 def last_answer_line(text: str) -> str | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from opsdc.models.head import TokenBatch
+
 IGNORED = -100
 """transformers' label of a position outside the response"""
 
@@ -31,27 +33,6 @@ class Pair:
     @property
     def teacher_length(self) -> int:
         return len(self.teacher_prompt_ids) + len(self.response_ids)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenBatch:
-    """Input of one forward through the backbone."""
-
-    input_ids: torch.Tensor
-    """[rows, T] int64"""
-    attention_mask: torch.Tensor | None
-    """[rows, T], or None when packed: a mask would switch transformers' isolation off"""
-    position_ids: torch.Tensor
-    """[rows, T] int64, restarting at 0 with every sequence"""
-    scored: torch.Tensor
-    """[n] indices into rows·T of the positions whose hidden state predicts a response token"""
-    lengths: Sequence[int]
-    """response tokens of each sequence, Σ = n"""
-
-    @property
-    def targets(self) -> torch.Tensor:
-        """[n] the response tokens that the scored positions predict."""
-        return self.input_ids.flatten()[self.scored + 1]
 
 
 def token_batch(
@@ -164,3 +145,95 @@ def token_weights(response_lengths: Sequence[int], normalization: str) -> list[f
         total = sum(counted)
         return [1.0 / total if n else 0.0 for n in response_lengths]
     return [1.0 / (len(counted) * n) if n else 0.0 for n in response_lengths]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How sequences become forwards: it changes speed and memory, never the result."""
+
+    packed: bool
+    max_tokens: int
+    """Most tokens of one forward, padding counted."""
+    pad_id: int
+    dtype: torch.dtype
+    """What the forward computes in; below float32 it runs under autocast."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """How one step is cut into forwards: built once, followed by teacher pass and student pass.
+
+    Every rank plans the whole step alike and takes its own groups.
+    """
+
+    pairs: Sequence[Pair]
+    """The step's responses that have tokens."""
+    weights: Sequence[float]
+    """Loss weight of each token of a response, one number a pair."""
+    teacher_groups: Sequence[Sequence[int]]
+    """Indices of the pairs of each forward of this rank's teacher pass; empty: a dummy row."""
+    student_groups: Sequence[Sequence[int]]
+    layout: Layout
+
+    def teacher_batch(self, group: Sequence[int], device: torch.device) -> TokenBatch:
+        """Lay one group out behind the teacher's prompts."""
+        return self._batch(
+            [(p.teacher_prompt_ids, p.response_ids) for p in self._of(group)], device
+        )
+
+    def student_batch(self, group: Sequence[int], device: torch.device) -> TokenBatch:
+        """Lay one group out behind the student's prompts."""
+        return self._batch(
+            [(p.student_prompt_ids, p.response_ids) for p in self._of(group)], device
+        )
+
+    def token_weights(self, group: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Return the loss weights [n] of a group's response tokens; [0] for an empty one."""
+        spread = [self.weights[i] for i in group for _ in self.pairs[i].response_ids]
+        return torch.tensor(spread or [0.0], device=device)
+
+    def _of(self, group: Sequence[int]) -> list[Pair]:
+        # A rank without tokens runs a row all the same: the others wait for it in every layer.
+        ids = [self.layout.pad_id]
+        nothing = Pair(student_prompt_ids=ids, teacher_prompt_ids=ids, response_ids=ids)
+        return [self.pairs[i] for i in group] or [nothing]
+
+    def _batch(
+        self, sequences: list[tuple[Sequence[int], Sequence[int]]], device: torch.device
+    ) -> TokenBatch:
+        layout = self.layout
+        return token_batch(sequences, packed=layout.packed, pad_id=layout.pad_id, device=device)
+
+
+def plan_step(
+    pairs: Sequence[Pair], layout: Layout, *, normalization: str, rank: int = 0, ranks: int = 1
+) -> StepPlan:
+    """Cut a step's responses into the forwards of one rank.
+
+    Args:
+        pairs: of the whole step, the same on every rank; those without a response are left out.
+        normalization: "sequence" or "token", see `token_weights`.
+    """
+    scored = [p for p in pairs if p.response_ids]
+    shares = balanced([p.student_length + p.teacher_length for p in scored], ranks)
+
+    def groups(lengths: list[int]) -> list[list[int]]:
+        # Ranks run in lockstep, so all have as many forwards as the busiest; dummies come last.
+        cut = [
+            [
+                [share[j] for j in group]
+                for group in micro_batches(
+                    [lengths[i] for i in share], max_tokens=layout.max_tokens, packed=layout.packed
+                )
+            ]
+            for share in shares
+        ]
+        return cut[rank] + [[] for _ in range(max(map(len, cut)) - len(cut[rank]))]
+
+    return StepPlan(
+        pairs=scored,
+        weights=token_weights([len(p.response_ids) for p in scored], normalization),
+        teacher_groups=groups([p.teacher_length for p in scored]),
+        student_groups=groups([p.student_length for p in scored]),
+        layout=layout,
+    )

@@ -15,9 +15,9 @@ from torch import nn
 
 from opsdc.config import LossConfig
 from opsdc.errors import ConfigError, DataError, ModelError
-from opsdc.method.batch import Pair, TokenBatch, from_labels, labels_of, token_batch
+from opsdc.method.batch import Pair, from_labels, labels_of, token_batch
 from opsdc.method.loss import distillation_loss, select_tokens
-from opsdc.models.load import check_head, hidden_states, read_head
+from opsdc.models.head import TokenBatch, check_head, hidden_states, read_head
 
 
 class Distiller(nn.Module):

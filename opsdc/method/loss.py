@@ -8,7 +8,7 @@ import torch
 
 from opsdc.config import LossConfig
 from opsdc.method.selection import kept_tokens
-from opsdc.models.load import Head
+from opsdc.models.head import Head
 from opsdc_kernels import DivergenceStats, linear_divergence
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from opsdc.config import TeacherConfig
 from opsdc.errors import ConfigError
-from opsdc.models.load import Head, read_head
+from opsdc.models.head import Head, read_head
 
 
 class Teacher:

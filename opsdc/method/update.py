@@ -7,134 +7,67 @@ one hidden state per response token, reused by whichever student micro-batch nee
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from transformers import get_scheduler
 
 from opsdc.config import LossConfig, OPSDCConfig
-from opsdc.errors import OutOfMemoryError, TrainingError
-from opsdc.method.batch import (
-    Pair,
-    TokenBatch,
-    balanced,
-    micro_batches,
-    token_batch,
-    token_weights,
-)
+from opsdc.method.batch import Layout, Pair, StepPlan, plan_step
 from opsdc.method.loss import distillation_loss, select_tokens
+from opsdc.method.room import in_memory
 from opsdc.method.selection import kept_count
 from opsdc.method.teacher import Teacher
-from opsdc.models.load import Head, hidden_states, read_head
-from opsdc.ranks import shard as sharding
+from opsdc.models.head import Head, TokenBatch, hidden_states, read_head
+from opsdc.ranks import shard
 from opsdc.ranks.talk import ALONE, Ranks, is_out_of_memory
 from opsdc_kernels import DivergenceStats
 
-ADVICE = (
-    "Lower train.max_tokens_per_micro_batch, rollout.batch_size or loss.workspace_bytes, set "
-    "model.gradient_checkpointing true or distributed.strategy fsdp, or train an adapter "
-    "(model.lora): `opsdc plan` says what fits"
-)
-"""for ranks that ran out of memory"""
 _PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """How sequences become forwards; changes speed and memory, never the result."""
-
-    packed: bool
-    max_tokens: int
-    pad_id: int
-    dtype: torch.dtype
-    """what the forward computes in; below float32 it runs under autocast"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateResult:
     """What one update measured."""
 
-    loss: float
-    """nats per token, normalised as the config says"""
-    grad_norm: float
-    """before clipping"""
-    skipped: bool
-    """loss or gradient was not finite: parameters and optimizer are untouched"""
-    divergence: torch.Tensor
-    """[n] nats, every response token of the step"""
-    student_entropy: float
-    teacher_entropy: float
-    agreement: float
-    kept_tokens: dict[str, float]
-    """with a `loss.token_share` below 1: share of the tokens that were trained on, and of the loss
-    of all tokens that they hold; `divergence` and means are of all"""
-    skipped_columns: dict[str, float]
-    """with `loss.skip_tolerance`, of the loss and its gradients: share of columns kept, GEMM units,
-    the largest bounds of the error and an estimate of the nats the loss lacks, per token"""
-    seconds: dict[str, float]
-    """by phase: teacher, student (forward and backward), optimizer"""
+    loss: float = math.nan
+    """Nats per token, normalised as the config says."""
+    grad_norm: float = math.nan
+    """Before clipping."""
+    skipped: bool = True
+    """Loss or gradient was not finite, or there was nothing to learn from: parameters and optimizer
+    are untouched."""
+    divergence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """[n] nats, every response token of the step."""
+    student_entropy: float = math.nan
+    teacher_entropy: float = math.nan
+    agreement: float = math.nan
+    extra: dict[str, float] = field(default_factory=dict)
+    """With a `loss.token_share` below 1, the shares of tokens trained on and of the loss they hold;
+    with a `loss.skip_tolerance`, columns kept, GEMM units, bounds of the error and the nats the
+    loss lacks. Divergence and means are of all tokens all the same."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By phase: teacher, student (forward and backward), optimizer."""
     layout: Layout
-    """as given, or with the smaller forwards that fitted into memory"""
+    """As given, or with the smaller forwards that fitted into memory."""
 
-
-def teacher_hidden_states(
-    model: Any,
-    teacher: Teacher,
-    pairs: Sequence[Pair],
-    layout: Layout,
-    *,
-    ranks: Ranks = ALONE,
-) -> dict[int, torch.Tensor]:
-    """[n_i, D] per pair of this rank's: the teacher's hidden states at the response positions."""
-    device = read_head(model).weight.device
-    found: dict[int, torch.Tensor] = {}
-    with teacher.weights(), torch.no_grad(), autocast(device, layout.dtype):
-        for group in _groups(pairs, [p.teacher_length for p in pairs], layout, ranks):
-            ranks.check_stop()
-            chosen = [pairs[i] for i in group] or [_nothing(layout)]
-            batch = token_batch(
-                [(p.teacher_prompt_ids, p.response_ids) for p in chosen],
-                packed=layout.packed,
-                pad_id=layout.pad_id,
-                device=device,
-            )
-            rows = sharding.within(model, hidden_states, model, batch)
-            counts = [len(p.response_ids) for p in chosen]
-            # A clone, so that one kept row does not keep the whole forward's rows alive.
-            parts = [part.clone() for part in rows.split(counts)]
-            found.update(zip(group, parts, strict=False))
-    return found
-
-
-def _groups(
-    pairs: Sequence[Pair], lengths: Sequence[int], layout: Layout, ranks: Ranks
-) -> list[list[int]]:
-    """This rank's micro-batches of a step that every rank knows.
-
-    Ranks run in lockstep, so all have as many as the busiest; those of no pair stand at the end.
-    """
-    shares = balanced([p.student_length + p.teacher_length for p in pairs], ranks.size)
-    found = [
-        [
-            [share[j] for j in group]
-            for group in micro_batches(
-                [lengths[i] for i in share], max_tokens=layout.max_tokens, packed=layout.packed
-            )
-        ]
-        for share in shares
-    ]
-    most = max(len(groups) for groups in found)
-    mine = found[ranks.rank]
-    return mine + [[] for _ in range(most - len(mine))]
-
-
-def _nothing(layout: Layout) -> Pair:
-    """A row for a rank that has none; its token has weight 0."""
-    ids = [layout.pad_id]
-    return Pair(student_prompt_ids=ids, teacher_prompt_ids=ids, response_ids=ids)
+    def measures(self) -> dict[str, float | None]:
+        """Return what the record says of the update; JSON has no NaN, so null stands for it."""
+        kl, at = self.divergence.double(), torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
+        quantiles = torch.quantile(kl, at).tolist() if len(kl) else [math.nan] * 3
+        values = {
+            "loss_nats": self.loss,
+            **dict(zip(("kl_p50", "kl_p90", "kl_p99"), quantiles, strict=True)),
+            "student_entropy": self.student_entropy,
+            "teacher_entropy": self.teacher_entropy,
+            "agreement": self.agreement,
+            **self.extra,
+            "grad_norm": self.grad_norm,
+        }
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def update(
@@ -147,173 +80,106 @@ def update(
     *,
     ranks: Ranks = ALONE,
     sampled_finite: bool = True,
-    on_tokens: Callable[[int], None] = lambda n: None,
+    on_tokens: Callable[[int], Any] = lambda n: None,
     exact_value: bool = False,
 ) -> UpdateResult:
-    """Accumulate the gradient of the whole step and take one optimizer step, if it is finite.
+    """Take one optimizer step on the responses of a step, unless its gradient is not finite.
 
-    All ranks are given the same `pairs`, and each takes its share of them.
+    Args:
+        pairs: of the whole step, the same on every rank; each takes its share of them.
+        sampled_finite: False makes the loss NaN, for responses sampled from NaN logits.
+        on_tokens: is told of the response tokens that each micro-batch is through with.
+        exact_value: with a `loss.skip_tolerance`, loss and statistics from all columns.
 
-    `sampled_finite`: False makes the loss NaN, for responses that were sampled from NaN logits.
-    A forward or backward that runs out of memory takes nothing with it: the whole step is done
-    again in forwards of half the size. Raises TrainingError when they cannot be halved any more.
-    Of several ranks each raises OutOfMemoryError instead, parameters and optimizer untouched.
+    Raises:
+        TrainingError: one sequence a forward runs out of memory.
+        OutOfMemoryError: of several ranks one ran out of it; parameters and optimizer untouched.
     """
-    scored = [p for p in pairs if p.response_ids]
-    if not scored:
-        return _nothing_to_learn(layout)
-    while True:
-        optimizer.zero_grad(set_to_none=True)
-        started = time.perf_counter()
-        try:
-            kept = teacher_hidden_states(model, teacher, scored, layout, ranks=ranks)
-            teacher_done = time.perf_counter()
-            loss, whole_loss, stats = backward(
-                model, teacher, scored, kept, layout, config,
-                ranks=ranks, on_tokens=on_tokens, exact_value=exact_value,
-            )  # fmt: skip
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if ranks.size > 1:
-                _leave_together(error, model, ranks)
-        # Not in the handler: the error's frames hold the tensors that did not fit.
-        optimizer.zero_grad(set_to_none=True)
-        kept = {}
-        layout = _halved(layout, scored)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        print(
-            f"out of memory: the step again, at most {layout.max_tokens} tokens a forward",
-            file=sys.stderr,
-            flush=True,
+    seconds = dict.fromkeys(("teacher", "student", "optimizer"), 0.0)
+    if not any(p.response_ids for p in pairs):
+        return UpdateResult(seconds=seconds, layout=layout)
+
+    def gradient(layout: Layout) -> tuple[float, float, list[DivergenceStats]]:
+        began = time.perf_counter()
+        plan = plan_step(
+            pairs,
+            layout,
+            normalization=config.loss.normalization,
+            rank=ranks.rank,
+            ranks=ranks.size,
         )
+        teacher_hidden = teacher_pass(model, teacher, plan, ranks=ranks)
+        scored = time.perf_counter()
+        passed = student_pass(
+            model, teacher, plan, teacher_hidden, config,
+            ranks=ranks, on_tokens=on_tokens, exact_value=exact_value,
+        )  # fmt: skip
+        seconds["teacher"], seconds["student"] = scored - began, time.perf_counter() - scored
+        return passed
+
+    (loss, whole_loss, stats), layout = in_memory(gradient, layout, pairs, model, ranks)
     if not sampled_finite:
         loss = math.nan
-    student_done = time.perf_counter()
-    grad_norm = float(
-        sharding.full(
-            torch.nn.utils.clip_grad_norm_(
-                [p for p in model.parameters() if p.requires_grad], config.optim.grad_clip
-            )
-        )
-    )
-    skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
-    if not skipped:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    skipped_columns = _skipped_columns(stats, ranks) if config.loss.skip_tolerance else {}
-    kept_tokens = {}
-    if config.loss.token_share < 1:
-        counts = [len(p.response_ids) for p in scored]
-        share = sum(kept_count(n, config.loss.token_share) for n in counts) / sum(counts)
-        kept_tokens = {
-            "kept_tokens_share": share,
-            "kept_loss_share": loss / whole_loss if whole_loss else math.nan,
-        }
-        if skipped_columns:
-            # Those of the kept tokens, and of the pass that chose them.
-            skipped_columns["loss_gemm_units"] = 2 + share * skipped_columns["loss_gemm_units"]
-    measured = ranks.concat(_columns(stats))
-    means = measured.double().mean(0).tolist()
+    began = time.perf_counter()
+    grad_norm, skipped = step(model, optimizer, loss, config.optim.grad_clip)
+    seconds["optimizer"] = time.perf_counter() - began
+    columns = ranks.concat(_per_token(stats))
+    means = columns.double().mean(0).tolist()
     return UpdateResult(
         loss=loss,
         grad_norm=grad_norm,
         skipped=skipped,
-        divergence=measured[:, 0],
+        divergence=columns[:, 0],
         student_entropy=means[1],
         teacher_entropy=means[2],
         agreement=means[3],
-        kept_tokens=kept_tokens,
-        skipped_columns=skipped_columns,
-        seconds={
-            "teacher": teacher_done - started,
-            "student": student_done - teacher_done,
-            "optimizer": time.perf_counter() - student_done,
-        },
+        extra=_extra(loss, whole_loss, stats, pairs, config.loss, ranks),
+        seconds=seconds,
         layout=layout,
     )
 
 
-def _leave_together(error: Exception, model: Any, ranks: Ranks) -> NoReturn:
-    """Tell the others, who are on their way to the next micro-batch, and raise as they do.
-
-    With fsdp and outside the loss they are not: they wait within a layer for what this rank cannot
-    give any more, and no state can be gathered. The run then ends where its last checkpoint is.
-    """
-    if isinstance(error, OutOfMemoryError):
-        raise error
-    if sharding.is_sharded(model):
-        raise TrainingError(
-            f"{error}; with distributed.strategy fsdp nothing can be saved then, and the same "
-            f"command goes on from the last checkpoint (train.save_every). {ADVICE}"
-        ) from error
-    ranks.check_stop(out_of_memory=True)
-    raise AssertionError
-
-
-def _halved(layout: Layout, pairs: Sequence[Pair]) -> Layout:
-    """Half of the tokens in the step's largest forward that is of more than one sequence."""
-    largest = 0
-    for lengths in ([p.teacher_length for p in pairs], [p.student_length for p in pairs]):
-        for group in micro_batches(lengths, max_tokens=layout.max_tokens, packed=layout.packed):
-            if len(group) > 1:
-                width = [lengths[i] if layout.packed else lengths[group[0]] for i in group]
-                largest = max(largest, sum(width))
-    if not largest:
-        longest = max(max(p.teacher_length, p.student_length) for p in pairs)
-        raise TrainingError(
-            f"out of memory with one sequence of {longest} tokens a forward; nothing of the step "
-            "was applied. Set model.gradient_checkpointing true, lower rollout.max_new_tokens or "
-            "loss.workspace_bytes, or train an adapter (model.lora)"
-        )
-    return replace(layout, max_tokens=largest // 2)
+def teacher_pass(
+    model: Any, teacher: Teacher, plan: StepPlan, *, ranks: Ranks = ALONE
+) -> dict[int, torch.Tensor]:
+    """Score this rank's responses as the teacher: [n_i, D] hidden states of each pair, by index."""
+    device = read_head(model).weight.device
+    hidden: dict[int, torch.Tensor] = {}
+    with teacher.weights(), torch.no_grad(), autocast(device, plan.layout.dtype):
+        for group in plan.teacher_groups:
+            ranks.check_stop()
+            batch = plan.teacher_batch(group, device)
+            rows = shard.as_forward(model, hidden_states, model, batch)
+            # A clone, so that one kept row does not keep the whole forward's rows alive.
+            parts = [part.clone() for part in rows.split(list(batch.lengths))]
+            hidden.update(zip(group, parts, strict=False))
+    return hidden
 
 
-def _losses(
-    states: tuple[torch.Tensor, Head, torch.Tensor, Head],
-    token_weight: torch.Tensor,
-    lengths: Sequence[int],
-    config: LossConfig,
-    exact_value: bool,
-) -> tuple[torch.Tensor, torch.Tensor, DivergenceStats]:
-    """The loss to go back from, that of all tokens, and statistics of all."""
-    if config.token_share == 1:
-        loss, stats = distillation_loss(*states, token_weight, config, exact_value=exact_value)
-        return loss, loss.detach(), stats
-    kept_weight, every = select_tokens(*states, token_weight, lengths, config)
-    loss, stats = distillation_loss(*states, kept_weight, config, exact_value=exact_value)
-    per_token = {name: getattr(every, name) for name in _PER_TOKEN}
-    return loss, (token_weight * every.divergence).sum(), replace(stats, **per_token)
-
-
-def backward(
+def student_pass(
     model: Any,
     teacher: Teacher,
-    pairs: Sequence[Pair],
+    plan: StepPlan,
     teacher_hidden: Mapping[int, torch.Tensor],
-    layout: Layout,
     config: OPSDCConfig,
     *,
     ranks: Ranks = ALONE,
-    on_tokens: Callable[[int], None] = lambda n: None,
+    on_tokens: Callable[[int], Any] = lambda n: None,
     exact_value: bool = False,
 ) -> tuple[float, float, list[DivergenceStats]]:
-    """Student forward, loss and backward, micro-batch by micro-batch; gradients accumulate.
+    """Accumulate the gradient of the step: student forward, loss and backward, group by group.
 
     Returns the loss of the whole step in nats, what it would be of all tokens (the same unless
     `loss.token_share` leaves some out), and the statistics of each micro-batch of this rank's. The
     gradients are those of all ranks.
     """
-    weights = token_weights([len(p.response_ids) for p in pairs], config.loss.normalization)
     student_head = read_head(model)
     device, dim = student_head.weight.device, student_head.weight.shape[1]
     teacher_head = teacher.head()
     shared = teacher_head.weight is student_head.weight
-    sharded = sharding.is_sharded(model)
+    sharded = shard.is_sharded(model)
     if not shared:
-        teacher_head = sharding.full_head(teacher_head, layout.dtype)
+        teacher_head = shard.full_head(teacher_head, plan.layout.dtype)
 
     def divergence(
         batch: TokenBatch, teacher_rows: torch.Tensor, token_weight: torch.Tensor
@@ -336,41 +202,32 @@ def backward(
     losses: list[torch.Tensor] = []
     whole_losses: list[torch.Tensor] = []
     stats: list[DivergenceStats] = []
-    groups = _groups(pairs, [p.student_length for p in pairs], layout, ranks)
-    for done, group in enumerate(groups, 1):
+    for done, group in enumerate(plan.student_groups, 1):
         ranks.check_stop()
-        chosen = [pairs[i] for i in group] or [_nothing(layout)]
-        batch = token_batch(
-            [(p.student_prompt_ids, p.response_ids) for p in chosen],
-            packed=layout.packed,
-            pad_id=layout.pad_id,
-            device=device,
-        )
-        token_weight = torch.tensor(
-            [weights[i] for i in group for _ in pairs[i].response_ids] or [0.0], device=device
-        )
+        batch = plan.student_batch(group, device)
+        token_weight = plan.token_weights(group, device)
         teacher_rows = [teacher_hidden[i] for i in group] or [torch.zeros(1, dim, device=device)]
-        last = done == len(groups)
-        sharding.reduce_next(model, last or config.distributed.reduce_every_micro_batch)
-        with autocast(device, layout.dtype):
-            forward = sharding.within(
+        last = done == len(plan.student_groups)
+        shard.reduce_next(model, last or config.distributed.reduce_every_micro_batch)
+        with autocast(device, plan.layout.dtype):
+            forward = shard.as_forward(
                 model, divergence, batch, torch.cat(teacher_rows), token_weight
             )
         if sharded:
             # In the backward the others would wait for a rank whose loss found no memory.
             ranks.check_stop(out_of_memory=forward is None)
         assert forward is not None
-        loss, whole_loss, found = forward
+        loss, whole_loss, statistics = forward
         loss.backward()
         if group:
             losses.append(loss.detach())
             whole_losses.append(whole_loss)
-            stats.append(found)
-            on_tokens(sum(len(p.response_ids) for p in chosen))
+            stats.append(statistics)
+            on_tokens(sum(batch.lengths))
     if ranks.size > 1:
         # One more chance to say that the last backward did not fit.
         ranks.check_stop()
-    sharding.sum_gradients(model, ranks)
+    shard.sum_gradients(model, ranks)
 
     def total(values: list[torch.Tensor]) -> float:
         return ranks.sum(float(torch.stack(values).sum()) if values else 0.0)
@@ -378,9 +235,99 @@ def backward(
     return total(losses), total(whole_losses), stats
 
 
+def step(
+    model: Any, optimizer: torch.optim.Optimizer, loss: float, grad_clip: float
+) -> tuple[float, bool]:
+    """Clip the accumulated gradient and apply it, unless it or the loss is not finite.
+
+    Returns the norm before clipping, and whether the step was skipped.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    grad_norm = float(shard.full(torch.nn.utils.clip_grad_norm_(trained, grad_clip)))
+    skipped = not (math.isfinite(loss) and math.isfinite(grad_norm))
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm, skipped
+
+
+def make_optimizer(
+    model: Any, config: OPSDCConfig
+) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+    """AdamW over what is trained, and the learning rate of each step, counted from 1.
+
+    The rate is a pure function of the step, so that there is no scheduler to save.
+    """
+    settings = config.optim
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        weight_decay=settings.weight_decay,
+    )
+    name = settings.schedule
+    scheduler = get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=settings.warmup_steps,
+        num_training_steps=config.train.steps,
+    )
+    factor = scheduler.lr_lambdas[0]
+    return optimizer, lambda step: settings.lr * factor(step - 1)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Trained parameters are float32; a 16-bit forward casts them as it goes."""
+    """Compute the forward in `dtype`: trained parameters are float32 and are cast as it goes."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _losses(
+    states: tuple[torch.Tensor, Head, torch.Tensor, Head],
+    token_weight: torch.Tensor,
+    lengths: Sequence[int],
+    config: LossConfig,
+    exact_value: bool,
+) -> tuple[torch.Tensor, torch.Tensor, DivergenceStats]:
+    """The loss to go back from, that of all tokens, and statistics of all."""
+    if config.token_share == 1:
+        loss, stats = distillation_loss(*states, token_weight, config, exact_value=exact_value)
+        return loss, loss.detach(), stats
+    kept_weight, of_all = select_tokens(*states, token_weight, lengths, config)
+    loss, stats = distillation_loss(*states, kept_weight, config, exact_value=exact_value)
+    per_token = {name: getattr(of_all, name) for name in _PER_TOKEN}
+    return loss, (token_weight * of_all.divergence).sum(), replace(stats, **per_token)
+
+
+def _per_token(stats: Sequence[DivergenceStats]) -> torch.Tensor:
+    """[n, 4] float32: divergence, both entropies, agreement of every token of this rank's."""
+    if not stats:
+        return torch.empty(0, 4)
+    columns = [torch.cat([getattr(s, name) for s in stats]) for name in _PER_TOKEN]
+    return torch.stack([column.float() for column in columns], dim=1)
+
+
+def _extra(
+    loss: float,
+    whole_loss: float,
+    stats: Sequence[DivergenceStats],
+    pairs: Sequence[Pair],
+    config: LossConfig,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Measures of settings that leave tokens or columns out; empty where none does."""
+    extra = _skipped_columns(stats, ranks) if config.skip_tolerance else {}
+    if config.token_share == 1:
+        return extra
+    counts = [len(p.response_ids) for p in pairs if p.response_ids]
+    share = sum(kept_count(n, config.token_share) for n in counts) / sum(counts)
+    if extra:
+        # Those of the kept tokens, and of the pass that chose them.
+        extra["loss_gemm_units"] = 2 + share * extra["loss_gemm_units"]
+    kept = {
+        "kept_tokens_share": share,
+        "kept_loss_share": loss / whole_loss if whole_loss else math.nan,
+    }
+    return kept | extra
 
 
 def _skipped_columns(stats: Sequence[DivergenceStats], ranks: Ranks) -> dict[str, float]:
@@ -395,37 +342,12 @@ def _skipped_columns(stats: Sequence[DivergenceStats], ranks: Ranks) -> dict[str
         ]
         for s in stats
     ]
-    found = ranks.concat(torch.tensor(rows).reshape(-1, 2 + len(names))).double()
-    tokens = found[:, 0]
+    table = ranks.concat(torch.tensor(rows).reshape(-1, 2 + len(names))).double()
+    tokens = table[:, 0]
     return {
-        "kept_columns_share": float(tokens @ found[:, 1] / tokens.sum()),
-        "loss_gemm_units": float(tokens @ found[:, 2] / tokens.sum()),
-        "hidden_gradient_bound": float(found[:, 3].max()),
-        "weight_gradient_bound": float(found[:, 4].max()),
-        "kl_missing": float(found[:, 5].sum() / tokens.sum()),
+        "kept_columns_share": float(tokens @ table[:, 1] / tokens.sum()),
+        "loss_gemm_units": float(tokens @ table[:, 2] / tokens.sum()),
+        "hidden_gradient_bound": float(table[:, 3].max()),
+        "weight_gradient_bound": float(table[:, 4].max()),
+        "kl_missing": float(table[:, 5].sum() / tokens.sum()),
     }
-
-
-def _columns(stats: Sequence[DivergenceStats]) -> torch.Tensor:
-    """[n, 4] float32: divergence, both entropies, agreement of every token."""
-    if not stats:
-        return torch.empty(0, 4)
-    columns = [torch.cat([getattr(s, name) for s in stats]) for name in _PER_TOKEN]
-    return torch.stack([column.float() for column in columns], dim=1)
-
-
-def _nothing_to_learn(layout: Layout) -> UpdateResult:
-    nan = math.nan
-    return UpdateResult(
-        loss=nan,
-        grad_norm=nan,
-        skipped=True,
-        divergence=torch.empty(0),
-        student_entropy=nan,
-        teacher_entropy=nan,
-        agreement=nan,
-        kept_tokens={},
-        skipped_columns={},
-        seconds={"teacher": 0.0, "student": 0.0, "optimizer": 0.0},
-        layout=layout,
-    )

@@ -22,8 +22,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from opsdc.config import ModelConfig, OPSDCConfig
-from opsdc.method.batch import TokenBatch
-from opsdc.models.load import hidden_states, prepare_model, unwrap
+from opsdc.models.adapters import unwrap
+from opsdc.models.head import TokenBatch, hidden_states
+from opsdc.models.load import prepare_model
 
 # transformers makes no mask for an attention that it was given no mask function for.
 _UNMASKED = "opsdc_unmasked"

@@ -25,7 +25,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models import demo_model as embedded
-from opsdc.models.load import VARIABLE_LENGTH, read_head, unwrap
+from opsdc.models.adapters import unwrap
+from opsdc.models.head import read_head
+from opsdc.models.load import VARIABLE_LENGTH
 from opsdc.models.quantize import BYTES, elements
 from opsdc.planner.activations import activations, on_meta, read_architecture, read_model
 from opsdc_kernels import plan as kernels

@@ -5,8 +5,8 @@
 
 Both say in environment variables which process this is; without them a run is one process and
 nothing here does anything. Every rank runs the same loop on the same step. What ranks do apart
-(sampling, reading files) ends in `each`, where an error or a stop of one is everybody's; what they
-do in lockstep asks `check_stop`. Values travel as JSON: nothing is unpickled.
+(sampling, reading files) ends in `on_each_rank`, where an error or a stop of one is everybody's;
+what they do in lockstep asks `check_stop`. Values travel as JSON: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _KINDS: dict[str, type[Exception]] = {
 class Ranks:
     """The processes of a run. Of one process, every method gives back what it is given.
 
-    All ranks must make the same calls in the same order, but for `report` and what `each` runs.
+    All ranks must make the same calls in the same order, but for what `on_each_rank` runs.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
@@ -94,44 +94,53 @@ class Ranks:
         return value if self.size == 1 else self.gather(value if self.first else None)[0]
 
     def any(self, flag: bool) -> bool:
-        """True on all ranks if it is on one."""
-        return any(self.gather(flag))
+        """Return True on all ranks if the flag is set on one."""
+        return self.sum(float(flag)) > 0
 
     def sum(self, value: float) -> float:
-        """The sum over ranks, the same bits on all of them."""
-        return sum(self.gather(value))
+        """Return the sum over ranks, the same bits on all of them."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
 
-    def each(self, work: Callable[[], T]) -> list[T]:
-        """What `work()` gives on every rank; an error or a stop on one of them is raised on all.
+    def on_each_rank(self, work: Callable[[], T]) -> list[T]:
+        """Run `work()` on every rank and return all results, in rank order, on every rank.
 
-        `work` may take each rank another time, and must not talk to the others.
+        An error or a stop on one rank is raised on all. `work` may take each rank another time, and
+        must not talk to the others.
         """
         if self.size == 1:
             return [work()]
-        own: Exception | None = None
+        ours: Exception | None = None
         outcome: dict[str, Any]
         try:
             outcome = {"value": work()}
         except stop.Stopped as stopped:
             outcome = {"stopped": str(stopped)}
         except Exception as error:
-            own = error
+            ours = error
             kind = "OutOfMemoryError" if is_out_of_memory(error) else _kind(error)
             outcome = {"error": str(error) or type(error).__name__, "kind": kind}
-        found = self.gather(outcome)
-        for rank, other in enumerate(found):
-            if "error" in other:
-                if own is not None and other["kind"] != "OutOfMemoryError":
-                    raise own
-                raise _KINDS[other["kind"]](f"rank {rank}: {other['error']}") from own
-        for other in found:
-            if "stopped" in other:
-                raise stop.Stopped(other["stopped"])
-        return [other["value"] for other in found]
+        outcomes = self.gather(outcome)
+        for rank, theirs in enumerate(outcomes):
+            if "error" in theirs:
+                if ours is not None and theirs["kind"] != "OutOfMemoryError":
+                    raise ours
+                raise _KINDS[theirs["kind"]](f"rank {rank}: {theirs['error']}") from ours
+        for theirs in outcomes:
+            if "stopped" in theirs:
+                raise stop.Stopped(theirs["stopped"])
+        return [theirs["value"] for theirs in outcomes]
 
-    def alone(self, work: Callable[[], T]) -> T:
-        """What `work()` gives on the first rank, where alone it runs; errors as in `each`."""
-        return self.each(lambda: work() if self.first else None)[0]  # type: ignore[return-value]
+    def on_first_rank(self, work: Callable[[], T]) -> T:
+        """Run `work()` on the first rank and return its result on every rank.
+
+        Errors as in `on_each_rank`.
+        """
+        results = self.on_each_rank(lambda: work() if self.first else None)
+        return results[0]  # type: ignore[return-value]
 
     def check_stop(self, *, out_of_memory: bool = False) -> None:
         """`stop.check` at a place that all ranks pass: all leave there, or none.
@@ -178,7 +187,7 @@ class Ranks:
         return name or self._heard
 
     @contextlib.contextmanager
-    def one_voice(self) -> Iterator[None]:
+    def only_first_rank_prints(self) -> Iterator[None]:
         """Within the block only the first rank prints; the first that fails says so, by its name.
 
         What else then fails (a connection that the failed rank held) is its consequence, and ends

@@ -32,18 +32,14 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
 
 from opsdc.errors import CheckpointError
 from opsdc.method.teacher import Teacher
-from opsdc.ranks.shard import (
-    Tensors,
-    is_sharded,
-    like_parameter,
-    load_weights,
-    save_tensors,
-    save_weights,
-)
+from opsdc.ranks.files import Tensors, like_parameter, load_weights, save_tensors, save_weights
+from opsdc.ranks.shard import is_sharded
 from opsdc.ranks.talk import ALONE, Ranks
+from opsdc.record.lines import writing
 from opsdc.record.versions import versions
 
 T = TypeVar("T")
@@ -110,19 +106,19 @@ def save(
         _sync(root)
 
     try:
-        ranks.alone(prepare)
+        ranks.on_first_rank(prepare)
         save_weights(model, aside / _weights_folder(model), ranks)
         if not teacher.is_student:
             with teacher.weights():
                 save_weights(model, aside / "teacher", ranks)
         _save_optimizer(model, optimizer, aside, ranks)
         sealed = {**state, "step": step, "versions": software}
-        ranks.alone(lambda: _write_json(aside / "state.json", sealed))
+        ranks.on_first_rank(lambda: _write_json(aside / "state.json", sealed))
         # Every rank reads a share of the files back for their hashes.
-        files = ranks.alone(lambda: sorted(str(p) for p in aside.rglob("*") if p.is_file()))
+        files = ranks.on_first_rank(lambda: sorted(str(p) for p in aside.rglob("*") if p.is_file()))
         mine = [Path(file) for file in files[ranks.rank :: ranks.size]]
-        hashed = ranks.each(lambda: _hashed(mine, aside))
-        ranks.alone(lambda: finish({k: v for part in hashed for k, v in part.items()}))
+        hashed = ranks.on_each_rank(lambda: _hashed(mine, aside))
+        ranks.on_first_rank(lambda: finish({k: v for part in hashed for k, v in part.items()}))
     except (OSError, SafetensorError) as error:
         if ranks.first:
             with contextlib.suppress(OSError):  # a disk that became read-only, say
@@ -134,6 +130,19 @@ def save(
         shutil.rmtree(replaced, ignore_errors=True)
         _drop_old(root, final, keep)
     return final
+
+
+def write_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks = ALONE
+) -> None:
+    """Write an ordinary Hugging Face folder (with LoRA the adapter's), tokenizer included.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    with writing(folder):
+        save_weights(model, folder, ranks)
+        if ranks.first:
+            tokenizer.save_pretrained(str(folder))
 
 
 def _hashed(files: Sequence[Path], folder: Path) -> dict[str, Any]:
@@ -317,7 +326,7 @@ def _save_optimizer(
         save_tensors(tensors, folder, "optimizer", ranks)
     else:
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        ranks.alone(lambda: save_file(tensors, folder / "optimizer.safetensors"))
+        ranks.on_first_rank(lambda: save_file(tensors, folder / "optimizer.safetensors"))
 
 
 def _at_once(work: Callable[[Path], T], files: Iterable[Path]) -> list[T]:

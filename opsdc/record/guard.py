@@ -17,6 +17,7 @@ limit of 0.1 is about what chance does to so few, so let it stop a run only with
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,14 @@ class Finding:
 
     action: str
     text: str
+
+
+def apply(findings: Sequence[Finding]) -> str | None:
+    """Print findings; return "stop" or "rollback" where one of them ends the run."""
+    for finding in findings:
+        print(f"guard, {finding.action}: {finding.text}", file=sys.stderr, flush=True)
+    actions = {finding.action for finding in findings}
+    return next((action for action in ("rollback", "stop") if action in actions), None)
 
 
 def repeated_share(ids: Sequence[int]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import resource
 import sys
@@ -14,19 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    DefaultFlowCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
-from transformers.utils import logging as transformers_logging
 
 from opsdc.config import OPSDCConfig
-from opsdc.errors import CheckpointError
+from opsdc.errors import CheckpointError, ConfigError
+from opsdc.ranks.talk import Ranks
 
 
 class Lines:
@@ -53,6 +43,85 @@ class Lines:
             file.write("".join(map(_line, rows)))
             file.flush()
             os.fsync(file.fileno())
+
+
+class RunRecord:
+    """metrics.jsonl and rollouts.jsonl of a run, and its settings: one commit a step.
+
+    Raises ConfigError where ranks do not share the folder, CheckpointError where it cannot be
+    written.
+    """
+
+    def __init__(self, config: OPSDCConfig, *, after_step: int, ranks: Ranks) -> None:
+        self._folder, self._ranks = Path(config.output_dir), ranks
+        self._every, self._steps = config.log.every, config.train.steps
+        ranks.on_first_rank(lambda: self._describe(config))
+        ranks.on_each_rank(self._check_shared)
+        self.cut(after_step)
+        self.history = ranks.from_first(read_lines(self._folder / "metrics.jsonl"))
+        """Rows of metrics.jsonl so far."""
+
+    @property
+    def losses(self) -> list[float | None]:
+        """Loss of every step so far, None where it was not finite."""
+        return [row["loss_nats"] for row in self.history]
+
+    def cut(self, after_step: int) -> None:
+        """Drop the rows of later steps: a checkpoint has no others before it."""
+        self._metrics, self._responses = (
+            Lines(self._folder / name, after_step=after_step, writes=self._ranks.first)
+            for name in ("metrics.jsonl", "rollouts.jsonl")
+        )
+
+    def commit(
+        self, row: dict[str, Any], responses: Sequence[dict[str, Any]], *, refreshed: bool
+    ) -> dict[str, Any]:
+        """Append a step's responses and then its row, print it where it is due, and return it.
+
+        Both are on disk when this returns. The row is the first rank's on all of them, so that
+        guards decide alike.
+        """
+        row = self._ranks.from_first(row)
+        self._responses.write(*responses)
+        self._metrics.write(row)
+        self.history.append(row)
+        if is_due(self._every, row["step"]) or row["step"] == self._steps:
+            print(step_line(row, self._steps, refreshed), flush=True)
+        return row
+
+    def _describe(self, config: OPSDCConfig) -> None:
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._folder / "config.yaml", config.to_yaml())
+
+    def _check_shared(self) -> None:
+        if not (self._folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"output_dir {self._folder} is not the folder that rank 0 sees under this name; "
+                "with several nodes it must lie on storage that all of them share"
+            )
+
+
+def is_due(every: int, step: int) -> bool:
+    """Return True at every so many steps; at none where `every` is 0."""
+    return every > 0 and step % every == 0
+
+
+def step_line(row: dict[str, Any], steps: int, refreshed: bool) -> str:
+    """Say in one printed line what a row of metrics.jsonl holds."""
+
+    def show(key: str, spec: str) -> str:
+        return "–" if row[key] is None else format(row[key], spec)
+
+    return (
+        f"step {row['step']:>{len(str(steps))}}/{steps}"
+        f"  loss {show('loss_nats', '.4f')} nats/token"
+        f"  entropy {show('student_entropy', '.2f')}"
+        f"  response {show('response_tokens_mean', '.1f')} tokens"
+        f"  truncated {100 * row['truncated_share']:.0f} %"
+        f"  grad {show('grad_norm', '.2f')}"
+        f"  {row['perf/seconds_step']:.0f} s" + ("  teacher refreshed" if refreshed else "")
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -102,55 +171,9 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def finite(value: float) -> float | None:
-    """JSON has no NaN: a mean over nothing is null."""
-    return value if math.isfinite(value) else None
-
-
 def peak_mib() -> float:
     """Peak memory of this process so far: the GPU's allocator where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-class Callbacks:
-    """`transformers.TrainerCallback`s around our loop, trackers of `log.report_to` included."""
-
-    def __init__(
-        self,
-        config: OPSDCConfig,
-        callbacks: Sequence[TrainerCallback],
-        model: Any,
-        tokenizer: Any,
-        optimizer: torch.optim.Optimizer,
-        *,
-        first: bool = True,
-    ) -> None:
-        found = get_reporting_integration_callbacks(list(config.log.report_to))
-        trackers = [c() if isinstance(c, type) else c for c in found]
-        self._handler = CallbackHandler(
-            [DefaultFlowCallback(), *trackers, *callbacks], model, tokenizer, optimizer, None
-        )
-        # It warns of a process group that is not its own; and ranks on a CPU are none to it.
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        self._args = TrainingArguments(
-            output_dir=config.output_dir,
-            max_steps=config.train.steps,
-            learning_rate=config.optim.lr,
-            logging_steps=config.log.every,
-            seed=config.seed,
-            report_to="none",
-            run_name=Path(config.output_dir).name,
-        )
-        transformers_logging.set_verbosity(verbosity)
-        self._state = TrainerState(max_steps=config.train.steps, is_world_process_zero=first)
-        self._control = TrainerControl()
-
-    def emit(self, event: str, *, step: int, **kwargs: Any) -> bool:
-        """Send one event ("on_step_end", ...); True when a callback asks training to stop."""
-        self._state.global_step = step
-        self._handler.call_event(event, self._args, self._state, self._control, **kwargs)
-        return self._control.should_training_stop

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -17,8 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from opsdc.models.load import unwrap
-from opsdc.progress import Progress
+from opsdc.models.adapters import unwrap
 from opsdc.ranks import stop
 from opsdc.rollout.base import Request, Rollout, SamplingParams, stream_seed
 
@@ -64,7 +64,8 @@ class HFSampler:
         # Prompts of like length share a batch: less left padding.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
         groups = [order[i : i + params.batch_size] for i in range(0, len(order), params.batch_size)]
-        progress = Progress(label, total=len(groups) * params.max_new_tokens, unit="position")
+        positions = len(groups) * params.max_new_tokens
+        progress = tqdm(total=positions, desc=label, unit="position", leave=False, delay=2)
         try:
             if checkpointed:
                 self._model.gradient_checkpointing_disable()
@@ -72,7 +73,8 @@ class HFSampler:
             with torch.compiler.set_stance("force_eager"):
                 for done, group in enumerate(groups):
                     rollouts += self._generate([requests[i] for i in group], params, progress)
-                    progress.jump((done + 1) * params.max_new_tokens)
+                    # A batch may end early.
+                    progress.update((done + 1) * params.max_new_tokens - progress.n)
         finally:
             progress.close()
             base.generation_config = own_config
@@ -84,7 +86,7 @@ class HFSampler:
 
     @torch.no_grad()
     def _generate(
-        self, requests: Sequence[Request], params: SamplingParams, progress: Progress
+        self, requests: Sequence[Request], params: SamplingParams, progress: tqdm
     ) -> list[Rollout]:
         device = unwrap(self._model).device
         longest = max(len(r.prompt_ids) for r in requests)
@@ -193,10 +195,10 @@ class _ChosenLogprobs(LogitsProcessor):
 
 
 class _Advance(LogitsProcessor):
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: tqdm) -> None:
         self._progress = progress
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         stop.check()
-        self._progress.advance()
+        self._progress.update()
         return scores

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from opsdc.ranks import shard as sharding
+from opsdc.ranks import shard
 from opsdc.ranks.talk import Ranks
 from opsdc.rollout.base import Request, Rollout, Sampler, SamplingParams
 
@@ -51,8 +51,8 @@ class RankedSampler:
 
         with contextlib.ExitStack() as gathered:
             if self._model is not None:
-                gathered.enter_context(sharding.whole(self._model))
-            shares = ranks.each(sample)
+                gathered.enter_context(shard.gathered(self._model))
+            shares = ranks.on_each_rank(sample)
         rollouts: dict[int, Rollout] = {}
         for rank, share in enumerate(shares):
             for i, fields in zip(order[rank :: ranks.size], share, strict=True):

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config import OPSDCConfig
-from opsdc.models.load import architecture, unwrap
+from opsdc.models.adapters import architecture, unwrap
 from opsdc.ranks.talk import ALONE, Ranks
 from opsdc.rollout.base import Sampler
 from opsdc.rollout.hf import HFSampler, eos_token_ids
@@ -79,5 +79,5 @@ def _start_engine(config: OPSDCConfig, model: Any, ranks: Ranks) -> Engine:
         nonlocal server
         server = connect(config, base)
 
-    ranks.alone(start)
+    ranks.on_first_rank(start)
     return SharedServer(server, ranks)

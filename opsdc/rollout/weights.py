@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from opsdc.errors import ModelError, WeightSyncError
 from opsdc.models import quantize
-from opsdc.models.load import unwrap
+from opsdc.models.adapters import unwrap
 from opsdc.ranks.shard import full, is_sharded
 
 _SHARD_BYTES = 1 << 30

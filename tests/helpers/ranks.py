@@ -64,13 +64,13 @@ def free_port():
 def _serve(pipe, variables, function, arguments):
     import torch
 
-    from opsdc.ranks import talk as distributed
+    from opsdc.ranks import talk
 
     os.environ |= variables
     torch.set_num_threads(1)
     try:
         found = function(*arguments)
-        distributed.leave()
+        talk.leave()
     except Exception as error:
         error.args = (f"{error}\n{traceback.format_exc()}",)
         found = error
@@ -135,24 +135,23 @@ class Run:
 
     def __init__(self, settings):
         import torch
-        from helpers.tiny import tiny_model
 
+        from helpers.tiny import tiny_model
         from opsdc.config import OPSDCConfig
+        from opsdc.method.batch import Layout
         from opsdc.method.teacher import Teacher
-        from opsdc.method.update import Layout
         from opsdc.models.load import prepare_model
-        from opsdc.ranks import shard as sharding
-        from opsdc.ranks import talk as distributed
+        from opsdc.ranks import shard, talk
 
         settings = dict(settings)
         kind, tied = settings.pop("kind", "llama"), settings.pop("tied", True)
         self.config = OPSDCConfig.from_dict(settings)
-        self.ranks = distributed.join(self.config.distributed)
+        self.ranks = talk.join(self.config.distributed)
         torch.manual_seed(0)
         self.model = prepare_model(
             tiny_model(kind, tied=tied, initializer_range=0.15), self.config.model
         )
-        sharding.place(self.model, self.config, self.ranks)
+        shard.shard_(self.model, self.config, self.ranks)
         self.model.train()
         self.teacher = Teacher(self.model, self.config.teacher)
         self.optimizer = torch.optim.AdamW(
@@ -253,10 +252,9 @@ def talk():
 
     from opsdc import errors
     from opsdc.config import DistributedConfig
-    from opsdc.ranks import stop
-    from opsdc.ranks import talk as distributed
+    from opsdc.ranks import stop, talk
 
-    ranks = distributed.join(DistributedConfig())
+    ranks = talk.join(DistributedConfig())
     rank = ranks.rank
     found = {
         "gathered": ranks.gather({"rank": rank}),
@@ -271,7 +269,7 @@ def talk():
             raise errors.ConfigError("no")
 
     try:
-        ranks.each(fail)
+        ranks.on_each_rank(fail)
     except errors.ConfigError as error:
         found["error"] = (type(error).__name__, str(error))
 
@@ -280,7 +278,7 @@ def talk():
             raise stop.Stopped("SIGTERM")
 
     try:
-        ranks.each(ask)
+        ranks.on_each_rank(ask)
     except stop.Stopped as stopped:
         found["stopped"] = str(stopped)
     return found

@@ -5,13 +5,13 @@ import peft
 import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen3.modeling_qwen3
-from helpers.tiny import byte_tokenizer
 from transformers import GenerationMixin, Trainer
 
 import opsdc.cli
 import opsdc.eval.report
 import opsdc.train
 import opsdc_kernels.chunked_op
+from helpers.tiny import byte_tokenizer
 
 torch.set_num_threads(1)
 byte_tokenizer()

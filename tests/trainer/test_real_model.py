@@ -8,10 +8,11 @@ import torch
 from opsdc import checks as preflight
 from opsdc.config import OPSDCConfig, TeacherConfig
 from opsdc.data.prompted import prompted_sets
-from opsdc.method.batch import Pair
+from opsdc.method.batch import Layout, Pair
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import Layout, backward, teacher_hidden_states
-from opsdc.models.load import load_model, load_tokenizer, read_head
+from opsdc.method.update import backward, teacher_hidden_states
+from opsdc.models.head import read_head
+from opsdc.models.load import load_model, load_tokenizer
 from opsdc.rollout.base import Request, SamplingParams, difference
 from opsdc.rollout.hf import HFSampler
 

@@ -28,18 +28,13 @@ from typing import Any, TypeVar
 
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError, OPSDCError, RolloutError, WeightSyncError
-from opsdc.models.load import architecture
+from opsdc.models.adapters import architecture
 from opsdc.ranks import stop
 from opsdc.record.versions import check_vllm
 from opsdc.rollout.base import SamplingParams
 from opsdc.rollout.vllm import wire
-from opsdc.rollout.vllm.engine import (
-    Batch,
-    EngineOptions,
-    Sampled,
-    engine_options,
-    refuse_environment,
-)
+from opsdc.rollout.vllm.engine import engine_options, refuse_environment
+from opsdc.rollout.vllm.messages import Batch, EngineOptions, Sampled
 from opsdc.rollout.vllm.server import KEY_VARIABLE, PROTOCOL, check_place
 from opsdc.rollout.weights import Weights, write_weights
 

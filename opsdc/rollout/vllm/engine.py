@@ -9,59 +9,24 @@ import math
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError
-from opsdc.progress import Progress
 from opsdc.ranks import stop
 from opsdc.ranks.talk import ALONE, Ranks
 from opsdc.record.versions import check_vllm
 from opsdc.rollout.base import SamplingParams
+from opsdc.rollout.vllm.messages import Batch, EngineOptions, Sampled
 
 # Both open vLLM to code from outside, and nothing here needs them.
 _REFUSED = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE")
 _CPU_BLOCK = 128
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EngineOptions:
-    """What an engine is built from; plain values, so that they can be sent to another process."""
-
-    folder: str
-    """Holds the model's config.json; weights come by pushes alone."""
-    dtype: str
-    vocab_size: int
-    max_model_len: int
-    """Tokens of the longest prompt and response together."""
-    max_num_seqs: int
-    memory_share: float
-    trust_remote_code: bool
-    sleeps: bool
-    """Frees the device's memory between batches (GPU), because a trainer needs it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampled:
-    ids: Sequence[int]
-    logprobs: Sequence[float]
-    """Of `ids`, at temperature 1, before top-p and top-k."""
-    finished: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
-    """Responses, and what proves by which weights they were sampled."""
-
-    weights_id: str
-    probe: Sequence[float]
-    """Log-probabilities of the probe under the weights that sampled `rows`."""
-    rows: Sequence[Sampled]
 
 
 class VLLMEngine:
@@ -192,7 +157,8 @@ class VLLMEngine:
         self._count += len(prompts)
         rounds = math.ceil(len(prompts) / self.options.max_num_seqs)
         total = rounds * max(s.max_tokens for s in settings)
-        progress = Progress(f"vLLM, {len(prompts)} responses", total=total, unit="position")
+        label = f"vLLM, {len(prompts)} responses"
+        progress = tqdm(total=total, desc=label, unit="position", leave=False, delay=2)
         done: dict[str, Any] = {}
         try:
             for name, ids, setting in zip(names, prompts, settings, strict=True):
@@ -201,7 +167,7 @@ class VLLMEngine:
             while engine.has_unfinished_requests():
                 stop.check()
                 done |= {output.request_id: output for output in engine.step()}
-                progress.advance()
+                progress.update()
         except BaseException:
             # What is left would be in the way of the next batch.
             engine.abort_request(names)

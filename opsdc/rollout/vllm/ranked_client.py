@@ -19,7 +19,7 @@ from pathlib import Path
 from opsdc.ranks.talk import Ranks
 from opsdc.rollout.base import SamplingParams
 from opsdc.rollout.vllm.client import VLLMServer
-from opsdc.rollout.vllm.engine import Batch, Sampled
+from opsdc.rollout.vllm.messages import Batch, Sampled
 from opsdc.rollout.weights import Weights, write_weights
 
 
@@ -45,7 +45,7 @@ class SharedServer:
             assert self._server is not None
             return self._server.load(gathered, weights_id, probe)
 
-        return self._ranks.alone(push)
+        return self._ranks.on_first_rank(push)
 
     def sample(
         self,
@@ -60,7 +60,7 @@ class SharedServer:
             batch = self._server.sample(prompts, seeds, params, eos_ids, probe)
             return dataclasses.asdict(batch)
 
-        fields = self._ranks.alone(ask)
+        fields = self._ranks.on_first_rank(ask)
         rows = [Sampled(**row) for row in fields.pop("rows")]
         return Batch(rows=rows, **fields)
 

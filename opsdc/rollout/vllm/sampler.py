@@ -16,7 +16,7 @@ import torch
 from opsdc.errors import RolloutError, WeightSyncError
 from opsdc.ranks import stop
 from opsdc.rollout.base import AGREEMENT, Request, Rollout, SamplingParams, difference, stream_seed
-from opsdc.rollout.vllm.engine import Batch
+from opsdc.rollout.vllm.messages import Batch
 from opsdc.rollout.weights import Weights, sequence_logprobs
 
 # The engine against itself, same weights and same probe: nothing but the order of sums may differ.

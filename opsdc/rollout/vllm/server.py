@@ -37,7 +37,8 @@ from opsdc.errors import ConfigError
 from opsdc.models import demo_model as embedded
 from opsdc.rollout.base import SamplingParams
 from opsdc.rollout.vllm import wire
-from opsdc.rollout.vllm.engine import EngineOptions, VLLMEngine, engine_options
+from opsdc.rollout.vllm.engine import VLLMEngine, engine_options
+from opsdc.rollout.vllm.messages import EngineOptions
 
 KEY_VARIABLE = "OPSDC_SERVER_KEY"
 PROTOCOL = 1

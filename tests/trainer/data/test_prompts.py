@@ -11,14 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from opsdc.data.prompts import (
-    DAPO_FORMAT,
-    DAPO_REMINDER,
-    build_prompts,
-    dapo_prompt,
-    load_instruction,
-)
-from opsdc.data.sources import Problem
+from opsdc.data.problem import Problem
+from opsdc.data.prompts import build_prompts, load_instruction
+from opsdc.data.text import DAPO_FORMAT, DAPO_REMINDER, dapo_prompt
 from opsdc.errors import ConfigError, DataError, ModelError
 
 INSTRUCTION = "Be concise. Reply with one short sentence."

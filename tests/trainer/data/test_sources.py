@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsdc.data.sources import Problem, ProblemSet, load_problems, problems_from_rows
+from opsdc.data.problem import Problem, ProblemSet
+from opsdc.data.sources import load_problems, problems_from_rows
 from opsdc.errors import ConfigError, DataError
 
 

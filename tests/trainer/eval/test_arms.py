@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from opsdc.errors import DataError
-from opsdc.eval.arms import Answer, by_difficulty, compare, headline
+from opsdc.eval.answers import Answer, headline
+from opsdc.eval.compare import by_difficulty, compare
 
 
 def answers(tokens, correct, samples=1, truncated=None):

@@ -15,18 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsdc.data.sources import Problem, load_problems
+from opsdc.data.problem import Problem
+from opsdc.data.sources import load_problems
+from opsdc.data.text import last_boxed
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval import grader
-from opsdc.eval.scorers import (
-    SCORERS,
-    Score,
-    last_answer_line,
-    last_boxed,
-    last_number,
-    same_answer,
-    score,
-)
+from opsdc.eval.scorers import SCORERS, Score, last_answer_line, last_number, same_answer, score
 
 
 def problem(answer: str | None, **fields) -> Problem:

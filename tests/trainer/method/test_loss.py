@@ -5,7 +5,7 @@ import torch
 
 from opsdc.config import LossConfig
 from opsdc.method.loss import distillation_loss, select_tokens
-from opsdc.models.load import Head
+from opsdc.models.head import Head
 
 LENGTHS = (50, 20, 0, 30)
 N, D, V = sum(LENGTHS), 32, 3000

@@ -4,7 +4,7 @@ from helpers.tiny import tiny_model
 
 from opsdc.config import TeacherConfig
 from opsdc.method.teacher import Teacher
-from opsdc.models.load import read_head
+from opsdc.models.head import read_head
 
 
 def snapshot(model):

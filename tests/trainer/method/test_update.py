@@ -12,9 +12,9 @@ from helpers.tiny import tiny_model
 
 from opsdc.config import OPSDCConfig, TeacherConfig
 from opsdc.errors import TrainingError
-from opsdc.method.batch import Pair
+from opsdc.method.batch import Layout, Pair
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import Layout, backward, teacher_hidden_states, update
+from opsdc.method.update import backward, teacher_hidden_states, update
 
 module = sys.modules["opsdc.method.update"]
 

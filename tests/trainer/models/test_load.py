@@ -22,10 +22,11 @@ from transformers import (
 
 from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
 from opsdc.errors import ModelError
-from opsdc.method.batch import Pair, token_batch
+from opsdc.method.batch import Layout, Pair, token_batch
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import Layout, backward, teacher_hidden_states
-from opsdc.models.load import check_head, hidden_states, load_model, prepare_model, read_head
+from opsdc.method.update import backward, teacher_hidden_states
+from opsdc.models.head import check_head, hidden_states, read_head
+from opsdc.models.load import load_model, prepare_model
 
 SIZES = dict(  # noqa: C408
     vocab_size=264,

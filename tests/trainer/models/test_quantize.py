@@ -12,7 +12,8 @@ from helpers.vllm import assert_synchronized, measure, needs_vllm, small_folder
 from opsdc.config import ModelConfig, OPSDCConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models import quantize
-from opsdc.models.load import load_model, prepare_model, read_head
+from opsdc.models.head import read_head
+from opsdc.models.load import load_model, prepare_model
 from opsdc.planner.activations import on_meta
 from opsdc.planner.plan import make_plan, sizes_of
 from opsdc.rollout.weights import named_weights

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
 from opsdc.errors import CheckpointError
-from opsdc.method.batch import Pair
+from opsdc.method.batch import Layout, Pair
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import Layout, update
+from opsdc.method.update import update
 from opsdc.models.load import load_weights, prepare_model, save_weights
 from opsdc.record import checkpoint
 

@@ -20,7 +20,7 @@ from opsdc.ranks import stop
 from opsdc.rollout.base import Request, SamplingParams
 from opsdc.rollout.vllm import wire
 from opsdc.rollout.vllm.client import VLLMServer
-from opsdc.rollout.vllm.engine import EngineOptions
+from opsdc.rollout.vllm.messages import EngineOptions
 from opsdc.rollout.vllm.sampler import VLLMSampler
 from opsdc.rollout.vllm.server import check_place
 from opsdc.rollout.weights import sequence_logprobs

@@ -24,7 +24,8 @@ from opsdc.errors import ConfigError, RolloutError
 from opsdc.record.versions import check_vllm
 from opsdc.rollout.base import Request, SamplingParams
 from opsdc.rollout.start import start_sampler
-from opsdc.rollout.vllm.engine import EngineOptions, VLLMEngine
+from opsdc.rollout.vllm.engine import VLLMEngine
+from opsdc.rollout.vllm.messages import EngineOptions
 from opsdc.rollout.weights import sequence_logprobs
 from opsdc.train import OPSDCTrainer
 

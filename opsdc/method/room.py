@@ -1,0 +1,96 @@
+"""Out of memory: the whole step again in smaller forwards, or together out of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn, TypeVar
+
+import torch
+
+from opsdc.errors import OutOfMemoryError, TrainingError
+from opsdc.method.batch import Layout, Pair, micro_batches
+from opsdc.ranks import shard
+from opsdc.ranks.talk import Ranks, is_out_of_memory
+
+T = TypeVar("T")
+
+ADVICE = (
+    "Lower train.max_tokens_per_micro_batch, rollout.batch_size or loss.workspace_bytes, set "
+    "model.gradient_checkpointing true or distributed.strategy fsdp, or train an adapter "
+    "(model.lora): `opsdc plan` says what fits"
+)
+"""Remedies for ranks that ran out of memory."""
+
+
+def in_memory(
+    work: Callable[[Layout], T], layout: Layout, pairs: Sequence[Pair], model: Any, ranks: Ranks
+) -> tuple[T, Layout]:
+    """Run `work(layout)`, which accumulates gradients, in forwards small enough for the memory.
+
+    A run that finds no memory takes nothing with it: gradients are dropped and the whole step is
+    done again in forwards of half the size. Returns the result and the layout that fitted.
+
+    Raises TrainingError where forwards cannot be halved any more, and as `_leave_together` where
+    other ranks are there.
+    """
+    while True:
+        _drop_gradients(model)
+        try:
+            return work(layout), layout
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if ranks.size > 1:
+                _leave_together(error, model, ranks)
+        # Not in the handler: the error's frames hold the tensors that did not fit.
+        _drop_gradients(model)
+        layout = _halved(layout, [p for p in pairs if p.response_ids])
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(
+            f"out of memory: the step again, at most {layout.max_tokens} tokens a forward",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _drop_gradients(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _leave_together(error: Exception, model: Any, ranks: Ranks) -> NoReturn:
+    """Tell the others, who are on their way to the next micro-batch, and raise as they do.
+
+    With fsdp and outside the loss they are not: they wait within a layer for what this rank cannot
+    give any more, and no state can be gathered. The run then ends where its last checkpoint is.
+    """
+    if isinstance(error, OutOfMemoryError):
+        raise error
+    if shard.is_sharded(model):
+        raise TrainingError(
+            f"{error}; with distributed.strategy fsdp nothing can be saved then, and the same "
+            f"command goes on from the last checkpoint (train.save_every). {ADVICE}"
+        ) from error
+    ranks.check_stop(out_of_memory=True)
+    raise AssertionError
+
+
+def _halved(layout: Layout, pairs: Sequence[Pair]) -> Layout:
+    """Half of the tokens in the step's largest forward that is of more than one sequence."""
+    largest = 0
+    for lengths in ([p.teacher_length for p in pairs], [p.student_length for p in pairs]):
+        for group in micro_batches(lengths, max_tokens=layout.max_tokens, packed=layout.packed):
+            if len(group) > 1:
+                width = [lengths[i] if layout.packed else lengths[group[0]] for i in group]
+                largest = max(largest, sum(width))
+    if not largest:
+        longest = max(max(p.teacher_length, p.student_length) for p in pairs)
+        raise TrainingError(
+            f"out of memory with one sequence of {longest} tokens a forward; nothing of the step "
+            "was applied. Set model.gradient_checkpointing true, lower rollout.max_new_tokens or "
+            "loss.workspace_bytes, or train an adapter (model.lora)"
+        )
+    return replace(layout, max_tokens=largest // 2)

@@ -1,0 +1,45 @@
+"""Adapters of PEFT around a model: attach one, and see the model inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from opsdc.config import LoRAConfig
+from opsdc.errors import ModelError
+
+
+def with_adapter(model: PreTrainedModel, lora: LoRAConfig) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError('model.lora needs peft: pip install "opsdc[lora]"') from error
+    head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            target_modules=lora.target_modules,
+            task_type="CAUSAL_LM",
+        ),
+    )
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ModelError(
+            f"model.lora.target_modules {lora.target_modules!r} puts an adapter on the head "
+            f"'{head}', whose product the fused loss does not see; name other modules or use "
+            "'all-linear'"
+        )
+    return adapted
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def architecture(model: Any) -> str:
+    """The name of the transformers class, which FSDP replaces by a class of its own."""
+    return type(unwrap(model)).__name__.removeprefix("FSDP")
