@@ -237,8 +237,9 @@ def _train(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
     if arguments.dry_run:
         from opsdc.planner.dry_run import dry_run
+        from opsdc.train import OPSDCTrainer
 
-        dry_run(config)
+        dry_run(config, OPSDCTrainer)
         return 0
     from opsdc.ranks import stop
 

@@ -22,7 +22,7 @@ from opsdc.config import OPSDCConfig
 from opsdc.data.prompted import prompted_sets
 from opsdc.errors import OutOfMemoryError
 from opsdc.eval.answers import Answer
-from opsdc.eval.arms import HeldOut
+from opsdc.eval.arms import Arms
 from opsdc.eval.report import finish_run
 from opsdc.method.batch import Layout
 from opsdc.method.room import ADVICE
@@ -67,7 +67,9 @@ class OPSDCTrainer:
         self.ranks = talk.join(config.distributed)
         module, self.tokenizer, settings = receive_model(model, config.model, processing_class)
         self.config = config = replace(config, model=settings)
-        self.problems, held_out = prompted_sets(config, self.tokenizer, train_dataset, eval_dataset)
+        self.problems, self.held_out = prompted_sets(
+            config, self.tokenizer, train_dataset, eval_dataset
+        )
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)
         self.model = prepare_model(module, config.model)
@@ -78,7 +80,7 @@ class OPSDCTrainer:
         self.sampler = start_sampler(
             config, self.model, self.tokenizer, self.problems[0].prompts.student_ids, self.ranks
         )
-        self.held_out = HeldOut(held_out, self.sampler, self.tokenizer, config, self.ranks)
+        self.arms = Arms(self.held_out, self.sampler, self.tokenizer, config, self.ranks)
         self.state = RunState(self.model, self.teacher, self.optimizer, config, self.ranks)
         self.callbacks, self.out_of_memory = list(callbacks or []), 0
 
@@ -183,10 +185,10 @@ class OPSDCTrainer:
             config, self.callbacks, self.model, self.tokenizer, self.optimizer, first=ranks.first
         )
         if state.step == 0:
-            self.held_out.answer_as_base()
+            self.arms.answer_as_base()
         verdict = guard.apply(guard.check_steps(self.record.history, config.guard))
         # The run before may have ended between a step and its evaluation.
-        verdict = verdict or self.held_out.judge(state.step, self.events.emit, again=False)
+        verdict = verdict or self.arms.judge(state.step, self.events.emit, again=False)
         self.events.emit("on_train_begin", step=state.step)
         return layout, verdict
 
@@ -200,7 +202,7 @@ class OPSDCTrainer:
         if is_due(config.train.save_every, step):
             self.state.save()
             events.emit("on_save", step=step)
-        return self.held_out.judge(step, events.emit)
+        return self.arms.judge(step, events.emit)
 
     def _end(self, verdict: str | None) -> dict[str, Any]:
         """Leave the trained model, its answers, the summary and the picture behind."""
@@ -212,7 +214,7 @@ class OPSDCTrainer:
         for event in ("on_save", "on_train_end"):
             self.events.emit(event, step=state.step)
         self.save_model(output_dir / "model")
-        self.held_out.answer("trained")
+        self.arms.answer("trained")
         facts = {
             "steps": state.step,
             "seconds": round(time.perf_counter() - self.started, 1),
@@ -222,8 +224,8 @@ class OPSDCTrainer:
         return self.ranks.on_first_rank(lambda: finish_run(output_dir, self.config, facts))
 
     def evaluate(self, name: str, *, arm: str = "student") -> list[Answer]:
-        """Answer the held-out problems with the model as it is, see `HeldOut.answer`."""
-        return self.held_out.answer(name, arm=arm)
+        """Answer the held-out problems with the model as it is, see `Arms.answer`."""
+        return self.arms.answer(name, arm=arm)
 
     def save_model(self, folder: str | Path) -> None:
         """Write an ordinary Hugging Face folder (with LoRA the adapter's), tokenizer included."""

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from opsdc.errors import ConfigError, DataError
 
 
@@ -98,6 +96,8 @@ class ProblemSet:
 
 def _permutation(n: int, seed: int, draw: int) -> list[int]:
     """Draw number `draw` of the seed: 0 holds problems out, the epochs count from 1."""
+    import numpy as np  # here: `opsdc --help` and plain data checks do without
+
     return np.random.default_rng((seed, draw)).permutation(n).tolist()
 
 

@@ -28,8 +28,8 @@ from opsdc.rollout.base import Sampler
 from opsdc.rollout.hf import HFSampler
 
 
-class HeldOut:
-    """The held-out problems of a run, answered arm by arm; every answer is kept under `eval/`."""
+class Arms:
+    """Answers of base, told and trained to the held-out problems of a run, kept under `eval/`."""
 
     def __init__(
         self,

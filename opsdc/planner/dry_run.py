@@ -7,7 +7,9 @@ random weights, and problems of our own: nothing is downloaded, nothing is left 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -39,8 +41,11 @@ _TEMPLATE = (
 )
 
 
-def dry_run(config: OPSDCConfig) -> None:
-    """Print the plan for this machine, then train one step; raises what a run would raise."""
+def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
+    """Print the plan for this machine, then train one step; raises what a run would raise.
+
+    trainer: `OPSDCTrainer`, which stands above this file.
+    """
     on_gpu = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else None
     print(report(config, memory_bytes=memory, gpus=1, tflops=600.0)[1], flush=True)
@@ -51,7 +56,6 @@ def dry_run(config: OPSDCConfig) -> None:
     print(f"\none step of a twin: {type(twin).__name__}, two layers, {whose}", flush=True)
     if config.rollout.engine != "hf":
         print(f"rollout.engine {config.rollout.engine} is not started: hf samples instead")
-    from opsdc.train import OPSDCTrainer
 
     with tempfile.TemporaryDirectory(prefix="opsdc-dry-run-") as folder:
         small = _small(config, folder, on_gpu)
@@ -61,7 +65,7 @@ def dry_run(config: OPSDCConfig) -> None:
             place = f"{folder}/twin"
             twin.save_pretrained(place)
             twin = load_model(replace(small.model, name_or_path=place, revision=None))
-        OPSDCTrainer(twin, small, rows, rows, tokenizer).train()
+        trainer(twin, small, rows, rows, tokenizer).train()
 
 
 def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -280,8 +280,8 @@ def test_sigterm_at_a_random_moment(settings, whole, tmp_path, part):
 
 # What a run of the demo model may be doing: module, attribute, and how long it may take.
 DOING = {
-    "preflight": ("opsdc.train.OPSDCTrainer", "_preflight", 5),
-    "rollout": ("opsdc.train.OPSDCTrainer", "_generate", 8),
+    "preflight": ("opsdc.checks", "before_first_step", 5),
+    "rollout": ("opsdc.train", "sample_step", 8),
     "update": ("opsdc.train", "update", 8),
     "save": ("opsdc.record.checkpoint", "save", 6),
 }
@@ -364,11 +364,11 @@ def test_the_demo_model_is_left_within_thirty_seconds(smollm2, tmp_path, part):
 # Where the signal arrives: its place, the call that sends it, and the step that is saved then.
 STOPS = {
     "rollout": ("opsdc.rollout.hf._Advance", "__call__", 43, {2, 3}),
-    "teacher's pass": ("opsdc.method.update", "teacher_hidden_states", 4, {3}),
+    "teacher's pass": ("opsdc.method.update", "teacher_pass", 4, {3}),
     "student's pass": ("opsdc.method.update", "distillation_loss", 8, {2, 3}),
     "save": ("opsdc.record.checkpoint", "save_file", 2, {4}),
     "teacher's refresh": ("opsdc.method.teacher.Teacher", "after_update", 3, {3}),
-    "evaluation": ("opsdc.eval.arms", "score", 5, {2}),
+    "evaluation": ("opsdc.eval.answers", "score", 5, {2}),
 }
 
 

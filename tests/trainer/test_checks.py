@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers.tiny import byte_tokenizer, tiny_model
 
-from opsdc import checks as preflight
+from opsdc import checks
 from opsdc.config import OPSDCConfig, TeacherConfig
 from opsdc.errors import CheckpointError, ModelError
 from opsdc.method.batch import Pair
@@ -25,7 +25,7 @@ def pairs():
 
 
 def run(model):
-    return preflight.run(
+    return checks.run(
         model,
         Teacher(model, TeacherConfig()),
         HFSampler(model, byte_tokenizer(), seed=0),
@@ -37,8 +37,8 @@ def run(model):
 
 
 def test_packed_equals_single_on_this_attention():
-    assert preflight.packing_difference(tiny_model(), SEQUENCES, torch.float32) <= 1e-6
-    assert preflight.choose_packing(tiny_model(), config(packing="on"), SEQUENCES)[0] is True
+    assert checks.packing_difference(tiny_model(), SEQUENCES, torch.float32) <= 1e-6
+    assert checks.choose_packing(tiny_model(), config(packing="on"), SEQUENCES)[0] is True
 
 
 def test_an_attention_without_a_backward_here_is_refused_before_the_run():
@@ -51,15 +51,15 @@ def test_a_model_that_leaks_between_packed_neighbours_is_padded():
     decoder, plain = model.model, model.model.forward
     # With a cache transformers does not tell packed sequences apart: the leak seen in the wild.
     decoder.forward = lambda *a, **k: plain(*a, **{**k, "use_cache": True})
-    assert preflight.packing_difference(model, SEQUENCES, torch.float32) > 1e-3
+    assert checks.packing_difference(model, SEQUENCES, torch.float32) > 1e-3
     model.config._attn_implementation = "flex_attention"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preflight, "packing_difference", lambda *a: 0.3)
-        packed, why = preflight.choose_packing(model, config(), SEQUENCES)
+        patch.setattr(checks, "packing_difference", lambda *a: 0.3)
+        packed, why = checks.choose_packing(model, config(), SEQUENCES)
         assert not packed
         assert "leak" in why
         with pytest.raises(ModelError, match="leak"):
-            preflight.choose_packing(model, config(packing="on"), SEQUENCES)
+            checks.choose_packing(model, config(packing="on"), SEQUENCES)
 
 
 def test_all_checks_pass_on_a_sound_model_and_say_one_line_each():
@@ -86,13 +86,13 @@ def test_dropout_is_found_by_the_same_prompt_check():
 def test_a_sampler_of_other_weights_is_found():
     model, other = tiny_model(), tiny_model()
     sampler = HFSampler(other, byte_tokenizer(), seed=0)
-    line = preflight.sampler_agreement(sampler, model, pairs(), config())
+    line = checks.sampler_agreement(sampler, model, pairs(), config())
     assert "24 sampled tokens" in line
     assert float(line.split()[-2]) <= 1e-5
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(ModelError, match=r"samples from another model.*rollout\.engine"):
-        preflight.sampler_agreement(sampler, model, pairs(), config())
+        checks.sampler_agreement(sampler, model, pairs(), config())
 
 
 def test_weights_that_are_no_numbers_are_found_before_the_first_step():
@@ -101,13 +101,13 @@ def test_weights_that_are_no_numbers_are_found_before_the_first_step():
         model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
     sampler = HFSampler(model, byte_tokenizer(), seed=0)
     with pytest.raises(ModelError, match=r"not finite.*float32"):
-        preflight.sampler_agreement(sampler, model, pairs(), config())
+        checks.sampler_agreement(sampler, model, pairs(), config())
 
 
 def test_where_both_prompts_end_alike():
     one = Pair(student_prompt_ids=[1, 9, 4, 5], teacher_prompt_ids=[7, 4, 5], response_ids=[3])
     other = Pair(student_prompt_ids=[4, 5], teacher_prompt_ids=[9, 9, 4, 5], response_ids=[3])
-    assert preflight.common_suffix([one, other]) == 2
+    assert checks.common_suffix([one, other]) == 2
 
 
 def test_the_disk_must_hold_the_checkpoints(tmp_path, monkeypatch):
@@ -120,12 +120,12 @@ def test_the_disk_must_hold_the_checkpoints(tmp_path, monkeypatch):
     size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
     for free, fits in ((2.7 * size, False), (3.3 * size, True)):
         usage = type("usage", (), {"free": free})
-        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path, usage=usage: usage)
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, usage=usage: usage)
         if fits:
-            assert str(tmp_path) in preflight.disk_room(model, teacher, settings)
+            assert str(tmp_path) in checks.disk_room(model, teacher, settings)
         else:
             with pytest.raises(CheckpointError, match=r"lower train\.keep"):
-                preflight.disk_room(model, teacher, settings)
+                checks.disk_room(model, teacher, settings)
 
 
 def stepped(model):
@@ -140,12 +140,12 @@ def test_too_little_memory_is_a_warning_with_the_remedy(monkeypatch):
     model = tiny_model()
     trained = sum(p.numel() for p in model.parameters())
     for free, warns in ((12 * trained, True), (1 << 40, False), (None, False)):
-        monkeypatch.setattr(preflight, "_free_bytes", lambda device, free=free: free)
-        line = preflight.memory_room(model, config())
+        monkeypatch.setattr(checks, "_free_bytes", lambda device, free=free: free)
+        line = checks.memory_room(model, config())
         assert line.startswith("warning") == warns
         assert ("max_tokens_per_micro_batch" in line) == warns
 
 
 def test_free_memory_is_read_from_the_system():
-    free = preflight._free_bytes(torch.device("cpu"))
+    free = checks._free_bytes(torch.device("cpu"))
     assert free is None or 1 << 20 < free < 1 << 50

@@ -7,8 +7,7 @@ import pytest
 import torch
 from helpers.tiny import byte_tokenizer, tiny_model
 
-from opsdc import checks as preflight
-from opsdc import cli
+from opsdc import checks, cli
 from opsdc.debug import replay
 from opsdc.errors import CheckpointError, DataError, TrainingError
 from opsdc.record import checkpoint
@@ -21,7 +20,7 @@ SICK_TOKEN = 200
 def gave_up(make_config, tmp_path, monkeypatch):
     """A model in which one token's embedding is not a number: sick where a response holds it."""
     # Not to be found before the first step: one sampled token is nobody's input.
-    monkeypatch.setattr(preflight, "_SAMPLED_TOKENS", 1)
+    monkeypatch.setattr(checks, "_SAMPLED_TOKENS", 1)
     model = tiny_model(tied=False)
     with torch.no_grad():
         model.model.embed_tokens.weight[SICK_TOKEN] = math.nan

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from helpers.passes import both_passes
 from helpers.tiny import byte_tokenizer, tiny_model
 from torch import nn
 from transformers import (
@@ -24,7 +25,6 @@ from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
 from opsdc.errors import ModelError
 from opsdc.method.batch import Layout, Pair, token_batch
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import backward, teacher_hidden_states
 from opsdc.models.head import check_head, hidden_states, read_head
 from opsdc.models.load import load_model, prepare_model
 
@@ -70,8 +70,7 @@ def test_every_known_head_is_described_exactly(name):
     pair = Pair(student_prompt_ids=[5, 6], teacher_prompt_ids=[7, 5, 6], response_ids=[9, 10, 11])
     teacher = Teacher(model, TeacherConfig(mode="frozen"))
     layout = Layout(packed=False, max_tokens=99, pad_id=0, dtype=torch.float32)
-    kept = teacher_hidden_states(model, teacher, [pair], layout)
-    loss, *_ = backward(model, teacher, [pair], kept, layout, OPSDCConfig())
+    loss, *_ = both_passes(model, teacher, [pair], layout, OPSDCConfig())
     with torch.no_grad():
         s = model(torch.tensor([[5, 6, 9, 10, 11]])).logits[0, 1:4].double().log_softmax(-1)
         t = model(torch.tensor([[7, 5, 6, 9, 10, 11]])).logits[0, 2:5].double().log_softmax(-1)

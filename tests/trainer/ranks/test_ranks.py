@@ -127,7 +127,7 @@ def test_what_ranks_tell_each_other():
         assert found["error"] == ("ConfigError", "rank 1: no" if rank != 1 else "no")
         assert found["stopped"] == "SIGTERM"
     assert ALONE.gather(3) == [3]
-    assert ALONE.each(lambda: 4) == [4]
+    assert ALONE.on_each_rank(lambda: 4) == [4]
 
 
 @pytest.mark.parametrize(
