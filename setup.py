@@ -38,7 +38,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
-        "opsdc": ["py.typed", "planner/*.yaml", "recipes/*.yaml", "instructions/*.txt"],
+        "opsdc": ["py.typed", "models/*.yaml", "recipes/*.yaml", "instructions/*.txt"],
         "opsdc_kernels": ["py.typed", "native/rows.c"],
     },
     install_requires=[
@@ -51,7 +51,6 @@ setup(
         "PyYAML>=6.0",
         "numpy>=1.26",
         "tqdm>=4.66",
-        "rich>=13",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["opsdc = opsdc.cli:main"]},

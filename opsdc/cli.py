@@ -175,9 +175,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="rate of a large 16-bit GEMM, for the loss's time (default: 600, assumed)",
     )
-    plan.add_argument(
-        "--into", type=Path, metavar="FILE", help="also write it into this YAML file's header"
-    )
     _setting_flags(plan)
 
     plot = command(
@@ -322,7 +319,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, overrides)
     if arguments.gpus < 1 or arguments.gemm_tflops <= 0:
         raise ConfigError("--gpus must be at least 1 and --gemm-tflops above 0")
-    from opsdc.planner.plan import parse_bytes, report, write_header
+    from opsdc.planner.plan import parse_bytes, report
 
     plan, text = report(
         config,
@@ -331,11 +328,6 @@ def _plan(arguments: argparse.Namespace) -> int:
         tflops=arguments.gemm_tflops,
     )
     print(text)
-    if arguments.into is not None:
-        flags = [f"--config {arguments.config}"]
-        flags += [f"--gpu-memory {arguments.gpu_memory}"] if arguments.gpu_memory else []
-        flags += [f"--gpus {arguments.gpus}"] if arguments.gpus > 1 else []
-        write_header(arguments.into, f"opsdc plan {' '.join(flags)}", text)
     return 0 if plan.fits else 1
 
 

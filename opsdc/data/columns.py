@@ -47,12 +47,8 @@ def read_dataset(source: str, split: str, options: Mapping[str, Any]) -> Iterato
         raise DataError(f"data.source {source}: there is no such file or folder")
     if reserved := {"path", "split"} & set(options):
         raise ConfigError(f"data.options {sorted(reserved)}: use data.source and data.split")
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError(
-            f"data.source {source} needs the package datasets: pip install datasets"
-        ) from error
+    import datasets
+
     try:
         found = datasets.load_dataset(source, split=split, **options)
     except Exception as error:  # Network, unknown name, split or option: whatever, it cannot load.
@@ -181,11 +177,9 @@ def _json_array(path: Path) -> list[Any]:
 
 
 def _parquet(path: Path) -> list[Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(f"{path} needs the package pyarrow: pip install pyarrow") from error
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

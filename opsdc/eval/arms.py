@@ -18,7 +18,7 @@ from opsdc.config import OPSDCConfig
 from opsdc.data.prompted import Prompted, PromptedSet, prompted_sets
 from opsdc.errors import DataError
 from opsdc.eval.answers import Answer, answer, headline, one_line, read_answers, write_answers
-from opsdc.eval.compare import by_difficulty, compare
+from opsdc.eval.compare import by_length, compare
 from opsdc.models.load import load_model, load_tokenizer, load_trained
 from opsdc.ranks.talk import Ranks
 from opsdc.record import guard
@@ -119,7 +119,7 @@ def summary_of_run(output_dir: Path, config: OPSDCConfig) -> dict[str, Any]:
         **{name: headline(found) for name, found in arms.items()},
         "token_reduction": against_base["trained"]["token_reduction"],
         "compared_with_base": against_base,
-        "by_difficulty": by_difficulty(arms["base"], arms["trained"]),
+        "by_length": by_length(arms["base"], arms["trained"]),
         "eval": dataclasses.asdict(config.eval),
     }
 

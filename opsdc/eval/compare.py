@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,24 +56,27 @@ def compare(base: Sequence[Answer], other: Sequence[Answer], *, seed: int = 0) -
     return found
 
 
-def by_difficulty(
+def by_length(
     base: Sequence[Answer], trained: Sequence[Answer], *, bins: int = 3
-) -> dict[str, list[dict[str, Any]]]:
-    """Compression and accuracy by how hard a problem is for the base model.
+) -> list[dict[str, Any]]:
+    """Compression and accuracy by the length of the base model's answers.
 
-    Two scales: the base model's own pass rate on the problem, and the length of its answers in
-    equally filled bins. The method's claim is that easy problems compress most. With one sample per
-    problem the pass rate is 0 or 1, so that chance moves problems between its bins: accuracy falls
-    in the upper one and rises in the lower even if nothing changed; set `eval.samples` to 4 or
-    more to read it.
+    Bins are equally filled; equal lengths share one. The method's claim is that easy problems,
+    which the base answers briefly, compress most.
     """
     b, t = _by_problem(base), _by_problem(trained)
+    ranked = sorted(b, key=lambda i: (b[i]["tokens"], i))
+    # A bin starts at each cut, and reaches over all problems as long as its last one.
+    lengths = [b[i]["tokens"] for i in ranked]
+    starts = {lengths.index(lengths[len(ranked) * k // bins]) for k in range(bins)}
+    edges = [*sorted(starts), len(ranked)]
 
-    def row(name: str, ids: Sequence[str]) -> dict[str, Any]:
+    def row(ids: Sequence[str]) -> dict[str, Any]:
         tokens = [float(np.mean([side[i]["tokens"] for i in ids])) for side in (b, t)]
         graded = [i for i in ids if b[i]["accuracy"] is not None]
+        low, high = (f"{b[i]['tokens']:.0f}" for i in (ids[0], ids[-1]))
         return {
-            "bin": name,
+            "bin": f"base length {low if low == high else f'{low}–{high}'}",
             "problems": len(ids),
             "base_tokens": round(tokens[0], 1),
             "trained_tokens": round(tokens[1], 1),
@@ -84,27 +88,7 @@ def by_difficulty(
             },
         }
 
-    found: dict[str, list[dict[str, Any]]] = {"pass_rate": [], "length": []}
-    rates = sorted({b[i]["accuracy"] for i in b if b[i]["accuracy"] is not None}, reverse=True)
-    edges = rates if len(rates) <= bins else [1.0, 0.5, 0.0]
-    remaining = [i for i in b if b[i]["accuracy"] is not None]
-    for low in edges:
-        ids = [i for i in remaining if b[i]["accuracy"] >= low]
-        remaining = [i for i in remaining if b[i]["accuracy"] < low]
-        if ids:
-            rates_here = [b[i]["accuracy"] for i in ids]
-            found["pass_rate"].append(row(f"base pass rate {_range(rates_here, '.2f')}", ids))
-    ranked = sorted(b, key=lambda i: (b[i]["tokens"], i))
-    for part in np.array_split(np.array(ranked, dtype=object), min(bins, len(ranked))):
-        ids = list(part)
-        lengths_here = [b[i]["tokens"] for i in ids]
-        found["length"].append(row(f"base length {_range(lengths_here, '.0f')}", ids))
-    return found
-
-
-def _range(values: Sequence[float], pattern: str) -> str:
-    low, high = format(min(values), pattern), format(max(values), pattern)
-    return low if low == high else f"{low}–{high}"
+    return [row(ranked[start:stop]) for start, stop in pairwise(edges) if start < stop]
 
 
 def _by_problem(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from opsdc.config import OPSDCConfig
 from opsdc.eval.answers import read_answers
@@ -29,50 +27,64 @@ def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict
 def print_report(folder: Path) -> None:
     """Print `folder`/summary.json and three sample answers; what is missing is left out."""
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    console = Console(highlight=False, width=None if Console().is_terminal else 100)
     if "trained" in summary:
-        console.print(_arms(summary))
-        console.print(_difficulty(summary["by_difficulty"]))
-        _samples(folder, console)
-        console.print(_verdict(summary), markup=False)
-    console.print(f"record: {folder}/ (summary.json, metrics.jsonl, plot.png)", markup=False)
+        print(f"\n{summary['base']['answers']} held-out answers per row")
+        print(_arms(summary))
+        print("\nby the length of the base model's answers")
+        print(_lengths(summary["by_length"]))
+        print("\n" + _samples(folder))
+        print(_verdict(summary))
+    print(f"record: {folder}/ (summary.json, metrics.jsonl, plot.png)")
 
 
-def _arms(summary: dict[str, Any]) -> Table:
-    table = Table(title=f"{summary['base']['answers']} held-out answers per row")
-    for name in ("", "mean tokens", "p10 / p50 / p90", "truncated", "accuracy", "no answer found"):
-        table.add_column(name, justify="left" if not name else "right")
-    for key, name in _ARMS.items():
-        row = summary[key]
-        table.add_row(
-            name,
-            f"{row['tokens_mean']:.1f}",
-            f"{row['tokens_p10']:.0f} / {row['tokens_p50']:.0f} / {row['tokens_p90']:.0f}",
-            _percent(row["truncated"]),
-            _percent(row["accuracy"]),
-            _percent(row["no_answer_found"]),
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    shown = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
-    return table
+        for line in lines
+    ]
+    return "\n".join([shown[0], "─" * len(shown[0]), *shown[1:]])
 
 
-def _difficulty(found: dict[str, list[dict[str, Any]]]) -> Table:
-    table = Table(title="by difficulty for the base model")
-    for name in ("", "problems", "tokens base → trained", "reduction", "accuracy base → trained"):
-        table.add_column(name, justify="left" if not name else "right")
-    for rows in found.values():
-        for row in rows:
-            table.add_row(
-                row["bin"],
-                str(row["problems"]),
-                f"{row['base_tokens']:.1f} → {row['trained_tokens']:.1f}",
-                _percent(row["token_reduction"]),
-                f"{_percent(row.get('base_accuracy'))} → {_percent(row.get('trained_accuracy'))}",
-            )
-    return table
+def _arms(summary: dict[str, Any]) -> str:
+    head = ("", "mean tokens", "p10 / p50 / p90", "truncated", "accuracy", "no answer found")
+    rows = []
+    for key, name in _ARMS.items():
+        arm = summary[key]
+        rows.append((
+            name,
+            f"{arm['tokens_mean']:.1f}",
+            f"{arm['tokens_p10']:.0f} / {arm['tokens_p50']:.0f} / {arm['tokens_p90']:.0f}",
+            _percent(arm["truncated"]),
+            _percent(arm["accuracy"]),
+            _percent(arm["no_answer_found"]),
+        ))  # fmt: skip
+    return _table(head, rows)
 
 
-def _samples(folder: Path, console: Console) -> None:
+def _lengths(bins: Sequence[dict[str, Any]]) -> str:
+    head = ("", "problems", "tokens base → trained", "reduction", "accuracy base → trained")
+    rows = [
+        (
+            row["bin"],
+            str(row["problems"]),
+            f"{row['base_tokens']:.1f} → {row['trained_tokens']:.1f}",
+            _percent(row["token_reduction"]),
+            f"{_percent(row.get('base_accuracy'))} → {_percent(row.get('trained_accuracy'))}",
+        )
+        for row in bins
+    ]
+    return _table(head, rows)
+
+
+def _samples(folder: Path) -> str:
     before = {(a.problem_id, a.sample): a for a in read_answers(folder / "eval" / "base.jsonl")}
+    shown = []
     for after in read_answers(folder / "eval" / "trained.jsonl")[:_SAMPLES]:
         base = before[after.problem_id, after.sample]
         for title, text in (
@@ -81,24 +93,24 @@ def _samples(folder: Path, console: Console) -> None:
             (f"after, {after.tokens} tokens", after.text),
         ):
             short = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " […]"
-            console.print(f"── {title}", markup=False, style="bold")
-            console.print(short.strip(), markup=False)
-        console.print()
+            shown += [f"── {title}", short.strip()]
+        shown.append("")
+    return "\n".join(shown)
 
 
 def _verdict(summary: dict[str, Any]) -> str:
-    found = summary["compared_with_base"]["trained"]
-    low, high = found["token_reduction_ci95"]
+    trained = summary["compared_with_base"]["trained"]
+    low, high = trained["token_reduction_ci95"]
     lines = [
-        f"token reduction {_percent(found['token_reduction'])} "
+        f"token reduction {_percent(trained['token_reduction'])} "
         f"(95 % interval {_percent(low)} … {_percent(high)})"
     ]
-    if "accuracy_difference" in found:
-        low, high = found["accuracy_difference_ci95"]
+    if "accuracy_difference" in trained:
+        low, high = trained["accuracy_difference_ci95"]
         lines.append(
-            f"accuracy difference {100 * found['accuracy_difference']:+.1f} points "
+            f"accuracy difference {100 * trained['accuracy_difference']:+.1f} points "
             f"(95 % interval {100 * low:+.1f} … {100 * high:+.1f}; smallest difference this sample "
-            f"shows with 80 % power: {100 * found['accuracy_detectable']:.1f})"
+            f"shows with 80 % power: {100 * trained['accuracy_detectable']:.1f})"
         )
     if "seconds" in summary:
         lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -21,8 +25,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from opsdc.config import ModelConfig
 from opsdc.errors import ConfigError, ModelError
-from opsdc.models import demo_model as embedded
-from opsdc.models import quantize
+from opsdc.models import demo_model, quantize
 from opsdc.models.adapters import architecture, unwrap, with_adapter
 from opsdc.models.faster_layers import compile_layers, use_liger
 
@@ -37,7 +40,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model; its chat template makes both prompts."""
     try:
         return AutoTokenizer.from_pretrained(
-            embedded.resolve(config.name_or_path),
+            demo_model.resolve(config.name_or_path),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
         )
@@ -52,6 +55,26 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def architecture_of(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """The model's config from a config.json, a model folder, our table, or the Hub.
+
+    Raises ModelError, asking for a config.json, where it cannot be read.
+    """
+    text = (resources.files("opsdc") / "models" / "architectures.yaml").read_text("utf-8")
+    known: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    if name in known:
+        return AutoConfig.for_model(**known[name])
+    path = Path(name)
+    source = str(path.parent) if path.name == "config.json" else demo_model.resolve(name)
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name_or_path: no config of '{name}': give its config.json, or a name out of "
+            f"{', '.join(known)} ({error})"
+        ) from error
+
+
 def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreTrainedModel:
     """Load by transformers. Parameters that will be trained are float32, whatever `dtype` says.
 
@@ -64,7 +87,7 @@ def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreT
     kwargs["dtype"] = torch.float32 if trained_whole else getattr(torch, config.dtype)
     if config.quantize is not None:
         kwargs["quantization_config"] = quantize.loading_config(kwargs["dtype"])
-    place = str(folder) if folder is not None else embedded.resolve(config.name_or_path)
+    place = str(folder) if folder is not None else demo_model.resolve(config.name_or_path)
     revision = None if folder is not None else config.revision
     try:
         # The commit that a branch or tag is now: what is loaded, and what is recorded. None for a

@@ -23,10 +23,10 @@ from transformers import (
 )
 
 from opsdc.config import OPSDCConfig
-from opsdc.models import demo_model as embedded
-from opsdc.models.load import load_model
+from opsdc.models import demo_model
+from opsdc.models.load import architecture_of, load_model
 from opsdc.planner.activations import shallower
-from opsdc.planner.plan import architecture_of, report
+from opsdc.planner.plan import report
 
 _SMALL = {
     "hidden_size": 64,
@@ -111,7 +111,7 @@ def _small(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
 
 def _tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, str]:
     try:
-        found = AutoTokenizer.from_pretrained(embedded.resolve(name), local_files_only=True)
+        found = AutoTokenizer.from_pretrained(demo_model.resolve(name), local_files_only=True)
         return found, "the model's own tokenizer"
     except (OSError, ValueError):
         return _bytes_tokenizer(), "a tokenizer of bytes (the model's own is not on this machine)"

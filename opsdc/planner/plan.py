@@ -14,27 +14,22 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig
-from opsdc.errors import ConfigError, ModelError
-from opsdc.models import demo_model as embedded
+from opsdc.errors import ConfigError
 from opsdc.models.adapters import unwrap
 from opsdc.models.head import read_head
-from opsdc.models.load import VARIABLE_LENGTH
+from opsdc.models.load import VARIABLE_LENGTH, architecture_of
 from opsdc.models.quantize import BYTES, elements
 from opsdc.planner.activations import activations, on_meta, read_architecture, read_model
 from opsdc_kernels import plan as kernels
 
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: the rest goes to its context and to gaps."""
-_PROMPT = "# $ opsdc plan"
 _MOST_ROWS = 1 << 14
 PHASES = ("sampling", "teacher", "loss", "backward", "update")
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -250,40 +245,6 @@ def _alternatives(config: OPSDCConfig, gpus: int) -> dict[str, OPSDCConfig]:
             config, rollout=replace(config.rollout, engine="vllm")
         )
     return found
-
-
-def architecture_of(name: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """The model's config from a config.json, a model folder, our table, or the Hub.
-
-    Raises ModelError, asking for a config.json, where it cannot be read.
-    """
-    text = (resources.files("opsdc") / "planner" / "architectures.yaml").read_text("utf-8")
-    known: dict[str, dict[str, Any]] = yaml.safe_load(text)
-    if name in known:
-        return AutoConfig.for_model(**known[name])
-    path = Path(name)
-    source = str(path.parent) if path.name == "config.json" else embedded.resolve(name)
-    try:
-        return AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model: no config of '{name}': give its config.json, or a name out of "
-            f"{', '.join(known)} ({error})"
-        ) from error
-
-
-def write_header(recipe: Path, command: str, text: str) -> None:
-    """Put a command and what it printed over the settings of a YAML file, in place of the last.
-
-    Raises ConfigError where the file has no line that begins with "# $ opsdc plan".
-    """
-    lines = recipe.read_text("utf-8").splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith(_PROMPT)), None)
-    if start is None:
-        raise ConfigError(f"{recipe} has no comment line '{_PROMPT} ...' for the plan to follow")
-    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("#"))
-    shown = [f"# $ {command}", *(f"# {line}".rstrip() for line in text.splitlines())]
-    recipe.write_text("\n".join([*lines[:start], *shown, *lines[end:]]) + "\n", "utf-8")
 
 
 def parse_bytes(text: str) -> int:

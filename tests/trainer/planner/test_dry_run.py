@@ -6,8 +6,8 @@ from transformers import GPT2Config
 
 from opsdc.cli import main
 from opsdc.config import recipe_names
+from opsdc.models.load import architecture_of
 from opsdc.planner.dry_run import twin_of
-from opsdc.planner.plan import architecture_of
 
 
 @pytest.mark.parametrize("recipe", [n for n in recipe_names() if n.startswith("qwen3")])

@@ -3,7 +3,7 @@ import pytest
 
 from opsdc.errors import DataError
 from opsdc.eval.answers import Answer, headline
-from opsdc.eval.compare import by_difficulty, compare
+from opsdc.eval.compare import by_length, compare
 
 
 def answers(tokens, correct, samples=1, truncated=None):
@@ -77,11 +77,23 @@ def test_bins_hold_every_problem_once():
     rng = np.random.default_rng(0)
     base = answers(rng.integers(10, 100, 60), rng.random(60) < 0.5, samples=4)
     trained = answers(rng.integers(5, 50, 60), rng.random(60) < 0.5, samples=4)
-    found = by_difficulty(base, trained)
-    for rows in found.values():
-        assert sum(row["problems"] for row in rows) == 15
-    assert len(found["length"]) == 3
-    tokens = [row["base_tokens"] for row in found["length"]]
+    bins = by_length(base, trained)
+    assert [row["problems"] for row in bins] == [5, 5, 5]
+    tokens = [row["base_tokens"] for row in bins]
     assert tokens == sorted(tokens)
-    rates = [row["base_accuracy"] for row in found["pass_rate"]]
-    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "names", "sizes"),
+    [
+        ([7] * 6, ["7"], [6]),
+        ([3, 9, 9, 9, 9, 12], ["3", "9–12"], [1, 5]),
+        ([5, 5, 5, 5, 8, 9], ["5", "8–9"], [4, 2]),
+        ([4], ["4"], [1]),
+    ],
+)
+def test_problems_of_one_length_share_a_bin(lengths, names, sizes):
+    base = answers(lengths, [1] * len(lengths))
+    bins = by_length(base, base)
+    assert [row["bin"].removeprefix("base length ") for row in bins] == names
+    assert [row["problems"] for row in bins] == sizes
