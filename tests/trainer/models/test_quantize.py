@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import runs
 from helpers.tiny import tiny_model
-from helpers.vllm import assert_synchronized, measure, needs_vllm, small_folder
+from helpers.vllm_runs import assert_synchronized, measure, needs_vllm, small_folder
 
 from opsdc.config import ModelConfig, OPSDCConfig
 from opsdc.errors import ConfigError, ModelError

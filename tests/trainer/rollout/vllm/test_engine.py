@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tiny import byte_tokenizer, tiny_model
-from helpers.vllm import SIZES, assert_synchronized, measure, needs_vllm, small_folder
+from helpers.vllm_runs import SIZES, assert_synchronized, measure, needs_vllm, small_folder
 
 from opsdc.config import OPSDCConfig
 from opsdc.errors import ConfigError, RolloutError

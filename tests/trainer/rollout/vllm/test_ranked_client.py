@@ -11,7 +11,7 @@ import json
 import pytest
 from helpers import ranks as t
 from helpers import runs
-from helpers.vllm import small_folder
+from helpers.vllm_runs import small_folder
 
 pytestmark = [
     pytest.mark.slow,
