@@ -101,7 +101,7 @@ def _small(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
         ),
         train=replace(config.train, steps=1, save_every=0, resume="none"),
         eval=replace(config.eval, problems=0, every=0),
-        log=replace(config.log, report_to=[]),
+        log=replace(config.log, report_to=()),
     )
 
 
