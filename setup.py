@@ -49,6 +49,8 @@ setup(
         "datasets>=3.0",
         "safetensors>=0.5",
         "PyYAML>=6.0",
+        "pydantic>=2.10",
+        "typing_extensions>=4.12",
         "numpy>=1.26",
         "tqdm>=4.66",
     ],

@@ -26,7 +26,7 @@ WAYS = ("fused", "materialized")
 
 def measure(way: str, response_tokens: int) -> dict[str, float]:
     """One contender, in this process."""
-    from opsdc.config import OPSDCConfig
+    from opsdc.config.settings import OPSDCConfig
     from opsdc.data.prompted import prompted_sets
     from opsdc.method.batch import Pair, token_batch
     from opsdc.method.loss import distillation_loss

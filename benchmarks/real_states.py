@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import prompted_sets
 from opsdc.method.batch import Pair, token_batch
 from opsdc.models.head import hidden_states, read_head

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import prompted_sets
 from opsdc.data.prompts import Messages, load_instruction
 from opsdc.method.batch import Pair, token_batch

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opsdc.config import ModelConfig
+from opsdc.config.settings import ModelConfig
 from opsdc.method.batch import Pair
 from opsdc.models.load import load_model, load_tokenizer
 

@@ -9,7 +9,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opsdc.config import OPSDCConfig
+    from opsdc.config.settings import OPSDCConfig
     from opsdc.method.distiller import Distiller, collate
     from opsdc.train import OPSDCTrainer
 
@@ -25,7 +25,7 @@ __all__ = ["Distiller", "OPSDCConfig", "OPSDCTrainer", "__version__", "collate"]
 
 def __getattr__(name: str) -> Any:
     if name == "OPSDCConfig":
-        from opsdc.config import OPSDCConfig
+        from opsdc.config.settings import OPSDCConfig
 
         return OPSDCConfig
     if name in ("Distiller", "collate"):

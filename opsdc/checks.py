@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig, ignored_settings
+from opsdc.config.describe import ignored_settings
+from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import PromptedSet
 from opsdc.errors import CheckpointError, ModelError
 from opsdc.method.batch import Layout, Pair, plan_step, token_batch

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opsdc.config import OPSDCConfig, flags, recipe_names
+from opsdc.config.describe import flags, section_title
+from opsdc.config.settings import OPSDCConfig
+from opsdc.config.yaml_file import recipe_names
 from opsdc.errors import ConfigError, OPSDCError
 
 _TRAIN_EPILOG = """\
@@ -196,30 +198,20 @@ def _config_flag(parser: argparse.ArgumentParser, default: str = "smollm2-cpu") 
 
 def _setting_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] = ("",)) -> None:
     groups: dict[str, Any] = {}
-    for name, (hint, default, text) in flags().items():
+    for name, (metavar, _, text) in flags().items():
         if not name.startswith(only):
             continue
         section = name.rpartition(".")[0]
         if section not in groups:
-            groups[section] = parser.add_argument_group(section or "settings")
-        shown = {"None": "unset", "": "''"}.get(str(default), str(default))
+            title = section_title(section)
+            groups[section] = parser.add_argument_group(section or "settings", title)
         groups[section].add_argument(
             f"--{name}",
             dest=f"set:{name}",
-            metavar=_metavar(hint),
+            metavar=metavar,
             default=argparse.SUPPRESS,
-            help=f"{text} (default: {shown})".replace("%", "%%"),
+            help=text.replace("%", "%%"),
         )
-
-
-def _metavar(hint: Any) -> str:
-    text = str(hint) if not isinstance(hint, type) else hint.__name__
-    if "Literal" in text:
-        return text.partition("[")[2].rpartition("]")[0].replace("'", "").replace(", ", "|")
-    for kind, name in (("dict", "MAP"), ("list", "LIST"), ("bool", "BOOL"), ("float", "X")):
-        if kind in text:
-            return name
-    return "N" if "int" in text else "TEXT"
 
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, str]:

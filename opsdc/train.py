@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from opsdc import checks
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import prompted_sets
 from opsdc.errors import OutOfMemoryError
 from opsdc.eval.answers import Answer

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig, PromptConfig
+from opsdc.config.settings import OPSDCConfig, PromptConfig
 from opsdc.data.problem import Problem, ProblemSet
 from opsdc.data.prompts import PromptPair, build_prompts, load_instruction
 from opsdc.data.sources import load_problems, problems_from_rows

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.debug.show import per_token
 from opsdc.errors import CheckpointError, DataError
 from opsdc.method.batch import Layout, Pair, plan_step

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import Prompted
 from opsdc.method.batch import Layout, Pair, plan_step
 from opsdc.method.loss import distillation_loss

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import Prompted
 from opsdc.errors import DataError
 from opsdc.eval.scorers import score

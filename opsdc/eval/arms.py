@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import Prompted, PromptedSet, prompted_sets
 from opsdc.errors import DataError
 from opsdc.eval.answers import Answer, answer, headline, one_line, read_answers, write_answers

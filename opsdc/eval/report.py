@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.eval.answers import read_answers
 from opsdc.eval.arms import write_summary
 from opsdc.eval.plots import plot_run

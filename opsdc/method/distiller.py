@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opsdc.config import LossConfig
+from opsdc.config.settings import LossConfig
 from opsdc.errors import ConfigError, DataError, ModelError
 from opsdc.method.batch import Pair, from_labels, labels_of, token_batch
 from opsdc.method.loss import distillation_loss, select_tokens

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from opsdc.config import LossConfig
+from opsdc.config.settings import LossConfig
 from opsdc.method.selection import kept_tokens
 from opsdc.models.head import Head
 from opsdc_kernels import DivergenceStats, linear_divergence

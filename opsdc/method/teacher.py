@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from opsdc.config import TeacherConfig
+from opsdc.config.settings import TeacherConfig
 from opsdc.errors import ConfigError
 from opsdc.models.head import Head, read_head
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from opsdc.config import LossConfig, OPSDCConfig
+from opsdc.config.settings import LossConfig, OPSDCConfig
 from opsdc.method.batch import Layout, Pair, StepPlan, plan_step
 from opsdc.method.loss import distillation_loss, select_tokens
 from opsdc.method.room import in_memory

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from opsdc.config import LoRAConfig
+from opsdc.config.settings import LoRAConfig
 from opsdc.errors import ModelError
 
 
@@ -17,12 +17,13 @@ def with_adapter(model: PreTrainedModel, lora: LoRAConfig) -> Any:
     except ImportError as error:
         raise ModelError('model.lora needs peft: pip install "opsdc[lora]"') from error
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
+    modules = lora.target_modules
     adapted = peft.get_peft_model(
         model,
         peft.LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
-            target_modules=lora.target_modules,
+            target_modules=modules if isinstance(modules, str) else list(modules),
             task_type="CAUSAL_LM",
         ),
     )

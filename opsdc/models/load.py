@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
-from opsdc.config import ModelConfig
+from opsdc.config.settings import ModelConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models import demo_model, quantize
 from opsdc.models.adapters import architecture, unwrap, with_adapter

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from opsdc.config import ModelConfig, OPSDCConfig
+from opsdc.config.settings import ModelConfig, OPSDCConfig
 from opsdc.models.adapters import unwrap
 from opsdc.models.head import TokenBatch, hidden_states
 from opsdc.models.load import prepare_model

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.models import demo_model
 from opsdc.models.load import architecture_of, load_model
 from opsdc.planner.activations import shallower
@@ -105,7 +105,7 @@ def _small(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
         ),
         train=replace(config.train, steps=1, save_every=0, resume="none"),
         eval=replace(config.eval, problems=0, every=0),
-        log=replace(config.log, report_to=[]),
+        log=replace(config.log, report_to=()),
     )
 
 

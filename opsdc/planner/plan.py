@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig
+from opsdc.config.settings import LoRAConfig, ModelConfig, OPSDCConfig
 from opsdc.errors import ConfigError
 from opsdc.models.adapters import unwrap
 from opsdc.models.head import read_head

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import TrainingError
 from opsdc.models.adapters import architecture, unwrap
 from opsdc.models.head import Head

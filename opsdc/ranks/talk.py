@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from opsdc import errors
-from opsdc.config import DistributedConfig
+from opsdc.config.settings import DistributedConfig
 from opsdc.errors import OPSDCError, OutOfMemoryError, TrainingError
 from opsdc.ranks import stop
 

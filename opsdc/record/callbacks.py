@@ -18,7 +18,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging as transformers_logging
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 
 
 class Callbacks:

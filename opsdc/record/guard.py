@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsdc.config import GuardConfig
+from opsdc.config.settings import GuardConfig
 
 _GRAM = 8
 

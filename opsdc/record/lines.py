@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import CheckpointError, ConfigError
 from opsdc.ranks.talk import Ranks
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError, TrainingError
 from opsdc.method.batch import Pair
 from opsdc.method.teacher import Teacher

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig, RolloutConfig
+from opsdc.config.settings import OPSDCConfig, RolloutConfig
 from opsdc.data.prompted import Prompted
 from opsdc.errors import RolloutError
 from opsdc.method.batch import Pair

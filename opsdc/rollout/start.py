@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.models.adapters import architecture, unwrap
 from opsdc.ranks.talk import ALONE, Ranks
 from opsdc.rollout.base import Sampler

@@ -137,7 +137,7 @@ class Run:
         import torch
 
         from helpers.tiny import tiny_model
-        from opsdc.config import OPSDCConfig
+        from opsdc.config.settings import OPSDCConfig
         from opsdc.method.batch import Layout
         from opsdc.method.teacher import Teacher
         from opsdc.models.load import prepare_model
@@ -251,7 +251,7 @@ def talk():
     import torch
 
     from opsdc import errors
-    from opsdc.config import DistributedConfig
+    from opsdc.config.settings import DistributedConfig
     from opsdc.ranks import stop, talk
 
     ranks = talk.join(DistributedConfig())

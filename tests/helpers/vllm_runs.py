@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.tiny import byte_tokenizer, tiny_model
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 
 SCRIPT = Path(__file__).with_name("vllm_script.py")
 # Sizes of heads that vLLM's CPU attention has.

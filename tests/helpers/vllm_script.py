@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import WeightSyncError
 from opsdc.rollout.base import Request, SamplingParams
 from opsdc.rollout.weights import Weights, sequence_logprobs

@@ -12,7 +12,7 @@ import torch
 from helpers.tiny import byte_tokenizer, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ import torch
 from helpers import runs
 from transformers import TrainerCallback
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.ranks import stop
 from opsdc.record import checkpoint
 from opsdc.train import OPSDCTrainer

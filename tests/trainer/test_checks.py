@@ -3,7 +3,7 @@ import torch
 from helpers.tiny import byte_tokenizer, tiny_model
 
 from opsdc import checks
-from opsdc.config import OPSDCConfig, TeacherConfig
+from opsdc.config.settings import OPSDCConfig, TeacherConfig
 from opsdc.errors import CheckpointError, ModelError
 from opsdc.method.batch import Pair
 from opsdc.method.teacher import Teacher

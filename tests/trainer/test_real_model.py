@@ -7,7 +7,7 @@ import torch
 from helpers.passes import both_passes
 
 from opsdc import checks
-from opsdc.config import OPSDCConfig, TeacherConfig
+from opsdc.config.settings import OPSDCConfig, TeacherConfig
 from opsdc.data.prompted import prompted_sets
 from opsdc.method.batch import Layout, Pair
 from opsdc.method.teacher import Teacher

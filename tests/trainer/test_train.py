@@ -9,7 +9,7 @@ from helpers.tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from opsdc import train
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError, DataError, TrainingError
 from opsdc.record import checkpoint
 from opsdc.record.lines import read_lines

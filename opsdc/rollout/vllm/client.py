@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError, OPSDCError, RolloutError, WeightSyncError
 from opsdc.models.adapters import architecture
 from opsdc.ranks import stop

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError
 from opsdc.ranks import stop
 from opsdc.ranks.talk import ALONE, Ranks

@@ -32,7 +32,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError
 from opsdc.models import demo_model
 from opsdc.rollout.base import SamplingParams

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from opsdc import Distiller, collate
-from opsdc.config import LossConfig
+from opsdc.config.settings import LossConfig
 from opsdc.errors import ConfigError, DataError, ModelError
 from opsdc.method.batch import Pair
 

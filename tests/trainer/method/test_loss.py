@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from opsdc.config import LossConfig
+from opsdc.config.settings import LossConfig
 from opsdc.method.loss import distillation_loss, select_tokens
 from opsdc.models.head import Head
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers.tiny import tiny_model
 
-from opsdc.config import TeacherConfig
+from opsdc.config.settings import TeacherConfig
 from opsdc.method.teacher import Teacher
 from opsdc.models.head import read_head
 
@@ -104,7 +104,7 @@ def test_lora_copies_the_adapter_alone():
 
 
 def test_refresh_on_a_plateau_of_the_loss():
-    from opsdc.config import TeacherConfig as Config
+    from opsdc.config.settings import TeacherConfig as Config
 
     model = tiny_model()
     config = Config(refresh_steps=3, refresh_plateau=0.05)

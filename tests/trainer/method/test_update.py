@@ -11,7 +11,7 @@ import torch
 from helpers.passes import both_passes
 from helpers.tiny import tiny_model
 
-from opsdc.config import OPSDCConfig, TeacherConfig
+from opsdc.config.settings import OPSDCConfig, TeacherConfig
 from opsdc.errors import TrainingError
 from opsdc.method.batch import Layout, Pair
 from opsdc.method.teacher import Teacher

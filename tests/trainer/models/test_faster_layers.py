@@ -9,7 +9,7 @@ from helpers import ranks as t
 from helpers.tiny import tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from opsdc.config import ModelConfig
+from opsdc.config.settings import ModelConfig
 from opsdc.errors import ModelError
 from opsdc.models.faster_layers import compile_layers, patch
 from opsdc.models.load import prepare_model

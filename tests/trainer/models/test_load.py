@@ -21,7 +21,7 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
+from opsdc.config.settings import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
 from opsdc.errors import ModelError
 from opsdc.method.batch import Layout, Pair, token_batch
 from opsdc.method.teacher import Teacher

@@ -9,7 +9,7 @@ from helpers import runs
 from helpers.tiny import tiny_model
 from helpers.vllm_runs import assert_synchronized, measure, needs_vllm, small_folder
 
-from opsdc.config import ModelConfig, OPSDCConfig
+from opsdc.config.settings import ModelConfig, OPSDCConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models import quantize
 from opsdc.models.head import read_head

@@ -5,7 +5,7 @@ from helpers.tiny import byte_tokenizer
 from transformers import GPT2Config
 
 from opsdc.cli import main
-from opsdc.config import recipe_names
+from opsdc.config.yaml_file import recipe_names
 from opsdc.models.load import architecture_of
 from opsdc.planner.dry_run import twin_of
 

@@ -12,7 +12,8 @@ import pytest
 from helpers.tiny import tiny_model
 
 from opsdc.cli import main
-from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, recipe_names
+from opsdc.config.settings import LoRAConfig, ModelConfig, OPSDCConfig
+from opsdc.config.yaml_file import recipe_names
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models.load import architecture_of
 from opsdc.planner.activations import _trace, activations, on_meta
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 from opsdc.method import update as module
 from opsdc.method.batch import Pair
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.models.load import load_model, prepare_model
 from opsdc.planner.plan import make_plan
 from opsdc.method.teacher import Teacher

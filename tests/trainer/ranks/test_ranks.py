@@ -223,7 +223,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(settings, alone, tmp_path):
     assert "optimizer-00002-of-00003.safetensors" in names
     assert runs.leftovers(out) == []
     # An ordinary folder for everybody else.
-    from opsdc.config import ModelConfig
+    from opsdc.config.settings import ModelConfig
     from opsdc.models.load import load_trained
 
     model = load_trained(ModelConfig(name_or_path=str(out / "model")), out / "model")

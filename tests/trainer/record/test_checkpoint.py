@@ -11,7 +11,7 @@ from helpers.tiny import tiny_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from opsdc.config import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
+from opsdc.config.settings import LoRAConfig, ModelConfig, OPSDCConfig, TeacherConfig
 from opsdc.errors import CheckpointError
 from opsdc.method.batch import Layout, Pair
 from opsdc.method.teacher import Teacher

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from opsdc.config import GuardConfig, OPSDCConfig
+from opsdc.config.settings import GuardConfig, OPSDCConfig
 from opsdc.errors import ConfigError
 from opsdc.eval import arms as evaluate
 from opsdc.record import checkpoint, guard

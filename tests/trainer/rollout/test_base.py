@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError, RolloutError
 from opsdc.rollout.base import Request, Rollout, check_batch, difference
 

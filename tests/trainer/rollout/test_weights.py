@@ -8,7 +8,7 @@ from helpers.tiny import tiny_model
 from safetensors.torch import load_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from opsdc.config import LoRAConfig, ModelConfig
+from opsdc.config.settings import LoRAConfig, ModelConfig
 from opsdc.errors import ModelError, WeightSyncError
 from opsdc.models.load import prepare_model
 from opsdc.rollout.weights import Weights, named_weights, read_weights, write_weights

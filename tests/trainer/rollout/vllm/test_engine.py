@@ -19,7 +19,7 @@ import torch
 from helpers.tiny import byte_tokenizer, tiny_model
 from helpers.vllm_runs import SIZES, assert_synchronized, measure, needs_vllm, small_folder
 
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError, RolloutError
 from opsdc.record.versions import check_vllm
 from opsdc.rollout.base import Request, SamplingParams
