@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from opsdc.config.fields import UsedWith, fields_of, names_of, rule_of, section_in
-from opsdc.config.settings import OPSDCConfig
+from opsdc.config.settings import GuardConfig, OPSDCConfig
 
 _HEAD = """\
 # Settings
@@ -69,8 +69,8 @@ def ignored_settings(config: OPSDCConfig) -> list[str]:
         unless = "has no effect without eval.every and eval.problems"
         if c.guard.target_compression is not None:
             notes.append(f"guard.target_compression {unless}")
-        if c.guard.accuracy in ("stop", "rollback"):
-            notes.append(f"guard.accuracy {unless}")
+        if c.guard.max_accuracy_drop != GuardConfig().max_accuracy_drop:
+            notes.append(f"guard.max_accuracy_drop {unless}")
     if c.loss.exact_value_every and c.loss.skip_tolerance is None:
         notes.append("loss.exact_value_every has no effect without loss.skip_tolerance")
     if c.loss.token_share == 1 and c.loss.token_criterion != "divergence":

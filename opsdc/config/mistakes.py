@@ -47,6 +47,15 @@ _FOREIGN = {
     "model_name_or_path": "model.name_or_path",
     "dataset_name": "data.source",
 }
+# Settings that earlier versions had, and what does their work now.
+_GONE = dict.fromkeys(
+    (
+        *("guard.window", "guard.length", "guard.min_length", "guard.truncation", "guard.kl"),
+        *("guard.max_truncation_rise", "guard.repetition", "guard.max_repetition", "guard.max_kl"),
+        *("guard.entropy", "guard.min_entropy", "guard.max_entropy", "guard.accuracy"),
+    ),
+    "guard.action, for all signs together; their limits are fixed",
+)
 
 
 def first_mistake(error: ValidationError, section: Any, config: Any) -> str:
@@ -76,6 +85,8 @@ def _unknown_key(path: list[str], key: str, fields: dict[str, FieldInfo]) -> str
     above = ".".join(path)
     prefix = above and f"{above}."
     message = f"unknown key '{prefix}{key}'"
+    if f"{prefix}{key}" in _GONE:
+        return f"{message}; it is gone, use {_GONE[f'{prefix}{key}']}"
     if key in _FOREIGN:
         return f"{message}; here it is {_FOREIGN[key]}"
     parts = [name.rpartition(".") for name in fields]

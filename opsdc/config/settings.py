@@ -299,52 +299,22 @@ class EvalConfig:
     """Judge of answers: math_verify, answer_line, boxed, dual, number, exact or reasoning_gym."""
 
 
-_Action = Literal["off", "warn", "stop", "rollback"]
-
-
 @_section
 class GuardConfig:
     """What to do when a run goes wrong: nothing, warn, stop, or roll back.
 
     warn prints a line; stop ends the run as if it were its last step; rollback ends it with the
-    newest checkpoint from before. `opsdc.record.guard` says where the limits come from.
+    newest checkpoint from before. `opsdc.record.guard` holds the limits and says where they come
+    from.
     """
 
-    window: Annotated[int, Field(ge=1)] = 4
-    """Steps per mean; the run's first window is what later ones are compared with."""
-    length: _Action = "warn"
-    """What to do when training responses collapse."""
-    min_length: Annotated[float, Field(ge=0)] = 0.25
-    """Least mean length, as a share of the first window's."""
-    truncation: _Action = "warn"
-    """What to do when more responses hit rollout.max_new_tokens."""
-    max_truncation_rise: Annotated[float, Field(ge=0)] = 0.2
-    """Largest rise of the truncated share above the first window's."""
-    repetition: _Action = "warn"
-    """What to do when responses repeat themselves."""
-    max_repetition: Annotated[float, Field(ge=0)] = 0.1
-    """Largest share of a response's 8-grams that it has had before."""
-    kl: _Action = "warn"
-    """What to do when the loss grows."""
-    max_kl: Annotated[float, Field(ge=0)] = 3.0
-    """Largest loss, in multiples of the first window's."""
-    entropy: _Action = "warn"
-    """What to do when the student's entropy leaves its band."""
-    min_entropy: Annotated[float, Field(ge=0)] = 0.5
-    """Least entropy, in multiples of the first window's."""
-    max_entropy: float = 1.7
-    """Largest entropy, in multiples of the first window's; above min_entropy."""
-    accuracy: _Action = "warn"
-    """What to do when held-out accuracy falls; needs eval.every."""
+    action: Literal["off", "warn", "stop", "rollback"] = "warn"
+    """What to do when responses collapse, are cut or repeat themselves, when the loss grows, when
+    the student's entropy leaves its band, or when held-out accuracy falls (needs eval.every)."""
     max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.1
     """Largest drop below the base model's accuracy, as a share of the problems."""
     target_compression: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Stop when held-out answers are this share shorter; needs eval.every."""
-
-    def __post_init__(self) -> None:
-        if self.max_entropy <= self.min_entropy:
-            rule = f"must be above guard.min_entropy ({self.min_entropy:g})"
-            raise ConfigError(f"guard.max_entropy {rule}, got {self.max_entropy!r}")
 
 
 @_section

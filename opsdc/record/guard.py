@@ -24,7 +24,20 @@ from typing import Any
 
 from opsdc.config.settings import GuardConfig
 
+WINDOW = 4
+"""Steps of a mean; later windows are compared with the run's first."""
+
 _GRAM = 8
+"""Tokens in a row that are looked for earlier in the response."""
+
+_LIMITS: tuple[tuple[str, Callable[[float, float], bool], str], ...] = (
+    ("response_tokens_mean", lambda then, now: now < 0.25 * then, "0.25 times it"),
+    ("truncated_share", lambda then, now: now > then + 0.2, "0.2 above it"),
+    ("repeated_share", lambda then, now: now > 0.1, "0.1"),
+    ("loss_nats", lambda then, now: now > 3 * then, "3 times it"),
+    ("student_entropy", lambda then, now: not then / 2 <= now <= 1.7 * then, "0.5 to 1.7 times it"),
+)
+"""Measure of a step, whether its mean now is beyond its limit, given the first window's, and it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,84 +63,46 @@ def repeated_share(ids: Sequence[int]) -> float:
 
 
 def check_steps(rows: Sequence[dict[str, Any]], config: GuardConfig) -> list[Finding]:
-    """What the last `guard.window` rows of metrics.jsonl say against the first ones.
+    """Compare the last `WINDOW` rows of metrics.jsonl with the first ones.
 
     A warning is given when it becomes true, not again at each step after.
     """
-    found = _beyond(rows, config)
-    old = {name for name, _, _ in _beyond(rows[:-1], config)}
-    return [Finding(a, text) for name, a, text in found if a != "warn" or name not in old]
+    now, before = _signs(rows), _signs(rows[:-1])
+    action = config.action
+    if action == "off":
+        return []
+    return [Finding(action, now[name]) for name in now if action != "warn" or name not in before]
 
 
 def check_answers(base: dict[str, Any], now: dict[str, Any], config: GuardConfig) -> list[Finding]:
-    """What headlines of held-out answers (see `evaluate.headline`) say against the base's."""
-    found = []
-    if config.accuracy != "off" and now["accuracy"] is not None and base["accuracy"] is not None:
+    """Compare headlines of held-out answers (see `eval.answers.headline`) with the base's."""
+    findings = []
+    if config.action != "off" and now["accuracy"] is not None and base["accuracy"] is not None:
         drop = base["accuracy"] - now["accuracy"]
         if drop > config.max_accuracy_drop:
             text = f"held-out accuracy fell by {drop:.3f}, guard.max_accuracy_drop is "
-            found.append(Finding(config.accuracy, f"{text}{config.max_accuracy_drop}"))
+            findings.append(Finding(config.action, f"{text}{config.max_accuracy_drop}"))
     shorter = 1 - now["tokens_mean"] / base["tokens_mean"]
     target = config.target_compression
     if target is not None and shorter >= target:
         text = f"held-out answers are {shorter:.1%} shorter: guard.target_compression {target:g}"
-        found.append(Finding("stop", text))
-    return found
+        findings.append(Finding("stop", text))
+    return findings
 
 
-def _beyond(rows: Sequence[dict[str, Any]], c: GuardConfig) -> list[tuple[str, str, str]]:
-    """(measure, action, sentence) of each that is beyond its limit now."""
+def _signs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What is beyond its limit now: the measure's name, and a sentence."""
     # The last window must not overlap the one that it is compared with.
-    if len(rows) < 2 * c.window:
-        return []
-    first, last = rows[: c.window], rows[-c.window :]
-    found = []
-
-    def measure(
-        name: str, action: str, key: str, sick: Callable[[float, float], bool], rule: str
-    ) -> None:
+    if len(rows) < 2 * WINDOW:
+        return {}
+    first, last = rows[:WINDOW], rows[-WINDOW:]
+    signs = {}
+    for key, is_sick, limit in _LIMITS:
         then, now = _mean(first, key), _mean(last, key)
-        if action == "off" or then is None or now is None or not sick(then, now):
-            return
-        text = f"{key} is {now:.4g} over {c.window} steps, {then:.4g} in the first: guard.{rule}"
-        found.append((name, action, text))
-
-    measure(
-        "length",
-        c.length,
-        "response_tokens_mean",
-        lambda then, now: now < c.min_length * then,
-        f"min_length {c.min_length:g}",
-    )
-    measure(
-        "truncation",
-        c.truncation,
-        "truncated_share",
-        lambda then, now: now > then + c.max_truncation_rise,
-        f"max_truncation_rise {c.max_truncation_rise:g}",
-    )
-    measure(
-        "repetition",
-        c.repetition,
-        "repeated_share",
-        lambda then, now: now > c.max_repetition,
-        f"max_repetition {c.max_repetition:g}",
-    )
-    measure(
-        "kl",
-        c.kl,
-        "loss_nats",
-        lambda then, now: now > c.max_kl * then,
-        f"max_kl {c.max_kl:g}",
-    )
-    measure(
-        "entropy",
-        c.entropy,
-        "student_entropy",
-        lambda then, now: not c.min_entropy * then <= now <= c.max_entropy * then,
-        f"min_entropy {c.min_entropy:g}, guard.max_entropy {c.max_entropy:g}",
-    )
-    return found
+        if then is not None and now is not None and is_sick(then, now):
+            text = f"{key} is {now:.4g} over {WINDOW} steps, {then:.4g} in the first; the limit is "
+            signs[key] = text + limit
+    return signs
 
 
 def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
