@@ -25,9 +25,10 @@ from opsdc.eval.answers import Answer
 from opsdc.eval.arms import Arms
 from opsdc.eval.report import finish_run
 from opsdc.method.batch import Layout
-from opsdc.method.room import ADVICE
+from opsdc.method.measures import UpdateResult
+from opsdc.method.out_of_memory import ADVICE
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import UpdateResult, make_optimizer, update
+from opsdc.method.update import make_optimizer, update
 from opsdc.models.load import describe, prepare_model, receive_model
 from opsdc.ranks import shard, stop, talk
 from opsdc.record import guard

@@ -1,1 +1,1 @@
-"""OPSDC itself: batches, the teacher, the loss, one update."""
+"""The method itself: batches, the teacher, the loss, one update."""

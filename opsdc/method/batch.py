@@ -1,4 +1,4 @@
-"""From rollouts to token batches: the only home of shifts, masks, packing and normalisation.
+"""Token batches from rollouts: the only home of shifts, masks, packing and normalisation.
 
 A sequence is prompt + response. The hidden state at position i predicts token i + 1, so the
 response tokens at P … P+R−1 (P prompt tokens, R response tokens, the end-of-sequence token
@@ -15,12 +15,12 @@ import torch
 from opsdc.models.head import TokenBatch
 
 IGNORED = -100
-"""transformers' label of a position outside the response"""
+"""Label that transformers gives to a position outside the response."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """One response behind the student's prompt and behind the teacher's: the same ids on both."""
+    """One response behind the student's prompt and the same token ids behind the teacher's."""
 
     student_prompt_ids: Sequence[int]
     teacher_prompt_ids: Sequence[int]
@@ -28,10 +28,12 @@ class Pair:
 
     @property
     def student_length(self) -> int:
+        """Number of tokens of prompt and response on the student's side."""
         return len(self.student_prompt_ids) + len(self.response_ids)
 
     @property
     def teacher_length(self) -> int:
+        """Number of tokens of prompt and response on the teacher's side."""
         return len(self.teacher_prompt_ids) + len(self.response_ids)
 
 
@@ -42,12 +44,16 @@ def token_batch(
     pad_id: int,
     device: torch.device,
 ) -> TokenBatch:
-    """Lay (prompt, response) sequences out, in one row (packed) or one row each (right-padded).
+    """Lay out (prompt, response) sequences of token ids for one forward.
 
+    Packed, all of them stand in one row, [1, Σ length], without a mask: positions restart at 0
+    with each sequence. Otherwise each has a row of its own, padded on the right with `pad_id`.
     The scored positions follow the order of the sequences and of their tokens.
     """
     rows = [list(prompt) + list(response) for prompt, response in sequences]
     width = sum(map(len, rows)) if packed else max(map(len, rows))
+
+    # Indices into the flattened rows: a response's tokens are predicted one position earlier.
     scored: list[int] = []
     start = 0
     for prompt, response in sequences:
@@ -76,9 +82,11 @@ def token_batch(
     )
 
 
-def labels_of(batch: TokenBatch) -> torch.Tensor:
-    """[rows, T]: response tokens at their own positions and IGNORED elsewhere, as transformers
-    writes labels."""
+def to_labels(batch: TokenBatch) -> torch.Tensor:
+    """Return the labels [rows, T] int64 of a batch as transformers writes them.
+
+    A response token stands at its own position, `IGNORED` everywhere else.
+    """
     labels = torch.full_like(batch.input_ids, IGNORED)
     labels.view(-1)[batch.scored + 1] = batch.targets
     return labels
@@ -87,9 +95,9 @@ def labels_of(batch: TokenBatch) -> torch.Tensor:
 def from_labels(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
 ) -> TokenBatch:
-    """Read tensors laid out as transformers does, [rows, T] each, padded on either side.
+    """Build a token batch from transformers' tensors, [rows, T] int64 each, padded on either side.
 
-    The first token of a row has nothing before it that predicts it: its label does not count.
+    Nothing stands before the first token of a row to predict it: its label does not count.
     """
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORED
@@ -103,9 +111,10 @@ def from_labels(
 
 
 def micro_batches(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> list[list[int]]:
-    """Group sequences so that a forward holds at most `max_tokens`, padding counted.
+    """Group sequences so that a forward holds at most `max_tokens` tokens, padding counted.
 
-    A sequence longer than the budget is a group of its own: nothing is dropped or cut.
+    Returns the indices of each group. A sequence above the budget is a group of its own: nothing
+    is dropped or cut.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
@@ -122,10 +131,15 @@ def micro_batches(lengths: Sequence[int], *, max_tokens: int, packed: bool) -> l
     return groups
 
 
-def balanced(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Indices for every rank, with about equally many tokens each; some get none of a few."""
+def share_out(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Divide sequences among ranks so that each gets about equally many tokens.
+
+    Returns the indices of each rank's sequences, rising. With fewer sequences than ranks some
+    ranks get none.
+    """
     load = [0] * ranks
     shares: list[list[int]] = [[] for _ in range(ranks)]
+    # The longest first, each to the rank that has the fewest tokens so far.
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         rank = min(range(ranks), key=lambda r: (load[r], r))
         shares[rank].append(i)
@@ -134,11 +148,12 @@ def balanced(lengths: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def token_weights(response_lengths: Sequence[int], normalization: str) -> list[float]:
-    """Weight of every token of each response, so that Σ weight·KL is the loss of the whole step.
+    """Return the loss weight that each token of a response has, one number per response.
 
-    "sequence": the mean over responses of their token means; "token": the mean over all tokens.
-    Taken over the whole step, so micro-batching, packing and ranks change nothing. A response
-    without tokens counts in no mean.
+    Σ weight·KL over all tokens is the loss of the whole step. `normalization` "sequence" takes the
+    mean over responses of their token means, "token" the mean over all tokens. Weights are taken
+    over the whole step, so micro-batches, packing and ranks change nothing. A response without
+    tokens counts in no mean.
     """
     counted = [n for n in response_lengths if n > 0]
     if normalization == "token":
@@ -149,54 +164,59 @@ def token_weights(response_lengths: Sequence[int], normalization: str) -> list[f
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """How sequences become forwards: it changes speed and memory, never the result."""
+    """The way sequences become forwards: it changes speed and memory, never the result."""
 
     packed: bool
+    """True puts the sequences of a forward into one row, False pads each to a row of its own."""
     max_tokens: int
     """Most tokens of one forward, padding counted."""
     pad_id: int
+    """Token id that fills padded rows and stands in where a rank has no tokens."""
     dtype: torch.dtype
-    """What the forward computes in; below float32 it runs under autocast."""
+    """The dtype that the forward computes in; below float32 it runs under autocast."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """How one step is cut into forwards: built once, followed by teacher pass and student pass.
+    """One step cut into forwards: built once, followed by the teacher's and the student's pass.
 
-    Every rank plans the whole step alike and takes its own groups.
+    All ranks plan the whole step alike, and each takes its own groups.
     """
 
     pairs: Sequence[Pair]
     """The step's responses that have tokens."""
     weights: Sequence[float]
-    """Loss weight of each token of a response, one number a pair."""
+    """Loss weight of each token of a response, one number per pair."""
     teacher_groups: Sequence[Sequence[int]]
-    """Indices of the pairs of each forward of this rank's teacher pass; empty: a dummy row."""
+    """Indices of the pairs in each forward of this rank's teacher pass; an empty group stands for
+    a dummy row."""
     student_groups: Sequence[Sequence[int]]
+    """Indices of the pairs in each forward of this rank's student pass, in the same manner."""
     layout: Layout
+    """Packing, token budget and dtype of the forwards."""
 
     def teacher_batch(self, group: Sequence[int], device: torch.device) -> TokenBatch:
         """Lay one group out behind the teacher's prompts."""
         return self._batch(
-            [(p.teacher_prompt_ids, p.response_ids) for p in self._of(group)], device
+            [(p.teacher_prompt_ids, p.response_ids) for p in self._pairs_of(group)], device
         )
 
     def student_batch(self, group: Sequence[int], device: torch.device) -> TokenBatch:
         """Lay one group out behind the student's prompts."""
         return self._batch(
-            [(p.student_prompt_ids, p.response_ids) for p in self._of(group)], device
+            [(p.student_prompt_ids, p.response_ids) for p in self._pairs_of(group)], device
         )
 
     def token_weights(self, group: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Return the loss weights [n] of a group's response tokens; [0] for an empty one."""
-        spread = [self.weights[i] for i in group for _ in self.pairs[i].response_ids]
-        return torch.tensor(spread or [0.0], device=device)
+        """Return the loss weights [n] float32 of a group's response tokens; [0.0] for a dummy."""
+        weights = [self.weights[i] for i in group for _ in self.pairs[i].response_ids]
+        return torch.tensor(weights or [0.0], device=device)
 
-    def _of(self, group: Sequence[int]) -> list[Pair]:
+    def _pairs_of(self, group: Sequence[int]) -> list[Pair]:
         # A rank without tokens runs a row all the same: the others wait for it in every layer.
         ids = [self.layout.pad_id]
-        nothing = Pair(student_prompt_ids=ids, teacher_prompt_ids=ids, response_ids=ids)
-        return [self.pairs[i] for i in group] or [nothing]
+        dummy = Pair(student_prompt_ids=ids, teacher_prompt_ids=ids, response_ids=ids)
+        return [self.pairs[i] for i in group] or [dummy]
 
     def _batch(
         self, sequences: list[tuple[Sequence[int], Sequence[int]]], device: torch.device
@@ -211,15 +231,17 @@ def plan_step(
     """Cut a step's responses into the forwards of one rank.
 
     Args:
-        pairs: of the whole step, the same on every rank; those without a response are left out.
+        pairs: All of the step, the same on every rank; those without a response are left out.
+        layout: Packing, token budget and dtype of the forwards.
         normalization: "sequence" or "token", see `token_weights`.
+        rank, ranks: This process among how many.
     """
     scored = [p for p in pairs if p.response_ids]
-    shares = balanced([p.student_length + p.teacher_length for p in scored], ranks)
+    # By both lengths together: a rank that scores a response as teacher also trains on it.
+    shares = share_out([p.student_length + p.teacher_length for p in scored], ranks)
 
     def groups(lengths: list[int]) -> list[list[int]]:
-        # Ranks run in lockstep, so all have as many forwards as the busiest; dummies come last.
-        cut = [
+        by_rank = [
             [
                 [share[j] for j in group]
                 for group in micro_batches(
@@ -228,7 +250,9 @@ def plan_step(
             ]
             for share in shares
         ]
-        return cut[rank] + [[] for _ in range(max(map(len, cut)) - len(cut[rank]))]
+        # Ranks run in lockstep, so all have as many forwards as the busiest; dummies come last.
+        dummies = max(map(len, by_rank)) - len(by_rank[rank])
+        return by_rank[rank] + [[] for _ in range(dummies)]
 
     return StepPlan(
         pairs=scored,

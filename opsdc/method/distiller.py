@@ -1,7 +1,7 @@
-"""Student, teacher and loss as one module: for transformers' Trainer, or a loop of one's own.
+"""Student, teacher and loss as one module: for transformers' Trainer, or any other loop.
 
 Backbone and loss run inside one forward, so that a wrapper around it (DDP, FSDP, autocast) sees
-both, and the logits of neither model exist.
+both. The logits of neither model exist.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from torch import nn
 
 from opsdc.config.settings import LossConfig
 from opsdc.errors import ConfigError, DataError, ModelError
-from opsdc.method.batch import Pair, from_labels, labels_of, token_batch
+from opsdc.method.batch import Pair, from_labels, to_labels, token_batch
 from opsdc.method.loss import distillation_loss, select_tokens
-from opsdc.models.head import TokenBatch, check_head, hidden_states, read_head
+from opsdc.models.head import Head, TokenBatch, check_head, hidden_states, read_head
 
 
 class Distiller(nn.Module):
     """The divergence of a student from its teacher, per response token, in `forward`.
 
     Args:
-        student: a causal language model of transformers, or a PEFT model around one.
-        teacher: another one with the same vocabulary; it is frozen. None: the student with its
-            adapter switched off.
-        loss: divergence, backend and scratch budget. The mean is over tokens, since their number is
-            all that `Trainer` says of the whole step.
+        student: A causal language model of transformers, or a PEFT model around one.
+        teacher: Another one with the same vocabulary; it is frozen. None stands for the student
+            with its adapter switched off.
+        loss: Divergence, backend and scratch budget. The mean is over tokens, since their number
+            is all that `Trainer` says of the whole step.
 
     Raises:
-        ModelError: a head computes something the loss does not describe, or there is no teacher.
-        ConfigError: another normalization than "token".
+        ModelError: A head computes something the loss does not describe, or there is no teacher.
+        ConfigError: The normalization is not "token".
     """
 
-    # Trainer then passes `num_items_in_batch` and leaves the accumulation to us …
+    # Makes Trainer pass `num_items_in_batch` and leave the accumulation to us.
     accepts_loss_kwargs = True
-    # … and counts no label in the first column, which nothing predicts.
+    # Makes Trainer count no label in the first column, which nothing predicts.
     loss_type = "ForCausalLM"
 
     def __init__(
@@ -59,14 +59,14 @@ class Distiller(nn.Module):
             )
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
-        # Trainer and its loggers look here for what they know of a model.
+        # Trainer and its loggers read the model's properties here.
         self.config = student.config
         self._loss = loss
         for model in (student, teacher):
             if model is not None:
                 check_head(model)
-        self.register_state_dict_post_hook(_keep_trained)
-        self.register_load_state_dict_post_hook(_miss_only_trained)
+        self.register_state_dict_post_hook(_keep_only_trained)
+        self.register_load_state_dict_post_hook(_expect_only_trained)
 
     def forward(
         self,
@@ -78,27 +78,28 @@ class Distiller(nn.Module):
         teacher_labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> dict[str, torch.Tensor]:
-        """{"loss": Σ divergence / num_items_in_batch}, in nats per response token.
+        """Return {"loss": Σ divergence / num_items_in_batch}, in nats per response token.
 
         Args:
-            input_ids, attention_mask, labels: [rows, T]; a label is the token itself within the
-                response and −100 elsewhere.
+            input_ids, attention_mask, labels: [rows, T] int64; a label is the token itself within
+                the response and −100 elsewhere.
             teacher_input_ids, teacher_attention_mask, teacher_labels: [rows, T'], the same
                 responses behind the teacher's prompts.
-            num_items_in_batch: response tokens of the whole optimizer step, over all its
-                micro-batches and processes; None: those of this call.
+            num_items_in_batch: Number of response tokens of the whole optimizer step, over all its
+                micro-batches and processes. None counts those of this call.
 
         Raises:
-            DataError: the responses of the two sides differ.
+            DataError: The responses of the two sides differ.
         """
         batch = from_labels(input_ids, attention_mask, labels)
-        seen = from_labels(teacher_input_ids, teacher_attention_mask, teacher_labels)
-        if not torch.equal(batch.targets, seen.targets):
+        teacher_batch = from_labels(teacher_input_ids, teacher_attention_mask, teacher_labels)
+        if not torch.equal(batch.targets, teacher_batch.targets):
             raise DataError(
                 f"labels hold {len(batch.targets)} response tokens and teacher_labels "
-                f"{len(seen.targets)}, and they differ; both must be the same responses, row by row"
+                f"{len(teacher_batch.targets)}, and they differ; both must be the same responses, "
+                "row by row"
             )
-        teacher_hidden, teacher_head = self._score(seen)
+        teacher_hidden, teacher_head = self._score_as_teacher(teacher_batch)
         student_hidden = hidden_states(self.student, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
         weight = torch.ones(len(batch.targets), device=student_hidden.device) / count
@@ -114,17 +115,18 @@ class Distiller(nn.Module):
         return {"loss": loss}
 
     @torch.no_grad()
-    def _score(self, batch: TokenBatch) -> Any:
+    def _score_as_teacher(self, batch: TokenBatch) -> tuple[torch.Tensor, Head]:
         if self.teacher is not None:
             return hidden_states(self.teacher, batch), read_head(self.teacher)
         with _adapter_off(self.student):
             return hidden_states(self.student, batch), read_head(self.student)
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """Where Trainer asks for it: the student's alone, the teacher has no graph."""
+        """Switch checkpointing on in the student, as Trainer asks; the teacher has no graph."""
         self.student.gradient_checkpointing_enable(**settings)
 
     def train(self, mode: bool = True) -> Distiller:
+        """Set the student's mode; the teacher always stays in evaluation mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
@@ -132,7 +134,10 @@ class Distiller(nn.Module):
 
 
 def collate(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
-    """The arguments of `Distiller.forward` for some responses: a `data_collator` for Trainer."""
+    """Lay out the arguments of `Distiller.forward`, [rows, T] int64 each and padded on the right.
+
+    Serves Trainer as `data_collator`.
+    """
     arguments: dict[str, torch.Tensor] = {}
     for side, prefix in (("student", ""), ("teacher", "teacher_")):
         batch = token_batch(
@@ -145,14 +150,14 @@ def collate(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         arguments |= {
             f"{prefix}input_ids": batch.input_ids,
             f"{prefix}attention_mask": batch.attention_mask,
-            f"{prefix}labels": labels_of(batch),
+            f"{prefix}labels": to_labels(batch),
         }
     return arguments
 
 
 @contextlib.contextmanager
 def _adapter_off(model: Any) -> Iterator[None]:
-    """The base model as a teacher is: adapter off, no dropout."""
+    """Let the model compute as a teacher within the block: adapter off, no dropout."""
     training = model.training
     model.eval()
     try:
@@ -162,17 +167,21 @@ def _adapter_off(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _trained(module: nn.Module) -> set[str]:
+def _trained_names(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _keep_trained(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Checkpoints hold what changes: no teacher, no frozen base, a tied head once."""
-    kept = {prefix + name for name in _trained(module)}
-    for name in [n for n in state if n.startswith(prefix) and n not in kept]:
+def _keep_only_trained(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Leave out of a checkpoint all that does not change: the teacher, a frozen base.
+
+    A tied head is then stored once.
+    """
+    trained = {prefix + name for name in _trained_names(module)}
+    for name in [n for n in state if n.startswith(prefix) and n not in trained]:
         del state[name]
 
 
-def _miss_only_trained(module: nn.Module, incompatible: Any) -> None:
+def _expect_only_trained(module: nn.Module, incompatible: Any) -> None:
+    """Report as missing, when a checkpoint is loaded, only names that a checkpoint holds."""
     missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if name in _trained(module)]
+    missing[:] = [name for name in missing if name in _trained_names(module)]

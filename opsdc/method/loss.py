@@ -1,4 +1,4 @@
-"""From hidden states to the divergence: the one place where the trainer calls `opsdc_kernels`."""
+"""The divergence from hidden states: the one place where the trainer calls the kernels' loss."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ def distillation_loss(
     target_ids: torch.Tensor | None = None,
     exact_value: bool = False,
 ) -> tuple[torch.Tensor, DivergenceStats]:
-    """Σ_t w_t · D(student_t, teacher_t) over the full vocabulary, at temperature 1.
+    """Compute Σ_t w_t · D(student_t, teacher_t) over the full vocabulary, at temperature 1.
 
     Args:
         student_hidden: [n, D], with gradient.
-        student_head: the model's head as it is now.
-        teacher_hidden: [n, D], no gradient.
-        teacher_head: the teacher's; the same tensors where the head is not trained.
-        token_weight: [n] from `batch.token_weights`, or None with reduction "none".
-        config: divergence, backend, scratch budget and tolerance. With a `skip_tolerance` the loss
-            is a lower bound unless `exact_value`; reduction "none" ignores it.
-        reduction: "sum" in training; "none" gives [n].
-        exact_value: loss and statistics from all columns.
-        target_ids: [n], adds the sampled tokens' log-probabilities to the statistics.
+        student_head: The model's head as it is now.
+        teacher_hidden: [n, D], without gradient, of the student's dtype.
+        teacher_head: The teacher's head; the same tensors where the head is not trained.
+        token_weight: [n] float32 as of `StepPlan.token_weights`, or None with reduction "none".
+        config: Divergence, backend, scratch budget and tolerance. With a `skip_tolerance` the loss
+            is a lower bound unless `exact_value`; reduction "none" ignores the tolerance.
+        reduction: "sum" in training; "none" returns one value per token.
+        target_ids: [n] int64, adds the sampled tokens' log-probabilities to the statistics.
+        exact_value: Take loss and statistics from all columns.
 
-    Returns: the loss in nats, and per-token statistics without gradient.
+    Returns:
+        The loss in nats, a scalar or [n], and statistics per token without gradient.
     """
     tolerance = config.skip_tolerance if reduction != "none" else None
     return linear_divergence(
@@ -73,14 +74,17 @@ def select_tokens(
     lengths: Sequence[int],
     config: LossConfig,
 ) -> tuple[torch.Tensor, DivergenceStats]:
-    """The weights that `config.token_share` leaves, [n] with 0 at the others; statistics of all.
+    """Zero the weights of the tokens that `config.token_share` leaves out.
 
-    Costs two head GEMMs. `lengths`: response tokens of each sequence, Σ = n; the rest as in
-    `distillation_loss`.
+    Costs two head GEMMs. `lengths` holds the number of response tokens of each sequence, Σ = n;
+    the other arguments are those of `distillation_loss`.
+
+    Returns:
+        The weights [n], and the statistics of all tokens.
     """
-    _, every = distillation_loss(
+    _, stats = distillation_loss(
         student_hidden, student_head, teacher_hidden, teacher_head, None, config, reduction="none"
     )
     by_entropy = config.token_criterion == "entropy"
-    value = every.student_entropy if by_entropy else every.divergence
-    return token_weight * kept_tokens(value, lengths, config.token_share), every
+    value = stats.student_entropy if by_entropy else stats.divergence
+    return token_weight * kept_tokens(value, lengths, config.token_share), stats

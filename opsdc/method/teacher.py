@@ -23,7 +23,15 @@ from opsdc.models.head import Head, read_head
 
 
 class Teacher:
-    """Owns the teacher's weights, its head included, and when they change."""
+    """The teacher's weights, its head included, and the rule by which they follow the student.
+
+    Args:
+        model: The student's module; the parameters that require a gradient are the trained ones.
+        config: Mode, refresh interval, decay, and where the copies lie.
+
+    Raises:
+        ConfigError: `teacher.offload` with a model that is cut over the ranks.
+    """
 
     def __init__(self, model: Any, config: TeacherConfig) -> None:
         self._model = model
@@ -33,21 +41,21 @@ class Teacher:
         if config.mode != "live":
             self._copies = [self._copy(p.detach()) for p in self._params]
         self.version = 0
-        """Student updates that the teacher's weights have seen (ema: that it has averaged)."""
+        """Number of student updates that the teacher's weights have seen (ema: averaged)."""
 
     @property
     def is_student(self) -> bool:
-        """True in mode "live", where the teacher has no weights of its own."""
+        """Return True in mode "live", where the teacher has no weights of its own."""
         return self._config.mode == "live"
 
     def equals_student(self, step: int) -> bool:
-        """True when both have the same weights after `step` updates, right after a refresh say."""
+        """Return True when both have the same weights after `step` updates, as after a refresh."""
         averaged = self._config.mode == "ema" and step > 0
         return self.is_student or (self.version == step and not averaged)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
-        """Within the block the module computes as the teacher. Not to be nested."""
+        """Let the module compute as the teacher within the block. Blocks must not be nested."""
         self._swap()
         try:
             yield
@@ -71,21 +79,22 @@ class Teacher:
         for i, copy in enumerate(self._copies):
             param = self._params[i]
             if self._config.offload or isinstance(copy, DTensor):
-                # Values go, not tensors: each side keeps the memory that it has, from which FSDP
-                # gathers, or which lies with the host.
-                kept = copy.clone()
+                # Swap values, not tensors: each side keeps its memory, from which FSDP gathers, or
+                # which lies on the host.
+                teachers = copy.clone()
                 copy.copy_(param)
-                param.copy_(kept)
+                param.copy_(teachers)
             else:
                 param.data, self._copies[i] = copy, param.data
 
     def head(self) -> Head:
-        """The teacher's head; the very same tensors as the student's where they are not trained."""
+        """Return the teacher's head; the student's very tensors where they are not trained."""
         head = read_head(self._model)
-        own = {id(p): c for p, c in zip(self._params, self._copies, strict=False)}
+        # In mode "live" there are no copies.
+        copy_of = {id(p): c for p, c in zip(self._params, self._copies, strict=False)}
 
         def teachers(tensor: torch.Tensor) -> torch.Tensor:
-            return own.get(id(tensor), tensor).to(tensor.device)
+            return copy_of.get(id(tensor), tensor).to(tensor.device)
 
         return dataclasses.replace(
             head,
@@ -95,15 +104,16 @@ class Teacher:
 
     @torch.no_grad()
     def after_update(self, step: int, losses: Sequence[float | None] = ()) -> bool:
-        """Called after the update of `step` (from 1); True when a hard refresh took place.
+        """Move the teacher after the update of `step` (from 1); return True after a hard refresh.
 
-        `losses`: of all steps up to this one; only `refresh_plateau` looks at them.
+        `losses` holds the loss of each step up to this one in nats, None for a skipped step; only
+        `refresh_plateau` reads them.
         """
         mode = self._config.mode
         if mode == "ema":
             for copy, param in zip(self._copies, self._params, strict=True):
                 copy.lerp_(param.to(copy.device), 1.0 - self._config.ema_decay)
-        elif mode == "refresh" and self._due(step, losses):
+        elif mode == "refresh" and self._refresh_due(step, losses):
             for copy, param in zip(self._copies, self._params, strict=True):
                 copy.copy_(param)
         elif mode != "live":
@@ -111,13 +121,18 @@ class Teacher:
         self.version = step
         return mode == "refresh"
 
-    def _due(self, step: int, losses: Sequence[float | None]) -> bool:
+    def _refresh_due(self, step: int, losses: Sequence[float | None]) -> bool:
+        """Return True where the teacher is to be refreshed: every M steps, or at a plateau.
+
+        A plateau is there when the mean loss of the last M steps is not lower than the mean of the
+        M before them by the share `refresh_plateau`, all of them since the last refresh.
+        """
         window, plateau = self._config.refresh_steps, self._config.refresh_plateau
         if plateau is None:
             return step % window == 0
         # Skipped steps have no loss, and say nothing about convergence.
-        since = [x for x in losses[self.version :] if x is not None and math.isfinite(x)]
-        if len(since) < 2 * window:
+        finite = [x for x in losses[self.version :] if x is not None and math.isfinite(x)]
+        if len(finite) < 2 * window:
             return False
-        before, now = sum(since[-2 * window : -window]), sum(since[-window:])
+        before, now = sum(finite[-2 * window : -window]), sum(finite[-window:])
         return now > (1 - plateau) * before

@@ -18,8 +18,8 @@ import torch
 from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError, TrainingError
 from opsdc.method.batch import Pair
+from opsdc.method.measures import UpdateResult
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import UpdateResult
 from opsdc.models.load import describe
 from opsdc.ranks.talk import Ranks
 from opsdc.record import checkpoint, guard

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsdc.method.batch import from_labels, labels_of, micro_batches, token_batch, token_weights
+from opsdc.method.batch import from_labels, micro_batches, to_labels, token_batch, token_weights
 
 CPU = torch.device("cpu")
 SEQUENCES = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([1, 2], [3])]
@@ -33,7 +33,7 @@ def test_padded_rows_are_masked_on_the_right():
 
 def test_labels_and_scored_positions_say_the_same():
     batch = token_batch(SEQUENCES, packed=False, pad_id=0, device=CPU)
-    labels = labels_of(batch)
+    labels = to_labels(batch)
     assert labels.tolist() == [
         [-100, -100, -100, 4, 5],
         [-100, 7, 8, 9, -100],

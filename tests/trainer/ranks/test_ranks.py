@@ -18,7 +18,7 @@ import pytest
 from helpers import ranks as t
 from helpers import runs
 
-from opsdc.method.batch import balanced
+from opsdc.method.batch import share_out
 from opsdc.ranks.talk import ALONE
 from opsdc.record import checkpoint
 
@@ -110,11 +110,11 @@ def test_the_comparison_fails_where_gradients_are_averaged():
 
 def test_shares_are_balanced_and_complete():
     lengths = [9000, 10, 300, 300, 4000, 5000, 20]
-    shares = balanced(lengths, 3)
+    shares = share_out(lengths, 3)
     assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
     loads = [sum(lengths[i] for i in share) for share in shares]
     assert max(loads) <= 1.02 * max(lengths)
-    assert balanced([5], 3) == [[0], [], []]
+    assert share_out([5], 3) == [[0], [], []]
 
 
 def test_what_ranks_tell_each_other():

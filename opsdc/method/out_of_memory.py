@@ -1,4 +1,4 @@
-"""Out of memory: the whole step again in smaller forwards, or together out of it."""
+"""Remedies for a step that finds no memory: smaller forwards, or an end for all ranks together."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ ADVICE = (
     "model.gradient_checkpointing true or distributed.strategy fsdp, or train an adapter "
     "(model.lora): `opsdc plan` says what fits"
 )
-"""Remedies for ranks that ran out of memory."""
+"""Settings to change after ranks ran out of memory, as a sentence for the error."""
 
 
-def in_memory(
+def fit_into_memory(
     work: Callable[[Layout], T], layout: Layout, pairs: Sequence[Pair], model: Any, ranks: Ranks
 ) -> tuple[T, Layout]:
-    """Run `work(layout)`, which accumulates gradients, in forwards small enough for the memory.
+    """Run `work(layout)`, which accumulates gradients, with forwards small enough for the memory.
 
-    A run that finds no memory takes nothing with it: gradients are dropped and the whole step is
-    done again in forwards of half the size. Returns the result and the layout that fitted.
+    A try that finds no memory leaves no trace: its gradients are dropped, and the whole step is
+    done again with forwards of half the size.
 
-    Raises TrainingError where forwards cannot be halved any more, and as `_leave_together` where
-    other ranks are there.
+    Returns:
+        The result of `work`, and the layout that fitted.
+
+    Raises:
+        TrainingError: One sequence alone does not fit; or, under fsdp, a rank found no memory.
+        OutOfMemoryError: One of several ranks found no memory; all of them raise this.
     """
     while True:
         _drop_gradients(model)
@@ -44,7 +48,7 @@ def in_memory(
                 raise
             if ranks.size > 1:
                 _leave_together(error, model, ranks)
-        # Not in the handler: the error's frames hold the tensors that did not fit.
+        # Outside the handler: the error's frames hold the tensors that did not fit.
         _drop_gradients(model)
         layout = _halved(layout, [p for p in pairs if p.response_ids])
         if torch.cuda.is_available():
@@ -62,10 +66,11 @@ def _drop_gradients(model: Any) -> None:
 
 
 def _leave_together(error: Exception, model: Any, ranks: Ranks) -> NoReturn:
-    """Tell the others, who are on their way to the next micro-batch, and raise as they do.
+    """Tell the other ranks, which are on their way to the next micro-batch, and raise as they do.
 
-    With fsdp and outside the loss they are not: they wait within a layer for what this rank cannot
-    give any more, and no state can be gathered. The run then ends where its last checkpoint is.
+    Under fsdp, outside the loss, they are not on their way: they wait within a layer for a part
+    that this rank cannot send any more, and no state can be gathered. The run then ends, and goes
+    on from its last checkpoint.
     """
     if isinstance(error, OutOfMemoryError):
         raise error
@@ -75,17 +80,22 @@ def _leave_together(error: Exception, model: Any, ranks: Ranks) -> NoReturn:
             f"command goes on from the last checkpoint (train.save_every). {ADVICE}"
         ) from error
     ranks.check_stop(out_of_memory=True)
-    raise AssertionError
+    raise AssertionError("check_stop raises on all ranks")
 
 
 def _halved(layout: Layout, pairs: Sequence[Pair]) -> Layout:
-    """Half of the tokens in the step's largest forward that is of more than one sequence."""
+    """Return the layout with half the tokens of the step's largest forward of several sequences.
+
+    Half of the old budget might change nothing, where no forward came near it. Raises
+    TrainingError where all forwards hold one sequence.
+    """
     largest = 0
     for lengths in ([p.teacher_length for p in pairs], [p.student_length for p in pairs]):
         for group in micro_batches(lengths, max_tokens=layout.max_tokens, packed=layout.packed):
             if len(group) > 1:
-                width = [lengths[i] if layout.packed else lengths[group[0]] for i in group]
-                largest = max(largest, sum(width))
+                # Longest first: a padded group is as wide as its first sequence.
+                widths = [lengths[i] if layout.packed else lengths[group[0]] for i in group]
+                largest = max(largest, sum(widths))
     if not largest:
         longest = max(max(p.teacher_length, p.student_length) for p in pairs)
         raise TrainingError(
