@@ -106,8 +106,9 @@ def same_prompt_divergence(
         for p in pairs
     ]
     plan = plan_step(
-        same, layout, normalization=config.loss.normalization, rank=ranks.rank, ranks=ranks.size
-    )
+        same, layout, normalization=config.loss.normalization, contexts=teacher.contexts,
+        rank=ranks.rank, ranks=ranks.size,
+    )  # fmt: skip
     kept = teacher_pass(model, teacher, plan, ranks=ranks)
     loss, *_ = student_pass(model, teacher, plan, kept, config, ranks=ranks)
     for parameter in model.parameters():

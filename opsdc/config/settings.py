@@ -180,6 +180,24 @@ class TeacherConfig:
     """After each step: teacher <- decay·teacher + (1 - decay)·student."""
     offload: Annotated[bool, UsedWith("teacher.mode", ("refresh", "frozen", "ema"))] = False
     """Keep the teacher in host memory but for its pass: the same bits, two copies a step."""
+    dial: Annotated[float, Field(ge=-1, le=4)] = 1.0
+    """How strongly the instruction pulls: 1 as it is (the paper), below 1 more gently, above 1
+    harder, 0 not at all. Exact: teachers are mixed in hidden space."""
+    anchor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Weight in the teacher of the model before training, which holds what it could do."""
+    against: Annotated[str | None, MustBe("not empty", str.strip)] = None
+    """A second instruction whose style is subtracted from the teacher: P1, P2, a file or a text."""
+    against_weight: Annotated[float, Field(gt=0, le=2)] = 0.5
+    """How strongly teacher.against is subtracted."""
+    target: Annotated[float | None, Field(gt=0, lt=1)] = None
+    """Share of the response tokens to save, held there: the dial then moves by itself."""
+    dial_max: Annotated[float, Field(gt=0, le=4)] = 2.0
+    """The dial's largest value with teacher.target; its smallest is 0."""
+
+    def __post_init__(self) -> None:
+        if self.target is not None and not 0 <= self.dial <= self.dial_max:
+            rule = f"must be at least teacher.dial ({self.dial:g}), which is where it starts"
+            raise ConfigError(f"teacher.dial_max {rule}, got {self.dial_max!r}")
 
 
 @_section

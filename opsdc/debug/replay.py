@@ -51,7 +51,9 @@ def replay(path: Path) -> str:
         dtype=getattr(torch, config.model.dtype),
     )
     model.train()
-    plan = plan_step(pairs, layout, normalization=config.loss.normalization)
+    plan = plan_step(
+        pairs, layout, normalization=config.loss.normalization, contexts=teacher.contexts
+    )
     loss, *_ = student_pass(model, teacher, plan, teacher_pass(model, teacher, plan), config)
     sick = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
     gradients = [

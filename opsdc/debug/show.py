@@ -29,7 +29,9 @@ def per_token(
     model: Any, teacher: Teacher, pair: Pair, config: OPSDCConfig, layout: Layout
 ) -> dict[str, torch.Tensor]:
     """[R] per response token: KL(student‖teacher), both entropies, both log-probabilities."""
-    plan = plan_step([pair], layout, normalization=config.loss.normalization)
+    plan = plan_step(
+        [pair], layout, normalization=config.loss.normalization, contexts=teacher.contexts
+    )
     teacher_rows = teacher_pass(model, teacher, plan)[0]
     device = teacher_rows.device
     batch = plan.student_batch([0], device)

@@ -7,11 +7,12 @@ included) are scored at positions P−1 … P+R−2. Prompt positions never reac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from opsdc.method.mixture import AGAINST, CONCISE, PLAIN, START
 from opsdc.models.head import TokenBatch
 
 IGNORED = -100
@@ -25,6 +26,10 @@ class Pair:
     student_prompt_ids: Sequence[int]
     teacher_prompt_ids: Sequence[int]
     response_ids: Sequence[int]
+    against_prompt_ids: Sequence[int] = ()
+    """The prompt with the instruction whose style is subtracted, where there is one."""
+    dial: float = 1.0
+    """Weight of the instruction in this response's teacher, see `mixture`."""
 
     @property
     def student_length(self) -> int:
@@ -187,25 +192,25 @@ class StepPlan:
     """The step's responses that have tokens."""
     weights: Sequence[float]
     """Loss weight of each token of a response, one number per pair."""
-    teacher_groups: Sequence[Sequence[int]]
-    """Indices of the pairs in each forward of this rank's teacher pass; an empty group stands for
-    a dummy row."""
+    mixes: Sequence[Mapping[str, float]]
+    """Weight of each context in each pair's teacher, see `mixture`."""
+    teacher_groups: Mapping[str, Sequence[Sequence[int]]]
+    """For each context, indices of the pairs in each forward of this rank's teacher pass; an empty
+    group stands for a dummy row."""
     student_groups: Sequence[Sequence[int]]
     """Indices of the pairs in each forward of this rank's student pass, in the same manner."""
     layout: Layout
     """Packing, token budget and dtype of the forwards."""
 
-    def teacher_batch(self, group: Sequence[int], device: torch.device) -> TokenBatch:
-        """Lay one group out behind the teacher's prompts."""
+    def teacher_batch(self, context: str, group: Sequence[int], device: torch.device) -> TokenBatch:
+        """Lay one group out behind the prompts of a context."""
         return self._batch(
-            [(p.teacher_prompt_ids, p.response_ids) for p in self._pairs_of(group)], device
+            [(_prompt_of(p, context), p.response_ids) for p in self._pairs_of(group)], device
         )
 
     def student_batch(self, group: Sequence[int], device: torch.device) -> TokenBatch:
         """Lay one group out behind the student's prompts."""
-        return self._batch(
-            [(p.student_prompt_ids, p.response_ids) for p in self._pairs_of(group)], device
-        )
+        return self.teacher_batch(PLAIN, group, device)
 
     def token_weights(self, group: Sequence[int], device: torch.device) -> torch.Tensor:
         """Return the loss weights [n] float32 of a group's response tokens; [0.0] for a dummy."""
@@ -215,7 +220,12 @@ class StepPlan:
     def _pairs_of(self, group: Sequence[int]) -> list[Pair]:
         # A rank without tokens runs a row all the same: the others wait for it in every layer.
         ids = [self.layout.pad_id]
-        dummy = Pair(student_prompt_ids=ids, teacher_prompt_ids=ids, response_ids=ids)
+        dummy = Pair(
+            student_prompt_ids=ids,
+            teacher_prompt_ids=ids,
+            against_prompt_ids=ids,
+            response_ids=ids,
+        )
         return [self.pairs[i] for i in group] or [dummy]
 
     def _batch(
@@ -225,8 +235,21 @@ class StepPlan:
         return token_batch(sequences, packed=layout.packed, pad_id=layout.pad_id, device=device)
 
 
+def _prompt_of(pair: Pair, context: str) -> Sequence[int]:
+    """Return the prompt that a context of `mixture` puts before a pair's response."""
+    if context == CONCISE:
+        return pair.teacher_prompt_ids
+    return pair.against_prompt_ids if context == AGAINST else pair.student_prompt_ids
+
+
 def plan_step(
-    pairs: Sequence[Pair], layout: Layout, *, normalization: str, rank: int = 0, ranks: int = 1
+    pairs: Sequence[Pair],
+    layout: Layout,
+    *,
+    normalization: str,
+    contexts: Callable[[float], Mapping[str, float]],
+    rank: int = 0,
+    ranks: int = 1,
 ) -> StepPlan:
     """Cut a step's responses into the forwards of one rank.
 
@@ -234,22 +257,25 @@ def plan_step(
         pairs: All of the step, the same on every rank; those without a response are left out.
         layout: Packing, token budget and dtype of the forwards.
         normalization: "sequence" or "token", see `token_weights`.
+        contexts: Gives the weight of each context in a pair's teacher from the pair's dial, as
+            `Teacher.contexts` does.
         rank, ranks: This process among how many.
     """
     scored = [p for p in pairs if p.response_ids]
     # By both lengths together: a rank that scores a response as teacher also trains on it.
     shares = share_out([p.student_length + p.teacher_length for p in scored], ranks)
 
-    def groups(lengths: list[int]) -> list[list[int]]:
-        by_rank = [
-            [
-                [share[j] for j in group]
-                for group in micro_batches(
-                    [lengths[i] for i in share], max_tokens=layout.max_tokens, packed=layout.packed
-                )
-            ]
-            for share in shares
-        ]
+    mixes = [contexts(p.dial) for p in scored]
+
+    def groups(context: str, members: Collection[int]) -> list[list[int]]:
+        lengths = [len(_prompt_of(p, context)) + len(p.response_ids) for p in scored]
+        by_rank = []
+        for share in shares:
+            mine = [i for i in share if i in members]
+            cut = micro_batches(
+                [lengths[i] for i in mine], max_tokens=layout.max_tokens, packed=layout.packed
+            )
+            by_rank.append([[mine[j] for j in group] for group in cut])
         # Ranks run in lockstep, so all have as many forwards as the busiest; dummies come last.
         dummies = max(map(len, by_rank)) - len(by_rank[rank])
         return by_rank[rank] + [[] for _ in range(dummies)]
@@ -257,7 +283,12 @@ def plan_step(
     return StepPlan(
         pairs=scored,
         weights=token_weights([len(p.response_ids) for p in scored], normalization),
-        teacher_groups=groups([p.teacher_length for p in scored]),
-        student_groups=groups([p.student_length for p in scored]),
+        mixes=mixes,
+        teacher_groups={
+            context: groups(context, [i for i, mix in enumerate(mixes) if context in mix])
+            for context in (CONCISE, PLAIN, AGAINST, START)
+            if any(context in mix for mix in mixes)
+        },
+        student_groups=groups(PLAIN, range(len(scored))),
         layout=layout,
     )

@@ -7,7 +7,7 @@ both. The logits of neither model exist.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,16 @@ from opsdc.config.settings import LossConfig
 from opsdc.errors import ConfigError, DataError, ModelError
 from opsdc.method.batch import Pair, from_labels, to_labels, token_batch
 from opsdc.method.loss import distillation_loss, select_tokens
+from opsdc.method.mixture import (
+    AGAINST,
+    CONCISE,
+    PLAIN,
+    START,
+    Mix,
+    blend,
+    check_mixable,
+    widened,
+)
 from opsdc.models.head import Head, TokenBatch, check_head, hidden_states, read_head
 
 
@@ -29,9 +39,12 @@ class Distiller(nn.Module):
             with its adapter switched off.
         loss: Divergence, backend and scratch budget. The mean is over tokens, since their number
             is all that `Trainer` says of the whole step.
+        mix: How the teacher is mixed from its contexts, see `opsdc.method.mixture`.
+        start: For an anchor, the model before training; it is frozen. None stands for the teacher.
 
     Raises:
-        ModelError: A head computes something the loss does not describe, or there is no teacher.
+        ModelError: A head computes something the loss does not describe, there is no teacher, or
+            a mixture is asked of a head that caps its logits softly.
         ConfigError: The normalization is not "token".
     """
 
@@ -45,6 +58,8 @@ class Distiller(nn.Module):
         student: Any,
         teacher: Any = None,
         loss: LossConfig = LossConfig(normalization="token"),  # noqa: B008 (frozen)
+        mix: Mix = Mix(),  # noqa: B008 (frozen)
+        start: Any = None,
     ) -> None:
         super().__init__()
         if loss.normalization != "token":
@@ -59,12 +74,17 @@ class Distiller(nn.Module):
             )
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
+        self.start = None if start is None else start.requires_grad_(False).eval()
         # Trainer and its loggers read the model's properties here.
         self.config = student.config
         self._loss = loss
-        for model in (student, teacher):
+        self._contexts = mix.weights(start_is_teacher=start is None)
+        self._anchor = mix.anchor
+        for model in (student, teacher, start):
             if model is not None:
                 check_head(model)
+                if mix != Mix():
+                    check_mixable(read_head(model), "mix")
         self.register_state_dict_post_hook(_keep_only_trained)
         self.register_load_state_dict_post_hook(_expect_only_trained)
 
@@ -77,6 +97,9 @@ class Distiller(nn.Module):
         teacher_attention_mask: torch.Tensor,
         teacher_labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
+        against_input_ids: torch.Tensor | None = None,
+        against_attention_mask: torch.Tensor | None = None,
+        against_responses: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return {"loss": Σ divergence / num_items_in_batch}, in nats per response token.
 
@@ -87,19 +110,35 @@ class Distiller(nn.Module):
                 responses behind the teacher's prompts.
             num_items_in_batch: Number of response tokens of the whole optimizer step, over all its
                 micro-batches and processes. None counts those of this call.
+            against_input_ids, against_attention_mask, against_responses: [rows, T''], with
+                `mix.against`: the same responses behind the instruction whose style is subtracted.
+                The last is laid out as labels are; Trainer would take that name for more labels.
 
         Raises:
-            DataError: The responses of the two sides differ.
+            DataError: The responses of two sides differ, or a side that `mix` needs is missing.
         """
         batch = from_labels(input_ids, attention_mask, labels)
-        teacher_batch = from_labels(teacher_input_ids, teacher_attention_mask, teacher_labels)
-        if not torch.equal(batch.targets, teacher_batch.targets):
-            raise DataError(
-                f"labels hold {len(batch.targets)} response tokens and teacher_labels "
-                f"{len(teacher_batch.targets)}, and they differ; both must be the same responses, "
-                "row by row"
+        batches = {
+            PLAIN: batch,
+            START: batch,
+            CONCISE: from_labels(teacher_input_ids, teacher_attention_mask, teacher_labels),
+        }
+        _check_equal_responses(batch, batches[CONCISE], "teacher_labels")
+        if AGAINST in self._contexts:
+            if (
+                against_input_ids is None
+                or against_attention_mask is None
+                or against_responses is None
+            ):
+                raise DataError(
+                    "mix.against needs against_input_ids, against_attention_mask and "
+                    "against_responses; give each Pair its against_prompt_ids"
+                )
+            batches[AGAINST] = from_labels(
+                against_input_ids, against_attention_mask, against_responses
             )
-        teacher_hidden, teacher_head = self._score_as_teacher(teacher_batch)
+            _check_equal_responses(batch, batches[AGAINST], "against_responses")
+        teacher_hidden, teacher_head = self._score_as_teacher(batches)
         student_hidden = hidden_states(self.student, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
         weight = torch.ones(len(batch.targets), device=student_hidden.device) / count
@@ -115,21 +154,33 @@ class Distiller(nn.Module):
         return {"loss": loss}
 
     @torch.no_grad()
-    def _score_as_teacher(self, batch: TokenBatch) -> tuple[torch.Tensor, Head]:
-        if self.teacher is not None:
-            return hidden_states(self.teacher, batch), read_head(self.teacher)
-        with _adapter_off(self.student):
-            return hidden_states(self.student, batch), read_head(self.student)
+    def _score_as_teacher(self, batches: Mapping[str, TokenBatch]) -> tuple[torch.Tensor, Head]:
+        """Return the mixed hidden states of the teacher, [n, D] or wide, and their head."""
+        hidden = {}
+        model = self.student if self.teacher is None else self.teacher
+        with _adapter_off(self.student) if self.teacher is None else contextlib.nullcontext():
+            for context in self._contexts:
+                if context != START:
+                    hidden[context] = hidden_states(model, batches[context])
+            head = read_head(model)
+        if START not in self._contexts:
+            return blend(hidden, self._contexts, wide=False), head
+        hidden[START] = hidden_states(self.start, batches[START])
+        start_head = read_head(self.start)
+        wide = start_head.weight is not head.weight
+        mixed = blend(hidden, self._contexts, wide=wide)
+        return mixed, widened(head, start_head, self._anchor) if wide else head
 
     def gradient_checkpointing_enable(self, **settings: Any) -> None:
         """Switch checkpointing on in the student, as Trainer asks; the teacher has no graph."""
         self.student.gradient_checkpointing_enable(**settings)
 
     def train(self, mode: bool = True) -> Distiller:
-        """Set the student's mode; the teacher always stays in evaluation mode."""
+        """Set the student's mode; teacher and start always stay in evaluation mode."""
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
+        for frozen in (self.teacher, self.start):
+            if frozen is not None:
+                frozen.eval()
         return self
 
 
@@ -139,7 +190,10 @@ def collate(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
     Serves Trainer as `data_collator`.
     """
     arguments: dict[str, torch.Tensor] = {}
-    for side, prefix in (("student", ""), ("teacher", "teacher_")):
+    sides = [("student", ""), ("teacher", "teacher_")]
+    if any(pair.against_prompt_ids for pair in pairs):
+        sides.append(("against", "against_"))
+    for side, prefix in sides:
         batch = token_batch(
             [(getattr(pair, f"{side}_prompt_ids"), pair.response_ids) for pair in pairs],
             packed=False,
@@ -150,9 +204,17 @@ def collate(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
         arguments |= {
             f"{prefix}input_ids": batch.input_ids,
             f"{prefix}attention_mask": batch.attention_mask,
-            f"{prefix}labels": to_labels(batch),
+            f"{prefix}{'responses' if side == 'against' else 'labels'}": to_labels(batch),
         }
     return arguments
+
+
+def _check_equal_responses(batch: TokenBatch, other: TokenBatch, labels: str) -> None:
+    if not torch.equal(batch.targets, other.targets):
+        raise DataError(
+            f"labels hold {len(batch.targets)} response tokens and {labels} {len(other.targets)}, "
+            "and they differ; both must be the same responses, row by row"
+        )
 
 
 @contextlib.contextmanager

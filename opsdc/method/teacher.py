@@ -19,51 +19,66 @@ from torch.distributed.tensor import DTensor
 
 from opsdc.config.settings import TeacherConfig
 from opsdc.errors import ConfigError
+from opsdc.method.mixture import Mix, check_mixable
 from opsdc.models.head import Head, read_head
 
 
-class Teacher:
-    """The teacher's weights, its head included, and the rule by which they follow the student.
+class Snapshot:
+    """A copy of the trained parameters, to be swapped into the module that they are from.
 
     Args:
-        model: The student's module; the parameters that require a gradient are the trained ones.
-        config: Mode, refresh interval, decay, and where the copies lie.
+        model: The module; the parameters that require a gradient are the trained ones.
+        offload: Keep the copy in the host's memory.
 
     Raises:
-        ConfigError: `teacher.offload` with a model that is cut over the ranks.
+        ConfigError: `offload` with a model that is cut over the ranks.
     """
 
-    def __init__(self, model: Any, config: TeacherConfig) -> None:
-        self._model = model
-        self._config = config
+    def __init__(self, model: Any, *, offload: bool = False) -> None:
+        self._model, self._offload = model, offload
         self._params = [p for p in model.parameters() if p.requires_grad]
-        self._copies: list[torch.Tensor] = []
-        if config.mode != "live":
-            self._copies = [self._copy(p.detach()) for p in self._params]
-        self.version = 0
-        """Number of student updates that the teacher's weights have seen (ema: averaged)."""
-
-    @property
-    def is_student(self) -> bool:
-        """Return True in mode "live", where the teacher has no weights of its own."""
-        return self._config.mode == "live"
-
-    def equals_student(self, step: int) -> bool:
-        """Return True when both have the same weights after `step` updates, as after a refresh."""
-        averaged = self._config.mode == "ema" and step > 0
-        return self.is_student or (self.version == step and not averaged)
+        self._copies = [self._copy(p.detach()) for p in self._params]
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
-        """Let the module compute as the teacher within the block. Blocks must not be nested."""
+        """Let the module compute with the copy within the block. Blocks must not be nested."""
         self._swap()
         try:
             yield
         finally:
             self._swap()
 
+    def head(self) -> Head:
+        """Return the copy's head; the module's very tensors where they are not trained."""
+        head = read_head(self._model)
+        copy_of = {id(p): c for p, c in zip(self._params, self._copies, strict=True)}
+
+        def copied(tensor: torch.Tensor) -> torch.Tensor:
+            return copy_of.get(id(tensor), tensor).to(tensor.device)
+
+        return dataclasses.replace(
+            head,
+            weight=copied(head.weight),
+            bias=None if head.bias is None else copied(head.bias),
+        )
+
+    @torch.no_grad()
+    def take(self, decay: float = 0.0) -> None:
+        """Move the copy to decay·copy + (1 − decay)·parameters; by default to the parameters."""
+        for copy, param in zip(self._copies, self._params, strict=True):
+            if decay:
+                copy.lerp_(param.to(copy.device), 1.0 - decay)
+            else:
+                copy.copy_(param)
+
+    @torch.no_grad()
+    def give(self) -> None:
+        """Set the parameters to the copy."""
+        for copy, param in zip(self._copies, self._params, strict=True):
+            param.copy_(copy)
+
     def _copy(self, values: torch.Tensor) -> torch.Tensor:
-        if not self._config.offload:
+        if not self._offload:
             return values.clone()
         if isinstance(values, DTensor):
             raise ConfigError(
@@ -78,46 +93,109 @@ class Teacher:
     def _swap(self) -> None:
         for i, copy in enumerate(self._copies):
             param = self._params[i]
-            if self._config.offload or isinstance(copy, DTensor):
+            if self._offload or isinstance(copy, DTensor):
                 # Swap values, not tensors: each side keeps its memory, from which FSDP gathers, or
                 # which lies on the host.
-                teachers = copy.clone()
+                copied = copy.clone()
                 copy.copy_(param)
-                param.copy_(teachers)
+                param.copy_(copied)
             else:
                 param.data, self._copies[i] = copy, param.data
 
+
+class Teacher:
+    """The teacher's weights, its head and its mixture, and the rule by which it moves.
+
+    Args:
+        model: The student's module, as it is before training; the parameters that require a
+            gradient are the trained ones.
+        config: Mode, refresh interval, decay, mixture, and where the copies lie.
+
+    Raises:
+        ConfigError: `teacher.offload` with a model that is cut over the ranks.
+        ModelError: A mixture under a head that caps its logits softly.
+    """
+
+    def __init__(self, model: Any, config: TeacherConfig) -> None:
+        self._model = model
+        self._config = config
+        self.anchor = config.anchor
+        against = config.against_weight if config.against is not None else 0.0
+        self._mix = Mix(dial=config.dial, anchor=config.anchor, against=against)
+        asks = {
+            "dial": config.dial != 1,
+            "anchor": config.anchor != 0,
+            "against": config.against is not None,
+            "target": config.target is not None,
+        }
+        if any(asks.values()):
+            names = ", ".join(f"teacher.{name}" for name, asked in asks.items() if asked)
+            check_mixable(read_head(model), names)
+        self._snapshot = None
+        if config.mode != "live":
+            self._snapshot = Snapshot(model, offload=config.offload)
+        # A frozen teacher has the weights before training itself.
+        self._start = None
+        if config.anchor and config.mode != "frozen":
+            self._start = Snapshot(model, offload=config.offload)
+        self.version = 0
+        """Number of student updates that the teacher's weights have seen (ema: averaged)."""
+
+    @property
+    def is_student(self) -> bool:
+        """Return True in mode "live", where the teacher has no weights of its own."""
+        return self._snapshot is None
+
+    @property
+    def is_wide(self) -> bool:
+        """Return True where the start model is mixed in by a head that is not the teacher's."""
+        if self._start is None or self.version == 0:
+            return False
+        return read_head(self._model).weight.requires_grad
+
+    def contexts(self, dial: float) -> dict[str, float]:
+        """Return the weight of each context that the teacher is mixed from, for one response."""
+        # A response pulled back to the plain teacher (dial 0) is not pushed from a style either.
+        mix = dataclasses.replace(self._mix, dial=dial, against=self._mix.against * (dial != 0))
+        return mix.weights(start_is_teacher=self.version == 0)
+
+    def equals_student(self, step: int) -> bool:
+        """Return True when both have the same weights after `step` updates, as after a refresh."""
+        averaged = self._config.mode == "ema" and step > 0
+        return self.is_student or (self.version == step and not averaged)
+
+    def weights(self) -> contextlib.AbstractContextManager[None]:
+        """Let the module compute as the teacher within the block. Blocks must not be nested."""
+        return contextlib.nullcontext() if self._snapshot is None else self._snapshot.weights()
+
+    def start_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Let the module compute as it did before training within the block."""
+        assert self._start is not None
+        return self._start.weights()
+
     def head(self) -> Head:
         """Return the teacher's head; the student's very tensors where they are not trained."""
-        head = read_head(self._model)
-        # In mode "live" there are no copies.
-        copy_of = {id(p): c for p, c in zip(self._params, self._copies, strict=False)}
+        return read_head(self._model) if self._snapshot is None else self._snapshot.head()
 
-        def teachers(tensor: torch.Tensor) -> torch.Tensor:
-            return copy_of.get(id(tensor), tensor).to(tensor.device)
+    def start_head(self) -> Head:
+        """Return the head of the model before training."""
+        assert self._start is not None
+        return self._start.head()
 
-        return dataclasses.replace(
-            head,
-            weight=teachers(head.weight),
-            bias=None if head.bias is None else teachers(head.bias),
-        )
-
-    @torch.no_grad()
     def after_update(self, step: int, losses: Sequence[float | None] = ()) -> bool:
         """Move the teacher after the update of `step` (from 1); return True after a hard refresh.
 
         `losses` holds the loss of each step up to this one in nats, None for a skipped step; only
         `refresh_plateau` reads them.
         """
-        mode = self._config.mode
-        if mode == "ema":
-            for copy, param in zip(self._copies, self._params, strict=True):
-                copy.lerp_(param.to(copy.device), 1.0 - self._config.ema_decay)
-        elif mode == "refresh" and self._refresh_due(step, losses):
-            for copy, param in zip(self._copies, self._params, strict=True):
-                copy.copy_(param)
-        elif mode != "live":
-            return False
+        mode, snapshot = self._config.mode, self._snapshot
+        if snapshot is not None:
+            if mode == "ema":
+                snapshot.take(self._config.ema_decay)
+            elif mode == "refresh" and self._refresh_due(step, losses):
+                snapshot.take()
+            else:
+                return False
         self.version = step
         return mode == "refresh"
 

@@ -19,6 +19,7 @@ from opsdc.config.settings import LossConfig, OPSDCConfig
 from opsdc.method.batch import Layout, Pair, StepPlan, plan_step
 from opsdc.method.loss import distillation_loss, select_tokens
 from opsdc.method.measures import PER_TOKEN, UpdateResult, of_left_out, of_tokens
+from opsdc.method.mixture import START, blend, widened
 from opsdc.method.out_of_memory import fit_into_memory
 from opsdc.method.teacher import Teacher
 from opsdc.models.head import Head, TokenBatch, hidden_states, read_head
@@ -61,8 +62,9 @@ def update(
         began = time.perf_counter()
         normalization = config.loss.normalization
         plan = plan_step(
-            pairs, layout, normalization=normalization, rank=ranks.rank, ranks=ranks.size
-        )
+            pairs, layout, normalization=normalization, contexts=teacher.contexts,
+            rank=ranks.rank, ranks=ranks.size,
+        )  # fmt: skip
         teacher_hidden = teacher_pass(model, teacher, plan, ranks=ranks)
         scored = time.perf_counter()
         losses_and_stats = student_pass(
@@ -92,18 +94,23 @@ def update(
 def teacher_pass(
     model: Any, teacher: Teacher, plan: StepPlan, *, ranks: Ranks = ALONE
 ) -> dict[int, torch.Tensor]:
-    """Score this rank's responses as the teacher: hidden states [n_i, D] of each pair, by index."""
+    """Score this rank's responses as the teacher: hidden states of each pair, by index.
+
+    They are [n_i, D], mixed from the contexts that the plan names; [n_i, 2·D] for a wide head.
+    """
     device = read_head(model).weight.device
-    hidden: dict[int, torch.Tensor] = {}
-    with teacher.weights(), torch.no_grad(), autocast(device, plan.layout.dtype):
-        for group in plan.teacher_groups:
-            ranks.check_stop()
-            batch = plan.teacher_batch(group, device)
-            rows = shard.as_forward(model, hidden_states, model, batch)
-            # A clone, so that one pair's rows do not keep the whole forward's alive.
-            parts = [part.clone() for part in rows.split(list(batch.lengths))]
-            hidden.update(zip(group, parts, strict=False))
-    return hidden
+    hidden: dict[int, dict[str, torch.Tensor]] = {}
+    for context, groups in plan.teacher_groups.items():
+        weights = teacher.start_weights() if context == START else teacher.weights()
+        with weights, torch.no_grad(), autocast(device, plan.layout.dtype):
+            for group in groups:
+                ranks.check_stop()
+                batch = plan.teacher_batch(context, group, device)
+                rows = shard.as_forward(model, hidden_states, model, batch)
+                # A clone, so that one pair's rows do not keep the whole forward's alive.
+                for i, part in zip(group, rows.split(list(batch.lengths)), strict=False):
+                    hidden.setdefault(i, {})[context] = part.clone()
+    return {i: blend(h, plan.mixes[i], wide=teacher.is_wide) for i, h in hidden.items()}
 
 
 def student_pass(
@@ -125,8 +132,9 @@ def student_pass(
     `teacher_hidden` is what `teacher_pass` returned.
     """
     head = read_head(model)
-    device, dim = head.weight.device, head.weight.shape[1]
+    device = head.weight.device
     teacher_head = _teacher_head(teacher, head, plan.layout.dtype)
+    dim = (head if teacher_head is None else teacher_head).weight.shape[1]
     sharded = shard.is_sharded(model)
     losses: list[torch.Tensor] = []
     whole_losses: list[torch.Tensor] = []
@@ -214,8 +222,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def _teacher_head(teacher: Teacher, student_head: Head, dtype: torch.dtype) -> Head | None:
-    """Return the teacher's head, whole on every rank; None where it is the student's own."""
+    """Return the teacher's head, whole on every rank; None where it is the student's own.
+
+    A wide teacher's is twice as wide, for the states of `mixture.blend`.
+    """
     head = teacher.head()
+    if teacher.is_wide:
+        start = shard.full_head(teacher.start_head(), dtype)
+        return widened(shard.full_head(head, dtype), start, teacher.anchor)
     return None if head.weight is student_head.weight else shard.full_head(head, dtype)
 
 

@@ -6,5 +6,7 @@ from opsdc.method.update import student_pass, teacher_pass
 
 def both_passes(model, teacher, pairs, layout, config):
     """(loss, loss of all tokens, statistics); gradients are in the model's parameters."""
-    plan = plan_step(pairs, layout, normalization=config.loss.normalization)
+    plan = plan_step(
+        pairs, layout, normalization=config.loss.normalization, contexts=teacher.contexts
+    )
     return student_pass(model, teacher, plan, teacher_pass(model, teacher, plan), config)

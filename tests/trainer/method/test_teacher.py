@@ -98,7 +98,7 @@ def test_lora_copies_the_adapter_alone():
     base = tiny_model("qwen3")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear"))
     teacher = Teacher(model, TeacherConfig(mode="refresh", refresh_steps=1))
-    copied = sum(c.numel() for c in teacher._copies)
+    copied = sum(c.numel() for c in teacher._snapshot._copies)
     assert copied == sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     assert teacher.head().weight is read_head(model).weight
 
@@ -138,7 +138,7 @@ def test_a_paged_teacher_computes_the_same_bits(mode):
             teacher.after_update(step)
         if offload:
             assert [p.data_ptr() for p in model.parameters()] == places
-            assert all(c.device.type == "cpu" for c in teacher._copies)
+            assert all(c.device.type == "cpu" for c in teacher._snapshot._copies)
         found.append(seen)
     assert all(equal(a, b) for a, b in zip(*found))
 
@@ -155,14 +155,14 @@ def test_a_refresh_with_lora_changes_exactly_the_snapshot():
             if p.requires_grad:
                 p.add_(0.1)
     student, before = snapshot(model), weights_of(teacher, model)
-    storages = [c.data_ptr() for c in teacher._copies]
+    storages = [c.data_ptr() for c in teacher._snapshot._copies]
     teacher.after_update(1)
     after = weights_of(teacher, model)
     changed = {n for n in after if not torch.equal(after[n], before[n])}
     assert changed == {n for n, p in model.named_parameters() if p.requires_grad}
     assert equal(after, student)
     assert equal(snapshot(model), student)
-    assert [c.data_ptr() for c in teacher._copies] == storages
-    assert sum(c.nbytes for c in teacher._copies) == sum(
+    assert [c.data_ptr() for c in teacher._snapshot._copies] == storages
+    assert sum(c.nbytes for c in teacher._snapshot._copies) == sum(
         p.nbytes for n, p in model.named_parameters() if "lora_" in n
     )

@@ -142,11 +142,11 @@ def test_a_refresh_changes_the_snapshot_and_nothing_else(folder, problem_file, t
     trainer.train()
     adapter = [p for p in trainer.model.parameters() if p.requires_grad]
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    copies = [c.clone() for c in trainer.teacher._copies]
+    copies = [c.clone() for c in trainer.teacher._snapshot._copies]
     assert [c.shape for c in copies] == [p.shape for p in adapter]
     assert any(not torch.equal(c, p) for c, p in zip(copies, adapter))
     assert trainer.teacher.after_update(3)
-    assert all(torch.equal(c, p) for c, p in zip(trainer.teacher._copies, adapter))
+    assert all(torch.equal(c, p) for c, p in zip(trainer.teacher._snapshot._copies, adapter))
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
 
 
