@@ -1,0 +1,92 @@
+"""The dial as a controller: response length held at a share of what the plain model takes.
+
+After each step the mean response length, relative to the model's own plain length before training,
+moves the dial by a proportional–integral rule on the log ratio::
+
+    e = log(relative length / (1 − target)),    dial = dial₀ + P·e + I·Σ e                       (1)
+
+within 0 and `teacher.dial_max`. Longer than wanted pulls harder, shorter eases off; the sum stops
+where the dial is at a limit and would go beyond it. One step's mean is noisy (a handful of
+responses), so e is that of a running mean of log lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opsdc.config.settings import TeacherConfig
+
+PROPORTIONAL = 0.3
+"""P: change of the dial for a length e times too long."""
+INTEGRAL = 0.1
+"""I: change of the dial per step for such a length."""
+MEMORY = 0.5
+"""Share that the running mean keeps of itself at each step."""
+
+
+class Dial:
+    """The weight of the instruction in the teacher; held still, or moved to hold a length.
+
+    The dial's state is part of every checkpoint, so that a resumed run steers as the whole one.
+    """
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self._config = config
+        self.value = config.dial
+        """The dial of the next step."""
+        self.relative_length: float | None = None
+        """Mean length of the last step's responses, in units of the plain model's."""
+        self._plain: dict[str, float] = {}
+        self._mean_error: float | None = None
+        self._sum = 0.0
+
+    @property
+    def needs_plain_lengths(self) -> bool:
+        """Return True where there is a target and nothing yet to measure it by."""
+        return self._config.target is not None and not self._plain
+
+    def set_plain_lengths(self, lengths: Mapping[str, float]) -> None:
+        """Take the plain model's mean response lengths in tokens, by problem."""
+        self._plain = dict(lengths)
+
+    def after_step(self, lengths: Sequence[tuple[str, int]]) -> None:
+        """Move the dial by the lengths in tokens of a step's responses, each with its problem."""
+        target = self._config.target
+        if target is None or not lengths:
+            return
+        # A problem whose plain length is known counts by it, another by the mean over problems.
+        mean = sum(self._plain.values()) / len(self._plain)
+        expected = sum(self._plain.get(problem, mean) for problem, _ in lengths)
+        self.relative_length = sum(n for _, n in lengths) / expected
+        error = math.log(max(self.relative_length, 1e-3) / (1.0 - target))
+        if self._mean_error is not None:
+            error = MEMORY * self._mean_error + (1.0 - MEMORY) * error
+        self._mean_error = error
+        moved = self._config.dial + PROPORTIONAL * error + INTEGRAL * (self._sum + error)
+        self.value = min(max(moved, 0.0), self._config.dial_max)
+        if self.value == moved or (moved < 0.0) == (error > 0.0):
+            self._sum += error
+
+    def measures(self) -> dict[str, float]:
+        """Return what the record says of the dial: nothing where it is the paper's."""
+        if self._config.target is None:
+            return {} if self._config.dial == 1.0 else {"dial": self.value}
+        relative = {} if self.relative_length is None else {"relative_length": self.relative_length}
+        return {"dial": self.value, **relative}
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load` needs, as JSON can hold it."""
+        return {
+            "value": self.value,
+            "plain": self._plain,
+            "mean_error": self._mean_error,
+            "sum": self._sum,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        if self._config.target is not None:
+            self.value, self._sum = state["value"], state["sum"]
+            self._plain, self._mean_error = dict(state["plain"]), state["mean_error"]
