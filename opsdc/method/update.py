@@ -133,8 +133,8 @@ def student_pass(
     """
     head = read_head(model)
     device = head.weight.device
-    teacher_head = _teacher_head(teacher, head, plan.layout.dtype)
-    dim = (head if teacher_head is None else teacher_head).weight.shape[1]
+    their_head = teacher_head(teacher, head, plan.layout.dtype)
+    dim = (their_head or head).weight.shape[1]
     sharded = shard.is_sharded(model)
     losses: list[torch.Tensor] = []
     whole_losses: list[torch.Tensor] = []
@@ -152,7 +152,7 @@ def student_pass(
         shard.reduce_next(model, last or config.distributed.reduce_every_micro_batch)
         with autocast(device, plan.layout.dtype):
             forward = shard.as_forward(
-                model, _student_losses, model, teacher_head, batch, torch.cat(teacher_rows),
+                model, _student_losses, model, their_head, batch, torch.cat(teacher_rows),
                 token_weight, config.loss, exact_value,
             )  # fmt: skip
         if sharded:
@@ -221,7 +221,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _teacher_head(teacher: Teacher, student_head: Head, dtype: torch.dtype) -> Head | None:
+def teacher_head(teacher: Teacher, student_head: Head, dtype: torch.dtype) -> Head | None:
     """Return the teacher's head, whole on every rank; None where it is the student's own.
 
     A wide teacher's is twice as wide, for the states of `mixture.blend`.
