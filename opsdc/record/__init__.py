@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how it goes on from there."""
+"""The record of a run on disk: its lines, its checkpoints, and the way it goes on from them."""

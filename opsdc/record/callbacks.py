@@ -1,4 +1,4 @@
-"""Callbacks of transformers around our loop: the trackers people use, and a user's own."""
+"""Callbacks of transformers around our loop: trackers of experiments, and a user's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from opsdc.config.settings import OPSDCConfig
 
 
 class Callbacks:
-    """`transformers.TrainerCallback`s around our loop, trackers of `log.report_to` included."""
+    """The `transformers.TrainerCallback`s of a run, trackers of `log.report_to` included.
+
+    `first` is True on the rank that writes and prints.
+    """
 
     def __init__(
         self,
@@ -34,12 +37,13 @@ class Callbacks:
         *,
         first: bool = True,
     ) -> None:
-        found = get_reporting_integration_callbacks(list(config.log.report_to))
-        trackers = [c() if isinstance(c, type) else c for c in found]
+        integrations = get_reporting_integration_callbacks(list(config.log.report_to))
+        trackers = [c() if isinstance(c, type) else c for c in integrations]
         self._handler = CallbackHandler(
             [DefaultFlowCallback(), *trackers, *callbacks], model, tokenizer, optimizer, None
         )
-        # It warns of a process group that is not its own; and ranks on a CPU are none to it.
+        # TrainingArguments warns of a process group that it did not start, and does not know ranks
+        # on a CPU.
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         self._args = TrainingArguments(
@@ -56,7 +60,7 @@ class Callbacks:
         self._control = TrainerControl()
 
     def emit(self, event: str, *, step: int, **kwargs: Any) -> bool:
-        """Send one event ("on_step_end", ...); True when a callback asks training to stop."""
+        """Send one event ("on_step_end", ...); return True where a callback asks to stop."""
         self._state.global_step = step
         self._handler.call_event(event, self._args, self._state, self._control, **kwargs)
         return self._control.should_training_stop

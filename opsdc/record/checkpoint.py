@@ -7,7 +7,7 @@
         optimizer*.safetensors   AdamW's moments by parameter name
         state.json               step, counters, the resolved configuration
 
-A checkpoint is written beside its place, synced to disk, read back, and renamed: one that has its
+A checkpoint is written under another name, synced to disk, read back, and renamed: one that has its
 name is whole. Loading verifies every hash and falls back to the one before. Nothing is unpickled: a
 folder with any file that is not in its manifest, or of a kind that could hold code, is refused.
 
@@ -45,11 +45,14 @@ from opsdc.record.versions import versions
 T = TypeVar("T")
 
 FORMAT = 2
+"""Version of the layout above; another one is refused."""
+
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-\d{6,}")
-# A checkpoint that makes way for a new one of its step, until that has its name.
+
 _REPLACED = ".tmp-replaced-"
-# What state.json must hold for a run to go on.
+"""Prefix of a checkpoint that makes way for a new one of its step, until that one has its name."""
+
 _STATE = {
     "step": int,
     "teacher_version": int,
@@ -58,8 +61,11 @@ _STATE = {
     "config": dict,
     "versions": dict,
 }
-# Weights, settings, peft's model card, a chat template: nothing that a library would unpickle.
+"""Keys and types that state.json must hold for a run to go on."""
+
 _KINDS = (".safetensors", ".json", ".md", ".jinja")
+"""Suffixes of weights, settings, peft's model card and chat templates: nothing that a library would
+unpickle."""
 
 
 def save(
@@ -75,69 +81,83 @@ def save(
 ) -> Path:
     """Write `step`'s checkpoint, verify it, give it its name, then drop all but the newest `keep`.
 
-    `state`: `teacher_version`, `skipped_steps`, `skipped_in_a_row`, `config`, and what else the
-    caller wants back.
-    Dropped are also those of later steps: a run that is at `step` has found them damaged, or was
-    told to start before them. Raises CheckpointError (disk full, read-only folder, ...); older
-    checkpoints stay as they are.
+    Checkpoints of later steps are dropped too: a run that is at `step` has found them damaged, or
+    was told to start before them. `state` holds `teacher_version`, `skipped_steps`,
+    `skipped_in_a_row`, `config`, and anything else that the caller wants back.
+
+    Raises CheckpointError (disk full, read-only folder, ...); older checkpoints stay as they are.
     """
     final = path_of(root, step)
     aside = root / f".tmp-{final.name}-{ranks.from_first(os.getpid())}"
-    replaced = root / f"{_REPLACED}{final.name}"
     software = versions()
-
-    def prepare() -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        _sync(root.parent)
-        clear_unfinished(root)
-        aside.mkdir()
-
-    def finish(files: dict[str, Any]) -> None:
-        manifest = {"format": FORMAT, "step": step, "versions": software, "files": files}
-        _write_json(aside / _MANIFEST, manifest)
-        for folder in (aside / _MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
-            _sync(folder)
-        problem = verify(aside)
-        if problem:
-            raise OSError(f"it reads back damaged: {problem}")
-        if final.exists():
-            final.rename(replaced)
-        aside.rename(final)
-        _sync(root)
-
     try:
-        ranks.on_first_rank(prepare)
+        # Every rank writes the tensors that it holds, the first rank all other files.
+        ranks.on_first_rank(lambda: _begin(root, aside))
         save_weights(model, aside / _weights_folder(model), ranks)
         if not teacher.is_student:
             with teacher.weights():
                 save_weights(model, aside / "teacher", ranks)
         _save_optimizer(model, optimizer, aside, ranks)
-        sealed = {**state, "step": step, "versions": software}
-        ranks.on_first_rank(lambda: _write_json(aside / "state.json", sealed))
+        full_state = {**state, "step": step, "versions": software}
+        ranks.on_first_rank(lambda: _write_json(aside / "state.json", full_state))
+
         # Every rank reads a share of the files back for their hashes.
-        files = ranks.on_first_rank(lambda: sorted(str(p) for p in aside.rglob("*") if p.is_file()))
-        mine = [Path(file) for file in files[ranks.rank :: ranks.size]]
-        hashed = ranks.on_each_rank(lambda: _hashed(mine, aside))
-        ranks.on_first_rank(lambda: finish({k: v for part in hashed for k, v in part.items()}))
+        paths = ranks.on_first_rank(lambda: sorted(str(p) for p in aside.rglob("*") if p.is_file()))
+        share = [Path(path) for path in paths[ranks.rank :: ranks.size]]
+        described = ranks.on_each_rank(lambda: _describe(share, aside))
+
+        files = {name: facts for part in described for name, facts in part.items()}
+        manifest = {"format": FORMAT, "step": step, "versions": software, "files": files}
+        ranks.on_first_rank(lambda: _seal(aside, final, manifest))
     except (OSError, SafetensorError) as error:
         if ranks.first:
-            with contextlib.suppress(OSError):  # a disk that became read-only, say
+            # The disk may have become read-only.
+            with contextlib.suppress(OSError):
                 clear_unfinished(root)
         raise CheckpointError(
             f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched"
         ) from error
     if ranks.first:
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(_replaced(final), ignore_errors=True)
         _drop_old(root, final, keep)
     return final
+
+
+def _begin(root: Path, aside: Path) -> None:
+    """Make the folder that a checkpoint is written into, and clear the leftovers of crashes."""
+    root.mkdir(parents=True, exist_ok=True)
+    _sync(root.parent)
+    clear_unfinished(root)
+    aside.mkdir()
+
+
+def _seal(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, verify the whole checkpoint, and give it its name.
+
+    An older one of the same step is moved aside. Raises OSError for one that reads back damaged.
+    """
+    _write_json(aside / _MANIFEST, manifest)
+    for path in (aside / _MANIFEST, *(p for p in aside.rglob("*") if p.is_dir()), aside):
+        _sync(path)
+    problem = verify(aside)
+    if problem:
+        raise OSError(f"it reads back damaged: {problem}")
+    if final.exists():
+        final.rename(_replaced(final))
+    aside.rename(final)
+    _sync(final.parent)
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f"{_REPLACED}{final.name}")
 
 
 def write_model(
     model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, ranks: Ranks = ALONE
 ) -> None:
-    """Write an ordinary Hugging Face folder (with LoRA the adapter's), tokenizer included.
+    """Write an ordinary Hugging Face folder (the adapter's with LoRA), tokenizer included.
 
-    Raises CheckpointError where it cannot be written.
+    Raises CheckpointError where the folder cannot be written.
     """
     with writing(folder):
         save_weights(model, folder, ranks)
@@ -145,7 +165,9 @@ def write_model(
             tokenizer.save_pretrained(str(folder))
 
 
-def _hashed(files: Sequence[Path], folder: Path) -> dict[str, Any]:
+def _describe(files: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """Sync files to disk and return the manifest's entry of each, by its name below `folder`."""
+
     def describe(file: Path) -> dict[str, Any]:
         _sync(file)
         return {"sha256": _sha256(file), "bytes": file.stat().st_size}
@@ -155,20 +177,20 @@ def _hashed(files: Sequence[Path], folder: Path) -> dict[str, Any]:
 
 
 def _drop_old(root: Path, newest: Path, keep: int) -> None:
-    found = listing(root)
-    at = found.index(newest)
-    for old in found[:at] + found[at + keep :]:
+    folders = listing(root)
+    at = folders.index(newest)
+    for folder in folders[:at] + folders[at + keep :]:
         try:
-            _remove(old)
+            _remove(folder)
         except OSError as error:
             # The new one is safe; the next save tries again.
-            print(f"checkpoint {old} cannot be removed: {error}", file=sys.stderr)
+            print(f"checkpoint {folder} cannot be removed: {error}", file=sys.stderr)
 
 
 def clear_unfinished(root: Path) -> None:
-    """Remove what a crash left of a checkpoint that was being written or removed.
+    """Remove the parts of a checkpoint that a crash interrupted in its writing or removal.
 
-    One that was moved aside for a successor that has not come is put back.
+    A checkpoint that was moved aside for a successor that never came is put back.
     """
     for replaced in root.glob(f"{_REPLACED}*"):
         final = root / replaced.name.removeprefix(_REPLACED)
@@ -180,24 +202,27 @@ def clear_unfinished(root: Path) -> None:
 
 def drop_later(root: Path, folder: Path) -> None:
     """Remove the checkpoints of later steps than `folder`'s: a resume would start from them."""
-    found = listing(root)
-    for later in found[: found.index(folder)]:
+    folders = listing(root)
+    for later in folders[: folders.index(folder)]:
         _remove(later)
 
 
 def path_of(root: Path, step: int) -> Path:
-    """Where `save` puts the checkpoint of a step."""
+    """Return the folder into which `save` puts the checkpoint of a step."""
     return root / f"step-{step:06d}"
 
 
 def listing(root: Path) -> list[Path]:
-    """Finished checkpoints under `root`, newest first."""
-    found = (p for p in root.glob("step-*") if _NAME.fullmatch(p.name))
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
+    """List the finished checkpoints under `root`, newest first."""
+    folders = (p for p in root.glob("step-*") if _NAME.fullmatch(p.name))
+    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 def newest_good(root: Path) -> Path | None:
-    """The newest checkpoint whose every file has its recorded hash; says why others are passed."""
+    """Return the newest checkpoint whose files all have their recorded hashes; None without any.
+
+    Says on stderr why it passes others over. Raises CheckpointError where all are damaged.
+    """
     damaged = []
     for folder in listing(root):
         problem = verify(folder)
@@ -214,8 +239,9 @@ def newest_good(root: Path) -> Path | None:
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file is as it was written."""
+    """Check a checkpoint folder: return its first fault in words, or None where it is sound."""
     try:
+        # The folder holds exactly the files of its manifest, of their kinds and sizes.
         manifest = json.loads((folder / _MANIFEST).read_text("utf-8"))
         files = manifest["files"]
         if manifest["format"] != FORMAT:
@@ -235,8 +261,10 @@ def verify(folder: Path) -> str | None:
         foreign = sorted(present - {*files, _MANIFEST})
         if foreign:
             return f"{foreign[0]} is not in {_MANIFEST}"
-        found = _at_once(_sha256, [folder / name for name in files])
-        for (name, expected), sha256 in zip(files.items(), found, strict=True):
+
+        # Each has its hash, and no index leads out of the folder.
+        digests = _at_once(_sha256, [folder / name for name in files])
+        for (name, expected), sha256 in zip(files.items(), digests, strict=True):
             if sha256 != expected["sha256"]:
                 return f"{name} does not have its recorded sha256"
             if name.endswith(".index.json"):
@@ -245,6 +273,8 @@ def verify(folder: Path) -> str | None:
                 for shard in index["weight_map"].values():
                     if Path(shard).name != shard or str(Path(name).parent / shard) not in files:
                         return f"{name} names a file outside the checkpoint: {shard!r}"
+
+        # A run can go on from its state, and the manifest is of the same save.
         state = read_state(folder)
         for key, kind in _STATE.items():
             if not isinstance(state.get(key), kind):
@@ -260,7 +290,10 @@ def verify(folder: Path) -> str | None:
 
 
 def _entries(folder: Path) -> set[str]:
-    """Names of everything below `folder` but real folders; links, which lead anywhere, included."""
+    """Name everything below `folder` that is not a real folder.
+
+    Links are included, to folders too: they may lead anywhere.
+    """
     return {
         os.path.relpath(os.path.join(where, name), folder)
         for where, folders, files in os.walk(folder)
@@ -270,16 +303,16 @@ def _entries(folder: Path) -> set[str]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint."""
+    """Read state.json of a verified checkpoint."""
     return json.loads((folder / "state.json").read_text("utf-8"))
 
 
 def restore(
     folder: Path, model: Any, teacher: Teacher, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Load a verified checkpoint into the model, the teacher and the optimizer; gives its state.
+    """Load a verified checkpoint into model, teacher and optimizer, and return its state.
 
-    Raises CheckpointError for one of another model, adapter or kind of teacher.
+    Raises CheckpointError for a checkpoint of another model, adapter or kind of teacher.
     """
     state = read_state(folder)
     try:
@@ -298,6 +331,7 @@ def restore(
 
 
 def _load_moments(model: Any, optimizer: torch.optim.Optimizer, stored: Tensors) -> None:
+    """Load AdamW's state of each trained parameter; on each rank the rows that it holds."""
     for name, param in model.named_parameters():
         if param.requires_grad and f"{name}/step" in stored:
             optimizer.state[param] = {
@@ -317,6 +351,7 @@ def _weights_folder(model: Any) -> str:
 def _save_optimizer(
     model: Any, optimizer: torch.optim.Optimizer, folder: Path, ranks: Ranks
 ) -> None:
+    """Write AdamW's moments by parameter name, from whatever ranks hold them."""
     tensors = {
         f"{name}/{key}": value.detach()
         for name, param in model.named_parameters()
@@ -330,13 +365,13 @@ def _save_optimizer(
 
 
 def _at_once(work: Callable[[Path], T], files: Iterable[Path]) -> list[T]:
-    """`work` of every file, on all cores: hashing leaves Python to other threads."""
+    """Apply `work` to files on all cores: hashing releases Python's lock."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(work, files))
 
 
 def _remove(folder: Path) -> None:
-    # Under its own name half of it might be taken for a checkpoint.
+    # Half removed under its own name, it might be taken for a checkpoint.
     aside = folder.with_name(f".tmp-old-{folder.name}")
     folder.rename(aside)
     shutil.rmtree(aside)

@@ -1,18 +1,20 @@
 """Signs that a run goes wrong: responses collapse, repeat themselves, or lose their answers.
 
-Training measures are means over a window of steps, compared with the run's first window; answers
-to held-out problems are compared with the base model's. Everything is read from the record, so
-that a resumed run judges as the uninterrupted one. The defaults only warn. They are set by three
-recorded runs of the demo (12 to 15 steps, window 4), worst window of each against its first:
+Measures of training are means over a window of steps, compared with the run's first window.
+Answers to held-out problems are compared with the base model's. Everything is read from the record,
+so that a resumed run judges as an uninterrupted one. The default action only warns. The limits come
+from three recorded runs of the demo (12 to 15 steps, window 4), the worst window of each against
+its first:
 
     lr      length   entropy   divergence   truncated   repeated   answers
     4e-6    0.35     1.39      1.06         +0.00       0.01       sound
     5e-6    0.29     1.42      1.06         +0.00       0.00       sound
     1e-5    0.21     1.24      1.42         +0.00       0.00       lost their sense
 
-and by the paper's collapse with a teacher refreshed at every step (entropy 0.3 to 0.6 nats). In
-the two sound ones accuracy on 64 held-out problems was 0.06 and 0.09 lower, intervals ±0.13: the
-limit of 0.1 is about what chance does to so few, so let it stop a run only with more of them.
+and from the collapse that the paper reports with a teacher refreshed at every step (entropy 0.3 to
+0.6 nats). In the two sound runs accuracy on 64 held-out problems was 0.06 and 0.09 lower, with
+intervals of ±0.13: chance alone moves so few answers by about the limit of 0.1, so let it stop a
+run only with more problems.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from typing import Any
 from opsdc.config.settings import GuardConfig
 
 WINDOW = 4
-"""Steps of a mean; later windows are compared with the run's first."""
+"""Number of steps that a mean is over; later windows are compared with the run's first."""
 
 _GRAM = 8
-"""Tokens in a row that are looked for earlier in the response."""
+"""Length in tokens of the pieces that are looked for earlier in the response."""
 
 _LIMITS: tuple[tuple[str, Callable[[float, float], bool], str], ...] = (
     ("response_tokens_mean", lambda then, now: now < 0.25 * then, "0.25 times it"),
@@ -37,15 +39,18 @@ _LIMITS: tuple[tuple[str, Callable[[float, float], bool], str], ...] = (
     ("loss_nats", lambda then, now: now > 3 * then, "3 times it"),
     ("student_entropy", lambda then, now: not then / 2 <= now <= 1.7 * then, "0.5 to 1.7 times it"),
 )
-"""Measure of a step, whether its mean now is beyond its limit, given the first window's, and it."""
+"""Each row holds a measure of a step, a test that is true where it is beyond its limit (given its
+means over the first and the last window), and the limit in words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A measure beyond its limit. `action`: warn, stop or rollback."""
+    """A measure beyond its limit."""
 
     action: str
+    """One of "warn", "stop" and "rollback"."""
     text: str
+    """The measure, its value and its limit in one sentence."""
 
 
 def apply(findings: Sequence[Finding]) -> str | None:
@@ -57,7 +62,10 @@ def apply(findings: Sequence[Finding]) -> str | None:
 
 
 def repeated_share(ids: Sequence[int]) -> float:
-    """Share of a response's 8-grams that it has had before; 0 for one too short to tell."""
+    """Return the share of a response's 8-grams that also stand earlier in it, from 0 to 1.
+
+    A response too short for one 8-gram gives 0.
+    """
     grams = [tuple(ids[i : i + _GRAM]) for i in range(len(ids) - _GRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -65,17 +73,18 @@ def repeated_share(ids: Sequence[int]) -> float:
 def check_steps(rows: Sequence[dict[str, Any]], config: GuardConfig) -> list[Finding]:
     """Compare the last `WINDOW` rows of metrics.jsonl with the first ones.
 
-    A warning is given when it becomes true, not again at each step after.
+    A warning is given at the step at which a measure passes its limit, and not repeated while it
+    stays beyond.
     """
-    now, before = _signs(rows), _signs(rows[:-1])
     action = config.action
     if action == "off":
         return []
+    now, before = _signs(rows), _signs(rows[:-1])
     return [Finding(action, now[name]) for name in now if action != "warn" or name not in before]
 
 
 def check_answers(base: dict[str, Any], now: dict[str, Any], config: GuardConfig) -> list[Finding]:
-    """Compare headlines of held-out answers (see `eval.answers.headline`) with the base's."""
+    """Compare the headline of held-out answers (`eval.answers.headline`) with the base model's."""
     findings = []
     if config.action != "off" and now["accuracy"] is not None and base["accuracy"] is not None:
         drop = base["accuracy"] - now["accuracy"]
@@ -91,7 +100,7 @@ def check_answers(base: dict[str, Any], now: dict[str, Any], config: GuardConfig
 
 
 def _signs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """What is beyond its limit now: the measure's name, and a sentence."""
+    """Describe each measure that is beyond its limit after the last row, by its name."""
     # The last window must not overlap the one that it is compared with.
     if len(rows) < 2 * WINDOW:
         return {}
@@ -106,6 +115,7 @@ def _signs(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+    """Average a measure over rows; None where no row has it."""
     # A skipped step has null; a record from before a measure existed lacks it.
     values = [row[key] for row in rows if row.get(key) is not None]
     return sum(values) / len(values) if values else None

@@ -1,4 +1,4 @@
-"""The record of a run: JSON lines on disk, callbacks to the trackers people use."""
+"""The record of a run as JSON lines on disk, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from opsdc.ranks.talk import Ranks
 
 
 class Lines:
-    """A JSON-lines file whose rows carry `step`; a resumed run cuts it to its checkpoint first.
+    """A JSON-lines file whose rows carry `step`.
 
-    Of several ranks one `writes`.
+    Opening it drops the rows after `after_step`, since a resumed run does those steps again. Of
+    several ranks one `writes`. Raises CheckpointError where the file cannot be written.
     """
 
     def __init__(self, path: Path, *, after_step: int, writes: bool = True) -> None:
@@ -32,11 +33,11 @@ class Lines:
             return
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        kept = (row for row in read_lines(path) if row["step"] <= after_step)
-        write_text(path, "".join(map(_line, kept)))
+        rows = (row for row in read_lines(path) if row["step"] <= after_step)
+        write_text(path, "".join(map(_line, rows)))
 
     def write(self, *rows: dict[str, Any]) -> None:
-        """Append rows, on disk when this returns: a checkpoint must not be ahead of its record."""
+        """Append rows and sync them to disk: a checkpoint must not be ahead of its record."""
         if not self._writes:
             return
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
@@ -46,7 +47,7 @@ class Lines:
 
 
 class RunRecord:
-    """metrics.jsonl and rollouts.jsonl of a run, and its settings: one commit a step.
+    """The files metrics.jsonl, rollouts.jsonl and config.yaml of a run: one commit per step.
 
     Raises ConfigError where ranks do not share the folder, CheckpointError where it cannot be
     written.
@@ -54,20 +55,20 @@ class RunRecord:
 
     def __init__(self, config: OPSDCConfig, *, after_step: int, ranks: Ranks) -> None:
         self._folder, self._ranks = Path(config.output_dir), ranks
-        self._every, self._steps = config.log.every, config.train.steps
+        self._log_every, self._steps = config.log.every, config.train.steps
         ranks.on_first_rank(lambda: self._describe(config))
         ranks.on_each_rank(self._check_shared)
         self.cut(after_step)
         self.history = ranks.from_first(read_lines(self._folder / "metrics.jsonl"))
-        """Rows of metrics.jsonl so far."""
+        """The rows of metrics.jsonl so far."""
 
     @property
     def losses(self) -> list[float | None]:
-        """Loss of every step so far, None where it was not finite."""
+        """List the loss of each step so far in nats per token, None where it was not finite."""
         return [row["loss_nats"] for row in self.history]
 
     def cut(self, after_step: int) -> None:
-        """Drop the rows of later steps: a checkpoint has no others before it."""
+        """Drop the rows of later steps, so that the record ends where the checkpoint does."""
         self._metrics, self._responses = (
             Lines(self._folder / name, after_step=after_step, writes=self._ranks.first)
             for name in ("metrics.jsonl", "rollouts.jsonl")
@@ -76,16 +77,16 @@ class RunRecord:
     def commit(
         self, row: dict[str, Any], responses: Sequence[dict[str, Any]], *, refreshed: bool
     ) -> dict[str, Any]:
-        """Append a step's responses and then its row, print it where it is due, and return it.
+        """Append a step's responses and then its row; print the row where it is due.
 
-        Both are on disk when this returns. The row is the first rank's on all of them, so that
-        guards decide alike.
+        Both are on disk when this returns. The row returned is the first rank's on all ranks, so
+        that guards decide alike.
         """
         row = self._ranks.from_first(row)
         self._responses.write(*responses)
         self._metrics.write(row)
         self.history.append(row)
-        if is_due(self._every, row["step"]) or row["step"] == self._steps:
+        if is_due(self._log_every, row["step"]) or row["step"] == self._steps:
             print(step_line(row, self._steps, refreshed), flush=True)
         return row
 
@@ -102,13 +103,13 @@ class RunRecord:
             )
 
 
-def is_due(every: int, step: int) -> bool:
-    """Return True at every so many steps; at none where `every` is 0."""
-    return every > 0 and step % every == 0
+def is_due(interval: int, step: int) -> bool:
+    """Return True at each multiple of `interval` steps; never where `interval` is 0."""
+    return interval > 0 and step % interval == 0
 
 
 def step_line(row: dict[str, Any], steps: int, refreshed: bool) -> str:
-    """Say in one printed line what a row of metrics.jsonl holds."""
+    """Format a row of metrics.jsonl as one line for the terminal."""
 
     def show(key: str, spec: str) -> str:
         return "–" if row[key] is None else format(row[key], spec)
@@ -125,7 +126,7 @@ def step_line(row: dict[str, Any], steps: int, refreshed: bool) -> str:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line that a crash cut short is left out."""
+    """Read the rows of a JSON-lines file up to a line that a crash cut short; [] without a file."""
     if not path.is_file():
         return []
     rows = []
@@ -142,13 +143,17 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`."""
+    """Write a value as indented JSON, as safely as `write_text` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, sync and rename: no reader, and no power cut, finds half a file."""
-    # One name for every process: what a crash leaves behind is overwritten by the next.
+    """Write a file so that neither a reader nor a power cut ever finds half of it.
+
+    The text is written under another name, synced to disk, and renamed. Raises CheckpointError
+    where that fails.
+    """
+    # One name for all processes: the next one overwrites what a crash left behind.
     aside = path.with_name(f".{path.name}.tmp")
     with writing(path):
         with aside.open("w", encoding="utf-8") as file:
@@ -160,10 +165,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system says against writing `path`, as CheckpointError with the remedy."""
+    """Turn a failure to write `path` within the block into CheckpointError with the remedy."""
     try:
         yield
-    # What safetensors makes of a full disk is no OSError.
+    # safetensors does not report a full disk as OSError.
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {path}: {error}; make room there or name another output_dir. The same "
@@ -172,7 +177,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def peak_mib() -> float:
-    """Peak memory of this process so far: the GPU's allocator where there is one, else resident."""
+    """Return the peak memory of this process in MiB: of the GPU's allocator, or resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,9 @@
-"""The state that steps change: saved, gone on with, rolled back, or given up.
+"""The state that steps change: how it is saved, resumed, rolled back, or given up.
 
 state = RunState(...)
-state.resume()                          # what `train.resume` names, if it is there
-state.complete(step, skipped)           # after each step
-state.save()                            # now and then; at the end; when a signal asks to stop
+state.resume()                      # from the checkpoint that `train.resume` names
+state.complete(step, skipped)       # after each step
+state.save()                        # now and then; at the end; when a signal asks to stop
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from opsdc.record.lines import RunRecord, write_json
 from opsdc.record.versions import versions
 
 MAX_SKIPPED = 3
-"""Steps in a row whose loss or gradient is not finite before a run gives up."""
+"""Number of skipped steps in a row (loss or gradient not finite) at which a run gives up."""
 
 _NO_EFFECT = ("output_dir", "log", "train.resume", "train.keep")
-"""Settings that decide nothing of what a run computes."""
+"""Settings that do not change the results of a run."""
 
 
 class RunState:
@@ -45,8 +45,9 @@ class RunState:
         ranks: Ranks,
     ) -> None:
         self.step = 0
-        """The last completed step."""
+        """The last completed step, 0 before the first."""
         self.skipped_steps = 0
+        """Number of steps so far whose loss or gradient was not finite."""
         self._skipped_in_a_row = 0
         self._model, self._teacher, self._optimizer = model, teacher, optimizer
         self._config, self._ranks = config, ranks
@@ -55,13 +56,16 @@ class RunState:
         self._saved: Path | None = None
 
     def complete(self, step: int, skipped: bool) -> None:
-        """Count a step whose record is on disk."""
+        """Count a step as done, once its record is on disk."""
         self.step = step
         self.skipped_steps += skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
 
     def save(self) -> None:
-        """Save the last completed step, if it is not on disk; raises CheckpointError."""
+        """Save the last completed step, unless it is on disk already.
+
+        Raises CheckpointError where it cannot be written.
+        """
         folder = checkpoint.path_of(self._checkpoints, self.step)
         if folder == self._saved:
             return
@@ -86,7 +90,7 @@ class RunState:
         self._saved = folder
 
     def save_last(self) -> str:
-        """Save the last completed step, and say in words what there is now."""
+        """Save the last completed step, and return a clause that says which one it is."""
         if self.step:
             self.save()
         return f"step {self.step} is saved" if self.step else "no step was complete"
@@ -94,7 +98,8 @@ class RunState:
     def resume(self) -> None:
         """Load the checkpoint that `train.resume` names; the first rank chooses for all.
 
-        Raises ConfigError for one that is not good, CheckpointError for one of another model.
+        Raises ConfigError for a checkpoint that is not good, CheckpointError for one of another
+        model or where all are damaged.
         """
         folder = self._ranks.on_first_rank(self._checkpoint_to_resume)
         if folder is None:
@@ -102,16 +107,19 @@ class RunState:
         state = self._restore(Path(folder))
         print(f"resuming after step {self.step} from {folder}", flush=True)
         changed = _changes(state["config"], self._config.to_dict())
-        # Other software, processor or threads may round otherwise: no promise of the same bits.
+        # Other software, processors or thread counts may round otherwise: the bits may differ.
         changed += _changes(state["versions"], versions())
         for line in changed:
             print(f"  changed since that checkpoint: {line}", file=sys.stderr)
 
     def roll_back(self, record: RunRecord) -> None:
-        """Go back to the newest checkpoint at which no guard asked for it, and drop later ones."""
+        """Load the newest checkpoint at which no guard asked for a rollback; drop the later ones.
+
+        Without such a checkpoint the state stays as it is, and a line on stderr says so.
+        """
         root = self._checkpoints
 
-        def healthy() -> str | None:
+        def newest_healthy() -> str | None:
             for folder in checkpoint.listing(root):
                 if checkpoint.verify(folder) is not None:
                     continue
@@ -121,7 +129,7 @@ class RunState:
                     return str(folder)
             return None
 
-        folder = self._ranks.on_first_rank(healthy)
+        folder = self._ranks.on_first_rank(newest_healthy)
         if folder is None:
             print(
                 "no good checkpoint is left to roll back to: the run ends as it is; lower "
@@ -137,7 +145,7 @@ class RunState:
     def give_up_if_sick(self, step: int, pairs: Sequence[Pair], result: UpdateResult) -> None:
         """Raise TrainingError at the last of `MAX_SKIPPED` skipped steps in a row.
 
-        Leaves the state before the step and its batch behind, to look at with `opsdc inspect`.
+        Leaves a checkpoint from before the step, and its batch for `opsdc inspect --batch`.
         """
         if not result.skipped or self._skipped_in_a_row < MAX_SKIPPED - 1:
             return
@@ -153,6 +161,7 @@ class RunState:
         )
 
     def _checkpoint_to_resume(self) -> str | None:
+        """Choose the checkpoint folder by `train.resume`; None where the run begins anew."""
         root, wanted = self._checkpoints, self._config.train.resume
         checkpoint.clear_unfinished(root)
         if wanted == "none":
@@ -171,6 +180,7 @@ class RunState:
         return str(folder)
 
     def _restore(self, folder: Path) -> dict[str, Any]:
+        """Load a checkpoint and its counters on all ranks, and return its state."""
         state = self._ranks.on_each_rank(
             lambda: checkpoint.restore(folder, self._model, self._teacher, self._optimizer)
         )[0]
@@ -181,7 +191,7 @@ class RunState:
 
 
 def write_batch(path: Path, step: int, pairs: Sequence[Pair], config: OPSDCConfig) -> None:
-    """Write the token ids of a step and the settings to replay it; plain JSON."""
+    """Write a step's token ids, and the settings to replay it, as plain JSON."""
     rows = [
         {
             "student_prompt_ids": list(p.student_prompt_ids),
@@ -194,7 +204,7 @@ def write_batch(path: Path, step: int, pairs: Sequence[Pair], config: OPSDCConfi
 
 
 def _changes(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Settings that decide the result and are not what the checkpoint was made with."""
+    """List the entries of two nested mappings that differ, but for those of `_NO_EFFECT`."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line

