@@ -104,6 +104,14 @@ class DataConfig:
     """Column of the answer, which only metrics use; unset: the usual names are tried."""
     eval_size: Annotated[int, Field(ge=0)] = 64
     """Problems held out for evaluation and never trained on."""
+    gate_size: Annotated[int, Field(ge=0)] = 0
+    """Problems held out beside those, for decisions while training: refreshes (teacher.gate), the
+    checkpoint to keep (train.keep_best) and guards. 0: decisions look at eval_size's."""
+    train_on: Literal["all", "correct", "dial"] = "all"
+    """Responses that are learned from. all: the paper; correct: right ones that ended by
+    themselves; dial: the others pull back to the plain teacher. The last two need answers."""
+    scorer: str = "dual"
+    """Judge of training responses where train_on is not all; as eval.scorer."""
 
 
 @_section

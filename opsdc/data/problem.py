@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsdc.errors import ConfigError, DataError
+from opsdc.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class Problem:
     """The teacher's whole chat; None: `messages` with the instruction."""
     entry: dict[str, Any] | None = None
     """The task, options with seed, and index that reasoning-gym's own scorer needs."""
+    group: str | None = None
+    """Problems of one group are held out together; None: of their own."""
 
 
 class ProblemSet:
@@ -60,41 +62,56 @@ class ProblemSet:
         order = _permutation(n, self.seed, 1 + epoch)
         return [self[i] for i in order[batch * size : (batch + 1) * size]]
 
-    def split(self, eval_size: int) -> tuple[ProblemSet, ProblemSet]:
-        """Split into (train, eval); `eval_size` problems, drawn by the seed, are held out.
+    def split(
+        self, eval_size: int, gate_size: int = 0
+    ) -> tuple[ProblemSet, ProblemSet, ProblemSet]:
+        """Split into (train, gate, eval): the last two are drawn by the seed and held out.
 
-        No prompt is in both: where a source repeats itself, repetitions of held-out problems are
-        left out of training, and standard error says how many. Raises ConfigError for a negative
-        size, DataError where nothing is left to train on.
+        No prompt and no group is in two of them: training problems that share one with a held-out
+        problem are left out, and standard error says how many. Raises DataError where nothing is
+        left to train on.
         """
-        if eval_size < 0:
-            raise ConfigError(f"data.eval_size must be 0 or more, got {eval_size}")
-        n = len(self)
-        if eval_size >= n:
+        n, wanted = len(self), eval_size + gate_size
+        if wanted >= n:
+            sizes = f"data.eval_size {eval_size}"
+            sizes += f" and data.gate_size {gate_size} leave" if gate_size else " leaves"
             raise DataError(
-                f"data.eval_size {eval_size} leaves none of {n} problems to train on; lower it or "
-                "give more problems"
+                f"{sizes} none of {n} problems to train on; lower it or give more problems"
             )
-        held_out = _permutation(n, self.seed, 0)[:eval_size]
-        held_out_indices = set(held_out)
-        held_out_prompts = {_prompt_key(self[i]) for i in held_out}
-        rest = [p for i, p in enumerate(self._problems) if i not in held_out_indices]
-        train = [p for p in rest if _prompt_key(p) not in held_out_prompts]
-        if not train:
+        # Problems in the order of the draw, each followed by the others of its group.
+        members: dict[str, list[Problem]] = {}
+        for i in _permutation(n, self.seed, 0):
+            members.setdefault(self[i].group or f"#{i}", []).append(self[i])
+        drawn = [problem for group in members.values() for problem in group]
+        held_out = drawn[:eval_size]
+        gate = _apart_from(held_out, drawn[eval_size:])[:gate_size]
+        chosen = {problem.id for problem in (*held_out, *gate)}
+        rest = [problem for problem in self._problems if problem.id not in chosen]
+        train = _apart_from([*held_out, *gate], rest)
+        if not train or len(gate) < gate_size:
             raise DataError(
-                f"all {len(rest)} problems outside the {eval_size} held-out ones repeat their "
-                "prompts; lower data.eval_size or give more varied problems"
+                f"the {len(rest)} problems outside the {len(chosen)} held-out ones repeat their "
+                "prompts or groups; lower data.eval_size or data.gate_size, or give more varied "
+                "problems"
             )
         if len(train) < len(rest):
             print(
                 f"data: left {len(rest) - len(train)} of {len(rest)} training problems out, whose "
-                "prompt is also held out",
+                "prompt or group is also held out",
                 file=sys.stderr,
             )
         return (
             ProblemSet(train, seed=self.seed),
-            ProblemSet([self[i] for i in held_out], seed=self.seed),
+            ProblemSet(gate, seed=self.seed),
+            ProblemSet(held_out, seed=self.seed),
         )
+
+
+def _apart_from(taken: Sequence[Problem], problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems that share neither prompt nor group with those that are taken."""
+    prompts = {_prompt_key(p) for p in taken}
+    groups = {p.group for p in taken} - {None}
+    return [p for p in problems if _prompt_key(p) not in prompts and p.group not in groups]
 
 
 def _permutation(n: int, seed: int, draw: int) -> list[int]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config.settings import OPSDCConfig, PromptConfig
+from opsdc.config.settings import OPSDCConfig
 from opsdc.data.problem import Problem, ProblemSet
 from opsdc.data.prompts import PromptPair, build_prompts, load_instruction
 from opsdc.data.sources import load_problems, problems_from_rows
@@ -29,12 +29,14 @@ class PromptedSet:
     """A problem set whose prompts are made when they are asked for."""
 
     def __init__(
-        self, problems: ProblemSet, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
+        self, problems: ProblemSet, tokenizer: PreTrainedTokenizerBase, config: OPSDCConfig
     ) -> None:
         self._problems = problems
         self._tokenizer = tokenizer
         self._config = config
-        self._instruction = load_instruction(config.instruction)
+        self._instruction = load_instruction(config.prompt.instruction)
+        against = config.teacher.against
+        self._against = None if against is None else load_instruction(against, "teacher.against")
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -51,8 +53,9 @@ class PromptedSet:
             problem,
             self._tokenizer,
             instruction=self._instruction,
-            placement=self._config.placement,
-            enable_thinking=self._config.enable_thinking,
+            against=self._against,
+            placement=self._config.prompt.placement,
+            enable_thinking=self._config.prompt.enable_thinking,
         )
         return Prompted(problem, prompts)
 
@@ -62,11 +65,12 @@ class PromptedSet:
         Cutting a prompt would cut the instruction or the question, so none is ever cut. Standard
         error says how many problems are dropped; DataError is raised where that leaves none.
         """
-        limit = self._config.max_tokens
+        limit = self._config.prompt.max_tokens
         short_enough, longest = [], 0
         for i in tqdm(range(len(self)), desc=f"{name} prompts", leave=False, delay=2):
             item = self[i]
-            n = max(len(item.prompts.student_ids), len(item.prompts.teacher_ids))
+            prompts = item.prompts
+            n = max(map(len, (prompts.student_ids, prompts.teacher_ids, prompts.against_ids)))
             longest = max(longest, n)
             if n <= limit:
                 short_enough.append(item.problem)
@@ -87,16 +91,27 @@ class PromptedSet:
         )
 
 
+class ProblemSets(NamedTuple):
+    """The problems of a run, apart from each other by prompt and group."""
+
+    training: PromptedSet
+    gate: PromptedSet
+    """For decisions while training: refreshes, guards, the checkpoint that is kept."""
+    held_out: PromptedSet
+    """For the evaluation alone."""
+
+
 def prompted_sets(
     config: OPSDCConfig,
     tokenizer: PreTrainedTokenizerBase,
     train_rows: Sequence[Mapping[str, Any]] | None = None,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
-) -> tuple[PromptedSet, PromptedSet]:
-    """Return the training and the held-out set, from rows where given, else from `data.source`.
+) -> ProblemSets:
+    """Return the sets of a run, from rows where given, else from `data.source`.
 
-    Without `eval_rows`, `data.eval_size` problems are held out from the others. Raises DataError
-    where too few problems are left to fill a step, and the errors of `load_problems`.
+    Without `eval_rows`, `data.eval_size` problems are held out from the others; `data.gate_size`
+    more are in any case. Raises DataError where too few problems are left to fill a step, and the
+    errors of `load_problems`.
     """
     data = config.data
 
@@ -120,15 +135,20 @@ def prompted_sets(
             answer_column=data.answer_column,
             seed=config.seed,
         )
+    train, gate, held_out = problems.split(
+        0 if eval_rows is not None else data.eval_size, data.gate_size
+    )
     if eval_rows is not None:
-        train, held_out = problems, from_rows(eval_rows, "eval_dataset")
-    else:
-        train, held_out = problems.split(data.eval_size)
-    training = PromptedSet(train, tokenizer, config.prompt).within_limit("training")
+        held_out = from_rows(eval_rows, "eval_dataset")
+    training = PromptedSet(train, tokenizer, config).within_limit("training")
     if len(training) < config.rollout.prompts_per_step:
         raise DataError(
             f"{len(training)} training problems are fewer than rollout.prompts_per_step "
             f"{config.rollout.prompts_per_step} (data.eval_size {data.eval_size} are held out); "
             "lower one of the two or give more problems"
         )
-    return training, PromptedSet(held_out, tokenizer, config.prompt).within_limit("held-out")
+    return ProblemSets(
+        training,
+        PromptedSet(gate, tokenizer, config).within_limit("gate"),
+        PromptedSet(held_out, tokenizer, config).within_limit("held-out"),
+    )

@@ -50,9 +50,11 @@ class PromptPair:
     teacher_ids: list[int]
     student_text: str
     teacher_text: str
+    against_ids: list[int]
+    """The prompt with the instruction whose style is subtracted; empty where there is none."""
 
 
-def load_instruction(spec: str) -> str:
+def load_instruction(spec: str, setting: str = "prompt.instruction") -> str:
     """Return the text of "P1" or "P2" (the paper's two instructions), of a file, or `spec` itself.
 
     Raises ConfigError for an empty text, a single word that names no file (P3, a mistyped path),
@@ -64,10 +66,10 @@ def load_instruction(spec: str) -> str:
         try:
             text = Path(spec).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"prompt.instruction: cannot read {spec}: {error}") from error
+            raise ConfigError(f"{setting}: cannot read {spec}: {error}") from error
     elif re.fullmatch("[!-~]+", spec):
         raise ConfigError(
-            f"prompt.instruction '{spec}' is neither P1, P2 nor a file that exists, and one word "
+            f"{setting} '{spec}' is neither P1, P2 nor a file that exists, and one word "
             "is no instruction; give one of the three, or a sentence"
         )
     else:
@@ -75,10 +77,10 @@ def load_instruction(spec: str) -> str:
     text = text.strip()
     if not text:
         raise ConfigError(
-            f"prompt.instruction {spec!r} is empty; give P1, P2, a text file or the text itself"
+            f"{setting} {spec!r} is empty; give P1, P2, a text file or the text itself"
         )
     if fault := text_fault(text):
-        raise ConfigError(f"prompt.instruction holds {fault}; remove it")
+        raise ConfigError(f"{setting} holds {fault}; remove it")
     return text
 
 
@@ -92,13 +94,15 @@ def build_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     instruction: str,
+    against: str | None = None,
     placement: str = "user",
     enable_thinking: bool | None = None,
 ) -> PromptPair:
-    """Make both prompts of a problem, each ending where the response begins.
+    """Make the prompts of a problem, each ending where the response begins.
 
     Args:
         instruction: The text itself, as from `load_instruction`.
+        against: Another one, for a third prompt.
         placement: "user" or "system"; without effect on a problem that has `teacher_messages`.
         enable_thinking: Passed to the chat template on both sides, unless it is None.
 
@@ -116,22 +120,26 @@ def build_prompts(
     if teacher_messages is None:
         teacher_messages = _teacher_messages(problem.messages, instruction, placement)
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-    ids, texts, suffixes = [], [], []
-    for side, messages in (("student", problem.messages), ("teacher", teacher_messages)):
+    sides = {"student": problem.messages, "teacher": teacher_messages}
+    if against is not None:
+        sides["against"] = _teacher_messages(problem.messages, against, placement)
+    ids, texts, suffixes = [], [], {}
+    for side, messages in sides.items():
         where = f"problem {problem.id}, {side} prompt"
         pieces, suffix = _render(messages, tokenizer, options, where)
         ids.append(_encode(pieces, tokenizer, where))
         texts.append("".join(pieces))
-        suffixes.append(suffix)
-    if suffixes[0] != suffixes[1]:
-        raise DataError(
-            f"problem {problem.id}: after the last user turn the student's prompt ends in "
-            f"{suffixes[0]!r} and the teacher's in {suffixes[1]!r}, so response tokens would not "
-            "be compared like with like; the chat template reacts to something in the instruction "
-            "or the messages: try the other prompt.placement, set prompt.enable_thinking, or "
-            "reword prompt.instruction"
-        )
-    return PromptPair(ids[0], ids[1], texts[0], texts[1])
+        suffixes[side] = suffix
+    for side, suffix in suffixes.items():
+        if suffix != suffixes["student"]:
+            raise DataError(
+                f"problem {problem.id}: after the last user turn the student's prompt ends in "
+                f"{suffixes['student']!r} and the {side}'s in {suffix!r}, so response tokens would "
+                "not be compared like with like; the chat template reacts to something in the "
+                "instruction or the messages: try the other prompt.placement, set "
+                "prompt.enable_thinking, or reword prompt.instruction"
+            )
+    return PromptPair(ids[0], ids[1], texts[0], texts[1], ids[2] if len(ids) > 2 else [])
 
 
 def _teacher_messages(

@@ -1,8 +1,8 @@
 """Sources of problems: files, datasets, procedural tasks and rows in memory.
 
 Sources: a .jsonl, .json or .parquet file; a Hub dataset (or a local dataset folder); a procedural
-task, `reasoning_gym:TASK`; the demo's `embedded:word_sums`. Columns, the first that exists unless
-one is named:
+task, `reasoning_gym:TASK`; the demo's `embedded:arithmetic`, or `embedded:word_sums`. Columns, the
+first that exists unless one is named:
 
     prompt   `messages` or `prompt` (a chat: role and content; trailing assistant turns are
              dropped), `prompt`, `problem` or `question` (text)
@@ -10,6 +10,7 @@ one is named:
              nested column); optional, and only metrics look at it
     teacher  `teacher_prompt` (text or a chat): the teacher's whole prompt; the instruction is then
              not added
+    group    `group` (a text or a number): problems of one group are held out together
 
 A worked solution as answer is reduced to its last boxed expression, or to what follows "####".
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from opsdc.data import columns
+from opsdc.data.arithmetic import arithmetic
 from opsdc.data.problem import Problem, ProblemSet
 from opsdc.data.text import dapo_prompt, last_boxed
 from opsdc.data.word_sums import word_sums
@@ -38,8 +40,8 @@ _ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_tr
 _GYM = "reasoning_gym:"
 """The name of a procedural task follows this prefix."""
 
-_EMBEDDED = "embedded:word_sums"
-"""This source is the demo's own problems."""
+_EMBEDDED = ("embedded:arithmetic", "embedded:word_sums")
+"""Sources inside the package: the demo's questions, and a harder set."""
 
 
 def load_problems(
@@ -72,9 +74,9 @@ def load_problems(
         return ProblemSet(_gym_problems(task, options, layout, seed), seed=seed)
     path = Path(source)
     numbered: Iterable[tuple[int, Any]]
-    if source == _EMBEDDED:
-        unit, name = "row", "word_sums"
-        numbered = enumerate(_word_sum_rows(split, options, seed), 1)
+    if source in _EMBEDDED:
+        unit, name = "row", source.partition(":")[2]
+        numbered = enumerate(_embedded_rows(source, split, options, seed), 1)
     elif path.suffix in columns.FILE_TYPES:
         if options or split is not None:
             given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
@@ -128,7 +130,7 @@ def _make_problems(
             raise DataError(f"{where} must be an object with columns, not {type(row).__name__}")
         column, value = columns.pick(row, prompt_column, _PROMPT_COLUMNS, "prompt", where)
         messages = _laid_out(columns.chat(value, f"{where}, column {column}"), layout)
-        teacher = row.get("teacher_prompt")
+        teacher, group = row.get("teacher_prompt"), row.get("group")
         place = f"{where}, column teacher_prompt"
         problems.append(
             Problem(
@@ -136,6 +138,7 @@ def _make_problems(
                 messages=messages,
                 answer=_answer(row, answer_column, where),
                 teacher_messages=None if teacher is None else columns.chat(teacher, place),
+                group=None if group is None else columns.number_or_text(group, f"{where}, group"),
             )
         )
     if not problems:
@@ -216,12 +219,18 @@ def _gym_problems(
     return problems
 
 
-def _word_sum_rows(split: str | None, options: dict[str, Any], seed: int) -> list[dict[str, Any]]:
-    """Return the rows of the demo's problems; the only option is `size`."""
-    size = options.pop("size", 500)
-    if split is not None or options:
+def _embedded_rows(
+    source: str, split: str | None, options: dict[str, Any], seed: int
+) -> list[dict[str, Any]]:
+    """Return the rows of a source inside the package; the only option is `size` of word sums."""
+    known = {"embedded:word_sums": {"size": 500}}.get(source, {})
+    if split is not None or not options.keys() <= known.keys():
         given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
-        raise ConfigError(f"{given} means nothing to {_EMBEDDED}, which knows `size`; unset it")
+        knows = f", which knows {', '.join(known)}" if known else ""
+        raise ConfigError(f"{given} means nothing to {source}{knows}; unset it")
+    if source == "embedded:arithmetic":
+        return arithmetic()
+    size = options.get("size", known["size"])
     if isinstance(size, bool) or not isinstance(size, int):
         raise ConfigError(f"data.options.size must be a whole number, got {size!r}")
     try:
