@@ -21,6 +21,7 @@ from opsdc.record.lines import read_lines, write_text
 from opsdc.rollout.base import Request, Sampler, SamplingParams
 
 _QUANTILES = (0.1, 0.5, 0.9)
+"""Quantiles of the answers' lengths that a headline holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,17 +29,24 @@ class Answer:
     """One sampled answer to one held-out problem."""
 
     problem_id: str
+    """The problem's own identifier."""
     sample: int
+    """Number of the answer among those to its problem, from 0."""
     question: str
+    """The last message of the problem, without any instruction."""
     gold: str | None
+    """The right answer; None where the problem has none."""
     text: str
+    """The response as text."""
     tokens: int
-    """of the response, the end-of-sequence token included"""
+    """Number of tokens of the response, the end-of-sequence token included."""
     truncated: bool
+    """True where the token limit cut the response."""
     correct: bool | None
-    """None where the problem has no answer to compare with"""
+    """The scorer's verdict; None where the problem has no answer to compare with."""
     extracted: str | None
-    """what the scorer found in the text; None: nothing, which is not the same as wrong"""
+    """The answer that the scorer read in the text; None where it read none, which is another thing
+    than a wrong one."""
 
 
 def answer(
@@ -50,15 +58,25 @@ def answer(
     arm: str,
     label: str,
 ) -> list[Answer]:
-    """Sample `eval.samples` answers per problem; arm "teacher" puts the instruction in front."""
+    """Sample and score `eval.samples` answers to each problem.
+
+    Args:
+        config: Its `eval` section holds the limits of sampling and the scorer.
+        arm: "student" for the plain prompt, "teacher" for the one with the instruction.
+        label: Name of these answers in progress bars.
+
+    Raises:
+        RolloutError: The sampler gave no answer.
+        ConfigError, DataError: The scorer cannot be used, see `scorers.score`.
+    """
     settings = config.eval
-    pairs = [(p, i) for p in problems for i in range(settings.samples)]
+    asked = [(p, i) for p in problems for i in range(settings.samples)]
     requests = [
         Request(
             key=f"eval/{p.problem.id}/{i}",
             prompt_ids=p.prompts.teacher_ids if arm == "teacher" else p.prompts.student_ids,
         )
-        for p, i in pairs
+        for p, i in asked
     ]
     params = SamplingParams(
         max_new_tokens=settings.max_new_tokens,
@@ -69,11 +87,11 @@ def answer(
     )
     rollouts = sampler.generate(requests, params, label=f"eval {label}")
     answers = []
-    answered = tqdm(pairs, desc=f"eval {label} scoring", leave=False, delay=2)
-    for (item, i), rollout in zip(answered, rollouts, strict=True):
+    progress = tqdm(asked, desc=f"eval {label} scoring", leave=False, delay=2)
+    for (item, i), rollout in zip(progress, rollouts, strict=True):
         text = decode(tokenizer, rollout.response_ids)
         gold = item.problem.answer
-        found = score(text, item.problem, settings.scorer) if gold is not None else None
+        verdict = score(text, item.problem, settings.scorer) if gold is not None else None
         answers.append(
             Answer(
                 problem_id=item.problem.id,
@@ -83,22 +101,22 @@ def answer(
                 text=text,
                 tokens=len(rollout.response_ids),
                 truncated=not rollout.finished,
-                correct=None if found is None else found.correct,
-                extracted=None if found is None else found.extracted,
+                correct=None if verdict is None else verdict.correct,
+                extracted=None if verdict is None else verdict.extracted,
             )
         )
     return answers
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
-    """One JSON line per answer."""
+    """Write answers as JSON lines; raises CheckpointError where that fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = (json.dumps(dataclasses.asdict(a), ensure_ascii=False) + "\n" for a in answers)
     write_text(path, "".join(rows))
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """What `write_answers` wrote; raises DataError where there is nothing."""
+    """Read a file of `write_answers`; raises DataError where it holds none."""
     rows = read_lines(path)
     if not rows:
         raise DataError(f"no answers in {path}")
@@ -106,7 +124,10 @@ def read_answers(path: Path) -> list[Answer]:
 
 
 def headline(answers: Sequence[Answer]) -> dict[str, float | None]:
-    """Mean tokens, truncated share, accuracy and failed extractions of one arm."""
+    """Summarise one arm: lengths in tokens, and shares of truncated, right and unread answers.
+
+    Accuracy and `no_answer_found` are None where no problem has an answer to compare with.
+    """
     tokens = np.array([a.tokens for a in answers], dtype=float)
     graded = [a for a in answers if a.correct is not None]
     return {
@@ -122,7 +143,7 @@ def headline(answers: Sequence[Answer]) -> dict[str, float | None]:
 
 
 def one_line(answers: Sequence[Answer]) -> str:
-    """For the log: tokens, truncated, accuracy."""
-    h = headline(answers)
-    accuracy = "no gold answers" if h["accuracy"] is None else f"accuracy {h['accuracy']:.3f}"
-    return f"{h['tokens_mean']:.1f} tokens, truncated {h['truncated']:.3f}, {accuracy}"
+    """Format the headline of some answers for the log."""
+    line = headline(answers)
+    accuracy = "no gold answers" if line["accuracy"] is None else f"accuracy {line['accuracy']:.3f}"
+    return f"{line['tokens_mean']:.1f} tokens, truncated {line['truncated']:.3f}, {accuracy}"

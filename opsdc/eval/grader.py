@@ -1,7 +1,7 @@
-"""Asks another process to compare answers: math-verify and reasoning-gym, bounded in CPU time.
+"""The other process that compares answers: math-verify and reasoning-gym, bounded in CPU time.
 
-Works from any thread. The process starts with the first question, is started anew after one that
-it did not survive, and ends with this program.
+Any thread may ask it. The process starts with the first question, is started anew after one that it
+did not survive, and ends with this program.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from typing import Any
 from opsdc.errors import ConfigError
 
 _PROGRAM = Path(__file__).with_name("grader_child.py")
-# By path and without the package's folder on sys.path: its file names must shadow no library's.
+"""The file that the process runs."""
+
 _START = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+"""Python that runs a file by its path, without its folder on sys.path, where its neighbours would
+shadow libraries of their names."""
+
 _PACKAGES = {"math_verify": "math-verify", "reasoning_gym": "reasoning-gym"}
+"""Packages to install, by kind of question."""
 
 _lock = threading.Lock()
 _process: subprocess.Popen[bytes] | None = None
@@ -28,23 +33,25 @@ _owner_pid = 0
 
 
 def math_verify(gold: str, texts: list[str]) -> list[tuple[bool, str | None]]:
-    """Per text: (does it hold the gold answer, what was found or None). Gold is LaTeX, boxed.
+    """Compare texts with the gold answer, which is LaTeX in a box or in dollars.
 
-    Texts that used up the time or the memory count as (False, None).
-    Raises ConfigError where math-verify is not installed.
+    Returns for each text whether it holds that answer, and the answer read in it or None. A text
+    that used up the time or the memory counts as (False, None). Raises ConfigError where
+    math-verify is not installed.
     """
     reply = _ask({"kind": "math_verify", "gold": gold, "texts": texts})
     if reply is None:
         # One text's hang must not take the others with it.
         return [math_verify(gold, [t])[0] for t in texts] if len(texts) > 1 else [(False, None)]
-    return [(correct, found) for correct, found in reply["results"]]
+    return [(correct, extracted) for correct, extracted in reply["results"]]
 
 
 def reasoning_gym(entry: dict[str, Any], answer: str) -> float:
-    """The task's own score of `answer`, 0 to 1. `entry` holds task, options (with seed), index.
+    """Score an answer from 0 to 1 by the task's own scorer.
 
-    Raises ConfigError where reasoning-gym is not installed, or where the task's scorer cannot
-    do without running answers as Python.
+    `entry` holds the task, its options (the seed among them) and the problem's index. Raises
+    ConfigError where reasoning-gym is not installed, or where the task's scorer runs answers as
+    Python.
     """
     reply = _ask({"kind": "reasoning_gym", "entry": entry, "answer": answer})
     if reply is None:
@@ -58,7 +65,7 @@ def reasoning_gym(entry: dict[str, Any], answer: str) -> float:
 
 
 def _ask(request: dict[str, Any]) -> dict[str, Any] | None:
-    """The reply, or None if the process ended over the question."""
+    """Send a question and return the reply, or None where the process ended over it."""
     with _lock:
         process = _running()
         assert process.stdin is not None
@@ -70,7 +77,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any] | None:
         except BrokenPipeError:
             line = b""
         except BaseException:
-            # An interrupt between question and answer: the next question must not read this one's.
+            # Interrupted between question and answer: the next question must not read this reply.
             _stop()
             raise
         if not line.endswith(b"\n"):
@@ -90,6 +97,7 @@ def _ask(request: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _running() -> subprocess.Popen[bytes]:
+    """Return the process, started now where there is none."""
     global _process, _owner_pid
     # A forked child must not talk through its parent's pipes.
     if _process is None or _owner_pid != os.getpid():
@@ -98,7 +106,7 @@ def _running() -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # Sums of fixed order, and no pool of threads to start for each process.
+            # Threads would add sums in changing order, and take time to start.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             # Ctrl-C is for the trainer, which may want to finish a step and its scores first.
             start_new_session=True,
@@ -108,16 +116,16 @@ def _running() -> subprocess.Popen[bytes]:
 
 
 def _stop() -> int:
-    """Ends the process, if it has not ended itself, and says how it ended."""
+    """End the process, if it has not ended by itself, and return its exit status."""
     global _process
     status = 0
     if _process is not None and _owner_pid == os.getpid():
         for pipe in (_process.stdin, _process.stdout):
             if pipe is not None:
-                # What was left to write has no reader any more.
+                # Closing writes the rest of the buffer, which has no reader any more.
                 with contextlib.suppress(OSError):
                     pipe.close()
-        # Its pipes are closed, so it is ending; a hang in C is not worth more than a second.
+        # With its pipes closed it is ending; a hang in C is worth no more than a second.
         with contextlib.suppress(subprocess.TimeoutExpired):
             _process.wait(timeout=1.0)
         _process.kill()

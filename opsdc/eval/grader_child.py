@@ -1,12 +1,12 @@
 """The process behind `opsdc.eval.grader`: compares answers where a hostile one can do no harm.
 
 One JSON request per line on standard input, one JSON reply per line on the original standard
-output. It is a process because a model's answer such as 9^9^9^9 can keep a computer algebra system
-in C code, where neither a thread nor a Python signal handler ends it; the kernel ends this process
+output. A process of its own, because an answer such as 9^9^9^9 can keep a computer algebra system
+in C code, where neither a thread nor a Python signal handler ends it. The kernel ends this process
 when a request has used its CPU seconds. CPU time, not wall time: a busy machine must not turn right
 answers into wrong ones.
 
-Run as a file, never imported, so that nothing of a model or a GPU is loaded here.
+It is run as a file and never imported, so that nothing of a model or a GPU is loaded here.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ import signal
 import sys
 from typing import Any
 
-_CPU_LIMIT_S = 3.0  # A usual comparison takes 0.01, one in a thousand 0.3.
+_CPU_LIMIT_S = 3.0
+"""CPU seconds of one request; a usual comparison takes 0.01 and one in a thousand 0.3."""
+
 _MEMORY_LIMIT_BYTES = 8 << 30
+"""Limit of this process's address space."""
 
 
 class _NoEval:
-    """Lets no text become Python while a model's answer is being looked at, numerals excepted.
+    """A guard within whose block no text becomes Python, but for numerals and arithmetic.
 
     Several of reasoning-gym's scorers call eval() on the answer, and so does sympy's parse_expr,
     through which math-verify reads "1/2". Python announces every compilation to audit hooks.
@@ -37,7 +40,7 @@ class _NoEval:
     _ARITHMETIC = re.compile(
         r"from sympy import \*|(?:(?:Integer|Float)(?= *\()|[\d\s.+\-*/()',]|(?<=\d)[eE])*"
     )
-    # These compile code they wrote themselves: multiplication of monomials, lazy class definitions.
+    # Modules that compile code of their own: multiplication of monomials, lazy class definitions.
     _GENERATORS = frozenset({"sympy.polys.monomials", "collections", "dataclasses"})
 
     def __init__(self) -> None:
@@ -46,6 +49,7 @@ class _NoEval:
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Refuse a compilation, as Python's audit announces it, by raising PermissionError."""
         if not self.armed or event != "compile":
             return
         source, filename = arguments
@@ -68,18 +72,19 @@ class _NoEval:
 
 
 def _math_verify(gold: str, texts: list[str], no_eval: _NoEval) -> dict[str, Any]:
-    """Per text: does math-verify find the gold answer in it, and what did it find?"""
+    """Compare each text with the gold answer, all within one limit of CPU time."""
     with _cpu_limit(), no_eval:
         return {"results": [_compare(gold, text) for text in texts]}
 
 
 def _compare(gold: str, text: str) -> list[Any]:
+    """Return [whether the text holds the gold answer, the answer read in it or None]."""
     import math_verify
 
-    found = math_verify.parse(text, parsing_timeout=None)
-    correct = math_verify.verify(_parse_gold(gold), found, timeout_seconds=None)
-    # The last entry is the text that was parsed, the ones before it what became of it.
-    return [bool(correct), str(found[-1]) if found else None]
+    parsed = math_verify.parse(text, parsing_timeout=None)
+    correct = math_verify.verify(_parse_gold(gold), parsed, timeout_seconds=None)
+    # The last entry is the piece of text that was parsed, those before it are its readings.
+    return [bool(correct), str(parsed[-1]) if parsed else None]
 
 
 @functools.lru_cache(maxsize=4)
@@ -96,12 +101,12 @@ def _load_math_verify() -> None:
 
 
 def _reasoning_gym(entry: dict[str, Any], answer: str, no_eval: _NoEval) -> dict[str, Any]:
-    """The task's own score of an answer to its problem number `index`, made again from its seed."""
+    """Score an answer to a task's problem, which is made again from its options and index."""
     task, options = entry["task"], json.dumps(entry["options"])
     dataset = _dataset(task, options)
     problem = dataset[entry["index"]]
     if (task, options) not in _usable_tasks:
-        # A scorer that cannot do without eval() would find every answer wrong: say so at once.
+        # A scorer that needs eval() would find all answers wrong: say so at once.
         _score(dataset, str(problem["answer"]), problem, no_eval)
         if no_eval.refused:
             return {"unusable": True}
@@ -110,6 +115,7 @@ def _reasoning_gym(entry: dict[str, Any], answer: str, no_eval: _NoEval) -> dict
 
 
 _usable_tasks: set[tuple[str, str]] = set()
+"""Tasks and their options whose scorer was found to do without eval()."""
 
 
 def _score(dataset: Any, answer: str, problem: dict[str, Any], no_eval: _NoEval) -> float:
@@ -129,6 +135,7 @@ def _dataset(task: str, options: str) -> Any:
 
 @contextlib.contextmanager
 def _cpu_limit() -> Any:
+    """Let the kernel end this process where the block uses more CPU time than the limit."""
     # No handler is installed: the default action of SIGPROF ends the process, in C code too.
     signal.setitimer(signal.ITIMER_PROF, _CPU_LIMIT_S)
     try:
@@ -138,6 +145,7 @@ def _cpu_limit() -> Any:
 
 
 def _reply(request: dict[str, Any], no_eval: _NoEval, loaded: set[str]) -> dict[str, Any]:
+    """Answer one request; the first of its kind loads the library."""
     kind = request["kind"]
     try:
         if kind not in loaded:
@@ -154,6 +162,7 @@ def _reply(request: dict[str, Any], no_eval: _NoEval, loaded: set[str]) -> dict[
 
 
 def _main() -> None:
+    """Read requests and write replies until standard input ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # What a library prints must not become a reply.
     no_eval, loaded = _NoEval(), set[str]()
@@ -163,7 +172,8 @@ def _main() -> None:
         try:
             reply = _reply(json.loads(line), no_eval, loaded)
         except MemoryError:
-            os.kill(os.getpid(), signal.SIGKILL)  # As if the kernel had: nothing here is sound now.
+            # Nothing here is sound any more: end as the kernel would end it.
+            os.kill(os.getpid(), signal.SIGKILL)
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 

@@ -1,4 +1,4 @@
-"""A PNG of a run from its record: divergence, response length, entropy, accuracy."""
+"""The picture of a run from its record: divergence, response length, entropy, accuracy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from opsdc.record.lines import read_lines
 
 
 def plot_run(run: Path, target: Path | None = None) -> Path:
-    """Draw `run`/metrics.jsonl and `run`/eval to `run`/plot.png; teacher refreshes are marked.
+    """Draw `run`/metrics.jsonl and `run`/eval as a PNG, with the teacher's refreshes marked.
 
-    Raises DataError when the folder holds no record.
+    Returns the file: `target`, by default `run`/plot.png. Raises DataError where the folder holds
+    no record.
     """
     rows = read_lines(run / "metrics.jsonl")
     if not rows:
@@ -26,44 +27,25 @@ def plot_run(run: Path, target: Path | None = None) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     steps = [row["step"] for row in rows]
-    evaluated = _evaluations(run, steps[-1])
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     (divergence, length), (entropy, accuracy) = axes
 
     def series(key: str) -> list[float]:
         return [float("nan") if row[key] is None else row[key] for row in rows]
 
+    # Measures of training, one point a step.
     divergence.plot(steps, series("loss_nats"), "o-", ms=3, label="loss")
     divergence.plot(steps, series("kl_p90"), "-", lw=1, alpha=0.7, label="90th percentile")
     divergence.plot(steps, series("kl_p50"), "-", lw=1, alpha=0.7, label="median")
     divergence.set(title="KL(student‖teacher) per token", ylabel="nats", yscale="log")
-
     length.plot(steps, series("response_tokens_mean"), "o-", ms=3, label="training rollouts (mean)")
     length.set(title="Response length", ylabel="tokens", ylim=(0, None))
     entropy.plot(steps, series("student_entropy"), "o-", ms=3, label="student")
     entropy.plot(steps, series("teacher_entropy"), "-", lw=1, label="teacher")
     entropy.set(title="Entropy per token", ylabel="nats", ylim=(0, None))
-    accuracy.set(title="Held-out problems", ylabel="share", ylim=(-0.02, 1.02))
-    if evaluated:
-        at = [step for step, _ in evaluated]
-        length.plot(at, [h["tokens_mean"] for _, h in evaluated], "s--", label="held-out (mean)")
-        accuracy.plot(at, [h["truncated"] for _, h in evaluated], "s--", label="truncated")
-        if all(h["accuracy"] is not None for _, h in evaluated):
-            accuracy.plot(at, [h["accuracy"] for _, h in evaluated], "o-", label="accuracy")
-    prompt_only = run / "eval" / "prompt_only.jsonl"
-    if prompt_only.is_file():
-        told = headline(read_answers(prompt_only))
-        length.axhline(told["tokens_mean"], color="gray", ls=":", label="base, told to be concise")
-        if told["accuracy"] is not None:
-            accuracy.axhline(told["accuracy"], color="gray", ls=":", label="base, told: accuracy")
+    _draw_held_out(run, steps[-1], length, accuracy)
 
-    # An ema teacher changes at every step; only a jump over several steps is a refresh.
-    versions = [0, *series("teacher_version")]
-    refreshes = [
-        step
-        for step, before, after in zip(steps, versions, versions[1:], strict=False)
-        if after - before > 1
-    ]
+    refreshes = _refreshes(rows)
     for axis in axes.flat:
         for i, step in enumerate(refreshes):
             label = "teacher refresh" if i == 0 else None
@@ -79,12 +61,45 @@ def plot_run(run: Path, target: Path | None = None) -> Path:
     return target
 
 
+def _draw_held_out(run: Path, last_step: int, length: Any, accuracy: Any) -> None:
+    """Draw the held-out answers of the student over the steps, and of the told base as a line."""
+    accuracy.set(title="Held-out problems", ylabel="share", ylim=(-0.02, 1.02))
+    evaluated = _evaluations(run, last_step)
+    if evaluated:
+        at = [step for step, _ in evaluated]
+        length.plot(at, [h["tokens_mean"] for _, h in evaluated], "s--", label="held-out (mean)")
+        accuracy.plot(at, [h["truncated"] for _, h in evaluated], "s--", label="truncated")
+        if all(h["accuracy"] is not None for _, h in evaluated):
+            accuracy.plot(at, [h["accuracy"] for _, h in evaluated], "o-", label="accuracy")
+    prompt_only = run / "eval" / "prompt_only.jsonl"
+    if prompt_only.is_file():
+        told = headline(read_answers(prompt_only))
+        length.axhline(told["tokens_mean"], color="gray", ls=":", label="base, told to be concise")
+        if told["accuracy"] is not None:
+            accuracy.axhline(told["accuracy"], color="gray", ls=":", label="base, told: accuracy")
+
+
+def _refreshes(rows: list[dict[str, Any]]) -> list[int]:
+    """List the steps after which the teacher was refreshed."""
+    # An ema teacher changes at every step; only a jump over several steps is a refresh.
+    before = 0
+    steps = []
+    for row in rows:
+        if row["teacher_version"] - before > 1:
+            steps.append(row["step"])
+        before = row["teacher_version"]
+    return steps
+
+
 def _evaluations(run: Path, last_step: int) -> list[tuple[int, dict[str, Any]]]:
-    """(step, headline) of every evaluation of the student, base at 0 and trained at the end."""
-    found = {}
+    """Return (step, headline) of each evaluation as the student, in order of the steps.
+
+    The base stands at step 0 and the trained model at `last_step`.
+    """
+    headlines = {}
     for path in (run / "eval").glob("*.jsonl"):
         match = re.fullmatch(r"step-(\d+)", path.stem)
         step = {"base": 0, "trained": last_step}.get(path.stem, int(match[1]) if match else None)
         if step is not None:
-            found[step] = headline(read_answers(path))
-    return sorted(found.items())
+            headlines[step] = headline(read_answers(path))
+    return sorted(headlines.items())

@@ -13,8 +13,13 @@ from opsdc.eval.arms import write_summary
 from opsdc.eval.plots import plot_run
 
 _ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
+"""Arms by their key in summary.json, with the title of their row."""
+
 _SAMPLES = 3
+"""Number of answers that are shown before and after."""
+
 _SHOWN_CHARACTERS = 400
+"""Length at which a shown answer is cut."""
 
 
 def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict[str, Any]:
@@ -25,20 +30,20 @@ def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict
 
 
 def print_report(folder: Path) -> None:
-    """Print `folder`/summary.json and three sample answers; what is missing is left out."""
+    """Print the tables and sample answers of `folder`/summary.json, as far as they exist."""
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     if "trained" in summary:
         print(f"\n{summary['base']['answers']} held-out answers per row")
-        print(_arms(summary))
+        print(_arms_table(summary))
         print("\nby the length of the base model's answers")
-        print(_lengths(summary["by_length"]))
+        print(_lengths_table(summary["by_length"]))
         print("\n" + _samples(folder))
         print(_verdict(summary))
     print(f"record: {folder}/ (summary.json, metrics.jsonl, plot.png)")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right."""
+    """Lay out columns of text, the first aligned to the left and the others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     shown = [
@@ -51,7 +56,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([shown[0], "─" * len(shown[0]), *shown[1:]])
 
 
-def _arms(summary: dict[str, Any]) -> str:
+def _arms_table(summary: dict[str, Any]) -> str:
     head = ("", "mean tokens", "p10 / p50 / p90", "truncated", "accuracy", "no answer found")
     rows = []
     for key, name in _ARMS.items():
@@ -67,7 +72,7 @@ def _arms(summary: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
-def _lengths(bins: Sequence[dict[str, Any]]) -> str:
+def _lengths_table(bins: Sequence[dict[str, Any]]) -> str:
     head = ("", "problems", "tokens base → trained", "reduction", "accuracy base → trained")
     rows = [
         (
@@ -83,6 +88,7 @@ def _lengths(bins: Sequence[dict[str, Any]]) -> str:
 
 
 def _samples(folder: Path) -> str:
+    """Show the first trained answers below the base's to the same problems."""
     before = {(a.problem_id, a.sample): a for a in read_answers(folder / "eval" / "base.jsonl")}
     shown = []
     for after in read_answers(folder / "eval" / "trained.jsonl")[:_SAMPLES]:
@@ -99,6 +105,7 @@ def _samples(folder: Path) -> str:
 
 
 def _verdict(summary: dict[str, Any]) -> str:
+    """Say in a few lines what training changed, with intervals."""
     trained = summary["compared_with_base"]["trained"]
     low, high = trained["token_reduction_ci95"]
     lines = [

@@ -1,4 +1,4 @@
-r"""Is a response right? Scorers by name, from strict to lenient.
+r"""Scorers that decide whether a response is right, by name, from strict to lenient.
 
     exact          the whole response is the answer
     answer_line    the last line "Answer: X"; X equals the answer as text or as a number
@@ -6,7 +6,7 @@ r"""Is a response right? Scorers by name, from strict to lenient.
     number         the last number of the response equals the answer as a rational number
     math_verify    math-verify finds the answer in the response, or the last \boxed{X} equals it
     dual           the last line "Answer: X" passes math-verify, or the whole response does
-                   (the paper's scorer; lenient: a matching boxed expression anywhere may count)
+                   (the paper's scorer; it is lenient: a matching box anywhere may count)
     reasoning_gym  the task's own scorer gives 1.0
 
 "Equals as text" ignores what is not content in LaTeX: spacing, \left and \right, \text and fonts,
@@ -38,14 +38,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """`extracted` is what was compared; None: no answer was found, which is not a wrong answer."""
+    """The verdict on one response."""
 
     correct: bool
+    """True where the response's answer is the problem's."""
     extracted: str | None
+    """The text that was compared; None where the response holds no answer, which is another thing
+    than a wrong one."""
 
 
 def score(response: str, problem: Problem, scorer: str) -> Score:
-    """Compare a response with the problem's answer.
+    """Compare a response with the problem's answer by the scorer of this name.
 
     Raises ConfigError for an unknown scorer or a missing package, DataError for a problem without
     the answer (or the task entry) that the scorer needs.
@@ -56,42 +59,49 @@ def score(response: str, problem: Problem, scorer: str) -> Score:
 
 
 def last_answer_line(text: str) -> str | None:
-    """What follows the last "Answer:" that starts a line (or stands on the line below), or None."""
+    """Return the text behind the last "Answer:" that starts a line, or None.
+
+    Where nothing stands behind it, the next line that is not empty counts.
+    """
     lines = text.splitlines()
     for i in range(len(lines) - 1, -1, -1):
-        if found := _ANSWER_LINE.match(lines[i]):
-            # Markdown's emphasis around the label or the whole line.
-            answer = found[1].strip().strip("*").strip()
+        if label := _ANSWER_LINE.match(lines[i]):
+            # Markdown's emphasis may stand around the label or the whole line.
+            answer = label[1].strip().strip("*").strip()
             below = (line.strip() for line in lines[i + 1 :])
             return answer or next((line for line in below if line), None)
     return None
 
 
 _ANSWER_LINE = re.compile(r"[\s*#>]*(?:final\s+)?answer\s*\**\s*:(.*)", re.IGNORECASE)
+"""A line that starts with "Answer:", whatever Markdown stands before it."""
 
 
 def last_number(text: str) -> str | None:
-    r"""The last number: "1,234" → 1234, "-$5" → -5, 3/4, \frac{3}{4}, .5, "12." → 12.
+    r"""Return the last number: "1,234" → 1234, "-$5" → -5, 3/4, \frac{3}{4}, .5, "12." → 12.
 
     A minus counts as a sign unless it stands between two terms: "5-3" ends in 3. Digits inside a
     word (CO2) are no number.
     """
-    found = None
+    number = None
     for match in _NUMBER.finditer(text.replace("{,}", ",").replace(r"\!", "")):
-        found = match[0]
-    return None if found is None else re.sub(r"[$,]|\\(?=\$)", "", found.replace("−", "-"))
+        number = match[0]
+    return None if number is None else re.sub(r"[$,]|\\(?=\$)", "", number.replace("−", "-"))
 
 
 _DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+"""A decimal number without a sign, commas between thousands allowed."""
+
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}])[-−])?(?:(?<=[^\w.])|^)(?:\\?\$)?(?:(?<=\$)[-−])?"
     rf"(?:\\d?frac\{{\d+\}}\{{\d+\}}|{_DECIMAL}(?:/\d+(?!\d|\.\d))?)",
     re.ASCII,
 )
+"""A number or a fraction in running text, with its sign and dollar."""
 
 
 def same_answer(candidate: str, gold: str) -> bool:
-    """Equal as text or as rational numbers; see the module's docstring."""
+    """Return True where two answers equal as text or as rational numbers; see the module."""
     a, b = _plain(candidate), _plain(gold)
     if a == b:
         return a != ""
@@ -100,7 +110,7 @@ def same_answer(candidate: str, gold: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """A LaTeX answer without what is not content."""
+    """Strip a LaTeX answer of all that is not content."""
     text = text.strip().removesuffix(".")
     for pattern, replacement in _NOT_CONTENT:
         text = pattern.sub(replacement, text)
@@ -126,21 +136,22 @@ _NOT_CONTENT = tuple(
         (r"^\(([A-Za-z])\)$", r"\1"),
     )
 )
+"""Patterns that are not content, or another spelling of it, with their replacements, in order."""
 
 
 def _rational(plain: str) -> Fraction | None:
-    """The exact value of a number or a fraction of two, or None."""
+    """Return the exact value of a number or of a fraction of two, or None."""
     # Longer texts are no answer, and Python refuses to convert huge ones.
-    found = _RATIONAL.fullmatch(plain) if len(plain) < 1000 else None
-    if found is None:
+    match = _RATIONAL.fullmatch(plain) if len(plain) < 1000 else None
+    if match is None:
         return None
     over, under = (
-        Fraction((found[a] or found[b] or "1").replace(",", ""))
-        for a, b in (("frac_over", "over"), ("frac_under", "under"))
+        Fraction((match[latex] or match[text] or "1").replace(",", ""))
+        for latex, text in (("frac_over", "over"), ("frac_under", "under"))
     )
     if under == 0:
         return None
-    return (-1 if found["sign"] == "-" else 1) * over / under
+    return (-1 if match["sign"] == "-" else 1) * over / under
 
 
 _RATIONAL = re.compile(
@@ -148,9 +159,11 @@ _RATIONAL = re.compile(
     rf"(?P<over>{_DECIMAL})(?:/(?P<under>{_DECIMAL}))?)",
     re.ASCII,
 )
+"""A whole answer that is a number, or a fraction of two in LaTeX or with a slash."""
 
 
 def _gold(problem: Problem) -> str:
+    """Return the problem's answer; raise DataError where it has none."""
     if problem.answer is None or not problem.answer.strip():
         raise DataError(
             f"problem {problem.id} has no answer to score against; name the column that holds it "
@@ -160,23 +173,27 @@ def _gold(problem: Problem) -> str:
 
 
 def _as_latex(answer: str) -> str:
+    """Put an answer in a box, unless it is marked as mathematics already."""
     has_math = re.search(r"\\boxed|(?<!\\)\$.*\$", answer, re.DOTALL)
     return answer if has_math else rf"\boxed{{{answer}}}"
 
 
-def _other_base(found: str | None, response: str, gold: str) -> bool:
-    """math-verify drops the base of a number (52_8); two different ones are different numbers."""
+def _in_another_base(extracted: str | None, response: str, gold: str) -> bool:
+    """Return True where the response's number has another base (52_8) than the gold answer.
+
+    math-verify drops the base, and would take the two for equal.
+    """
     gold_base = re.search(r"\d_\{?(\d+)\}?\W*$", gold)
-    number = re.match(r"\d+", found or "")
+    number = re.match(r"\d+", extracted or "")
     if gold_base is None or number is None:
         return False
     bases = re.findall(rf"(?<!\d){number[0]}_\{{?(\d+)", response)
     return bool(bases) and bases[-1] != gold_base[1]
 
 
-def _extracted(found: str | None, problem: Problem) -> Score:
+def _score_extracted(extracted: str | None, problem: Problem) -> Score:
     gold = _gold(problem)
-    return Score(found is not None and same_answer(found, gold), found)
+    return Score(extracted is not None and same_answer(extracted, gold), extracted)
 
 
 def _exact(response: str, problem: Problem) -> Score:
@@ -185,11 +202,11 @@ def _exact(response: str, problem: Problem) -> Score:
 
 
 def _answer_line(response: str, problem: Problem) -> Score:
-    return _extracted(last_answer_line(response), problem)
+    return _score_extracted(last_answer_line(response), problem)
 
 
 def _boxed(response: str, problem: Problem) -> Score:
-    return _extracted(last_boxed(response), problem)
+    return _score_extracted(last_boxed(response), problem)
 
 
 def _number(response: str, problem: Problem) -> Score:
@@ -199,51 +216,53 @@ def _number(response: str, problem: Problem) -> Score:
             f"problem {problem.id}: scorer 'number' needs a number as answer, got "
             f"{problem.answer!r}; use eval.scorer math_verify, answer_line or exact"
         )
-    found = last_number(response)
-    return Score(found is not None and _rational(_plain(found)) == gold, found)
+    number = last_number(response)
+    return Score(number is not None and _rational(_plain(number)) == gold, number)
 
 
 def _math_verify(response: str, problem: Problem) -> Score:
     gold = _gold(problem)
-    ((correct, found),) = grader.math_verify(_as_latex(gold), [response])
+    ((correct, extracted),) = grader.math_verify(_as_latex(gold), [response])
     box = last_boxed(response)
     if box is not None and same_answer(box, gold):
         return Score(True, box)
     return Score(
-        correct and not _other_base(found, response, gold), box if found is None else found
+        correct and not _in_another_base(extracted, response, gold),
+        box if extracted is None else extracted,
     )
 
 
 def _dual(response: str, problem: Problem) -> Score:
     gold, line = _gold(problem), last_answer_line(response)
-    whole = _math_verify(response, problem)
-    if line is None or whole.correct:
-        return whole
-    # As LaTeX without its dollars, and as the sentence that it is.
+    of_response = _math_verify(response, problem)
+    if line is None or of_response.correct:
+        return of_response
+    # Once as LaTeX that lacks its dollars, once as an ordinary sentence.
     readings = grader.math_verify(_as_latex(gold), [rf"\boxed{{{line}}}", f"Answer: {line}"])
-    verified = any(correct for correct, _ in readings) and not _other_base(line, line, gold)
+    verified = any(correct for correct, _ in readings) and not _in_another_base(line, line, gold)
     return Score(verified or same_answer(line, gold), line)
 
 
 def _reasoning_gym(response: str, problem: Problem) -> Score:
-    """The task scores what follows the last "Answer:", else the last box, number, or line.
+    """Let the task score the text behind the last "Answer:", else the last box, number or line.
 
-    The number only where the answer is one, and in plain form (1234 for $1,234).
+    The number counts only where the problem's answer is one, and goes to the task in plain form
+    (1234 for $1,234).
     """
     if problem.entry is None:
         raise DataError(
             f"problem {problem.id} is not from reasoning-gym, so scorer 'reasoning_gym' cannot "
             "score it; use eval.scorer number, answer_line, boxed or math_verify"
         )
-    found = last_answer_line(response) or last_boxed(response)
+    answer = last_answer_line(response) or last_boxed(response)
     if problem.answer is not None and _rational(_plain(problem.answer)) is not None:
-        found = last_number(found or response)
-    elif found is None:
+        answer = last_number(answer or response)
+    elif answer is None:
         lines = [line.strip() for line in response.splitlines() if line.strip()]
-        found = lines[-1] if lines else None
-    if found is None:
+        answer = lines[-1] if lines else None
+    if answer is None:
         return Score(False, None)
-    return Score(grader.reasoning_gym(problem.entry, found) == 1.0, found)
+    return Score(grader.reasoning_gym(problem.entry, answer) == 1.0, answer)
 
 
 _SCORERS: dict[str, Callable[[str, Problem], Score]] = {
@@ -256,3 +275,4 @@ _SCORERS: dict[str, Callable[[str, Problem], Score]] = {
     "number": _number,
 }
 SCORERS = tuple(_SCORERS)
+"""The names of the scorers."""
