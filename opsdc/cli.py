@@ -292,8 +292,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     rows = None
     if arguments.text is not None:
         rows = [{"problem": arguments.text}]
-        config = replace(config, rollout=replace(config.rollout, prompts_per_step=1))
-    _, held_out = prompted_sets(config, tokenizer, rows, rows)
+        config = replace(
+            config,
+            rollout=replace(config.rollout, prompts_per_step=1),
+            data=replace(config.data, gate_size=0),
+        )
+    held_out = prompted_sets(config, tokenizer, rows, rows).held_out
     if not 0 <= arguments.problem < len(held_out):
         raise ConfigError(
             f"--problem must be between 0 and {len(held_out) - 1}, got {arguments.problem}"

@@ -21,12 +21,15 @@ from opsdc import checks
 from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import prompted_sets
 from opsdc.errors import OutOfMemoryError
-from opsdc.eval.answers import Answer
+from opsdc.eval.answers import Answer, mark_right
 from opsdc.eval.arms import Arms
+from opsdc.eval.best import BestStep
+from opsdc.eval.gate import Gate
 from opsdc.eval.report import finish_run
 from opsdc.method.batch import Layout
 from opsdc.method.measures import UpdateResult
 from opsdc.method.out_of_memory import ADVICE
+from opsdc.method.target import Dial
 from opsdc.method.teacher import Teacher
 from opsdc.method.update import make_optimizer, update
 from opsdc.models.load import describe, prepare_model, receive_model
@@ -36,8 +39,8 @@ from opsdc.record.callbacks import Callbacks
 from opsdc.record.checkpoint import write_model
 from opsdc.record.lines import RunRecord, is_due
 from opsdc.record.resume import RunState
-from opsdc.rollout.base import Rollout, as_pairs, measures, perf_row, response_row, sample_step
 from opsdc.rollout.start import start_sampler
+from opsdc.rollout.step import StepRollouts, sample_plain_lengths, sample_step
 
 
 class OPSDCTrainer:
@@ -68,9 +71,8 @@ class OPSDCTrainer:
         self.ranks = talk.join(config.distributed)
         module, self.tokenizer, settings = receive_model(model, config.model, processing_class)
         self.config = config = replace(config, model=settings)
-        self.problems, self.held_out = prompted_sets(
-            config, self.tokenizer, train_dataset, eval_dataset
-        )
+        sets = prompted_sets(config, self.tokenizer, train_dataset, eval_dataset)
+        self.problems, self.held_out = sets.training, sets.held_out
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)
         self.model = prepare_model(module, config.model)
@@ -81,8 +83,16 @@ class OPSDCTrainer:
         self.sampler = start_sampler(
             config, self.model, self.tokenizer, self.problems[0].prompts.student_ids, self.ranks
         )
-        self.arms = Arms(self.held_out, self.sampler, self.tokenizer, config, self.ranks)
-        self.state = RunState(self.model, self.teacher, self.optimizer, config, self.ranks)
+        self.arms = Arms(sets, self.sampler, self.tokenizer, config, self.ranks)
+        self.best = BestStep(self.arms, self.model, config, self.ranks)
+        self.dial = Dial(config.teacher)
+        self.gate = Gate(
+            config.teacher, self.arms, self.model, self.teacher, self.optimizer, self.sampler
+        )
+        self.state = RunState(
+            self.model, self.teacher, self.optimizer, config, self.ranks,
+            {"dial": self.dial, "gate": self.gate},
+        )  # fmt: skip
         self.callbacks, self.out_of_memory = list(callbacks or []), 0
 
     def train(self) -> dict[str, Any]:
@@ -111,7 +121,8 @@ class OPSDCTrainer:
             # y ~ student: the plain prompt, the weights of this moment.
             problems = self.problems.batch(step, config.rollout.prompts_per_step)
             rollouts = sample_step(sampler, problems, config.rollout, step)
-            pairs = as_pairs(problems, rollouts, config)
+            rollouts = mark_right(rollouts, self.tokenizer, config, self.ranks)
+            pairs = rollouts.pairs(config, self.dial.value)
             sampled = time.perf_counter()
 
             # KL(student‖teacher) at every token of y, the teacher with the instruction in its
@@ -124,16 +135,16 @@ class OPSDCTrainer:
                 result = update(
                     self.model, teacher, pairs, self.optimizer, layout, config,
                     ranks=self.ranks,
-                    sampled_finite=all(r.is_finite for r in rollouts),
+                    sampled_finite=rollouts.is_finite,
                     on_tokens=bar.update,
                     exact_value=is_due(config.loss.exact_value_every, step),
                 )  # fmt: skip
             state.give_up_if_sick(step, pairs, result)
 
-            # teacher ← student after every M-th update; the sampler gets each of them. From here
-            # to the end of `commit` nothing may be left: the parameters have changed.
-            refreshed = teacher.after_update(step, [*self.record.losses, result.loss])
+            # The sampler gets each update, the teacher every M-th. From here to the end of
+            # `commit` nothing may be left: the parameters have changed.
             pushed = sampler.push(self.model, step)
+            refreshed = self.gate.move_teacher(step, [*self.record.losses, result.loss])
             self.out_of_memory += result.layout != layout
             layout = result.layout
             seconds = {"rollout": sampled - began, **result.seconds}
@@ -146,7 +157,7 @@ class OPSDCTrainer:
     def commit(
         self,
         step: int,
-        rollouts: Sequence[Rollout],
+        rollouts: StepRollouts,
         result: UpdateResult,
         seconds: dict[str, float],
         pushed: dict[str, float],
@@ -156,17 +167,17 @@ class OPSDCTrainer:
         row = {
             "step": step,
             **result.measures(),
-            **measures(rollouts, self.config.train.max_train_tokens),
+            **rollouts.measures(self.config),
+            **self.dial.after_step(rollouts.lengths()),
             "lr": self.optimizer.param_groups[0]["lr"],
             "weights_version": step,
             "teacher_version": self.teacher.version,
-            "skipped_steps": self.state.skipped_steps + result.skipped,
-            **perf_row(rollouts, seconds, pushed),
+            "skipped_steps": self.state.skipped_steps + result.is_sick,
+            **rollouts.perf(seconds, pushed),
             "perf/out_of_memory": self.out_of_memory,
         }
-        responses = [response_row(step, r, self.tokenizer) for r in rollouts]
-        row = self.record.commit(row, responses, refreshed=refreshed)
-        self.state.complete(step, result.skipped)
+        row = self.record.commit(row, rollouts.rows(step, self.tokenizer), refreshed=refreshed)
+        self.state.complete(step, result.is_sick)
         self.events.emit("on_log", step=step, logs=row)
 
     def _begin(self) -> tuple[Layout, str | None]:
@@ -185,8 +196,10 @@ class OPSDCTrainer:
         self.events = Callbacks(
             config, self.callbacks, self.model, self.tokenizer, self.optimizer, first=ranks.first
         )
-        if state.step == 0:
-            self.arms.answer_as_base()
+        self.arms.begin(state.step)
+        self.dial.begin(
+            state.step, lambda: sample_plain_lengths(self.sampler, self.problems, config.rollout)
+        )
         verdict = guard.apply(guard.check_steps(self.record.history, config.guard))
         # The run before may have ended between a step and its evaluation.
         verdict = verdict or self.arms.judge(state.step, self.events.emit, again=False)
@@ -203,7 +216,9 @@ class OPSDCTrainer:
         if is_due(config.train.save_every, step):
             self.state.save()
             events.emit("on_save", step=step)
-        return self.arms.judge(step, events.emit)
+        verdict = self.arms.judge(step, events.emit)
+        self.best.consider(step)
+        return verdict
 
     def _end(self, verdict: str | None) -> dict[str, Any]:
         """Leave the trained model, its answers, the summary and the picture behind."""
@@ -214,10 +229,13 @@ class OPSDCTrainer:
         state.save()
         for event in ("on_save", "on_train_end"):
             self.events.emit(event, step=state.step)
+        kept = self.best.restore(state.step)
+        self.sampler.push(self.model, kept)
         self.save_model(output_dir / "model")
         self.arms.answer("trained")
         facts = {
             "steps": state.step,
+            "kept_step": kept,
             "seconds": round(time.perf_counter() - self.started, 1),
             "model": describe(self.model),
             "ranks": self.ranks.size,

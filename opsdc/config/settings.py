@@ -201,6 +201,11 @@ class TeacherConfig:
     """Share of the response tokens to save, held there: the dial then moves by itself."""
     dial_max: Annotated[float, Field(gt=0, le=4)] = 2.0
     """The dial's largest value with teacher.target; its smallest is 0."""
+    gate: Annotated[bool, UsedWith("teacher.mode", ("refresh",))] = False
+    """Refresh the teacher only where the student answers the validation problems as well as the
+    teacher did (data.gate_size, else the held-out ones); after two refusals it goes back to it."""
+    gate_margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Largest fall of accuracy that the gate lets pass, as a share of the problems."""
 
     def __post_init__(self) -> None:
         if self.target is not None and not 0 <= self.dial <= self.dial_max:
@@ -284,6 +289,11 @@ class TrainConfig:
     # Behind a newest one that turns out damaged there must be another.
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints that are kept, one of them to fall back on."""
+    keep_best: bool = False
+    """Leave as model/ the evaluated step with the shortest answers whose accuracy has not fallen
+    by more than best_margin (lower end of its paired 95 % interval), not the last step."""
+    best_margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Fall of accuracy that must be excluded for a step to be kept, as a share of the problems."""
     resume: str = "auto"
     """What to go on from: auto (newest good checkpoint of output_dir), none, or a checkpoint."""
 
@@ -323,6 +333,11 @@ class EvalConfig:
     """Responses generated together."""
     scorer: str = "dual"
     """Judge of answers: math_verify, answer_line, boxed, dual, number, exact or reasoning_gym."""
+    greedy: bool = False
+    """At the ends answer once more greedily, in a table of its own."""
+    difficulty_samples: Annotated[int, Field(ge=0)] = 0
+    """Further answers of the base to each problem, to say how hard it is without judging it by the
+    answers that are compared; 0: no table by difficulty."""
 
 
 @_section

@@ -12,13 +12,15 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config.settings import OPSDCConfig
+from opsdc.config.settings import EvalConfig, OPSDCConfig
 from opsdc.data.prompted import Prompted
 from opsdc.errors import DataError
 from opsdc.eval.scorers import score
 from opsdc.models.load import decode
+from opsdc.ranks.talk import Ranks
 from opsdc.record.lines import read_lines, write_text
 from opsdc.rollout.base import Request, Sampler, SamplingParams
+from opsdc.rollout.step import StepRollouts
 
 _QUANTILES = (0.1, 0.5, 0.9)
 """Quantiles of the answers' lengths that a headline holds."""
@@ -53,27 +55,28 @@ def answer(
     sampler: Sampler,
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Prompted],
-    config: OPSDCConfig,
+    settings: EvalConfig,
     *,
     arm: str,
     label: str,
+    stream: str = "eval",
 ) -> list[Answer]:
-    """Sample and score `eval.samples` answers to each problem.
+    """Sample and score `settings.samples` answers to each problem.
 
     Args:
-        config: Its `eval` section holds the limits of sampling and the scorer.
+        settings: Limits of sampling, and the scorer.
         arm: "student" for the plain prompt, "teacher" for the one with the instruction.
         label: Name of these answers in progress bars.
+        stream: Name of the random numbers: answers of two streams are independent.
 
     Raises:
         RolloutError: The sampler gave no answer.
         ConfigError, DataError: The scorer cannot be used, see `scorers.score`.
     """
-    settings = config.eval
     asked = [(p, i) for p in problems for i in range(settings.samples)]
     requests = [
         Request(
-            key=f"eval/{p.problem.id}/{i}",
+            key=f"{stream}/{p.problem.id}/{i}",
             prompt_ids=p.prompts.teacher_ids if arm == "teacher" else p.prompts.student_ids,
         )
         for p, i in asked
@@ -106,6 +109,26 @@ def answer(
             )
         )
     return answers
+
+
+def mark_right(
+    sampled: StepRollouts, tokenizer: PreTrainedTokenizerBase, config: OPSDCConfig, ranks: Ranks
+) -> StepRollouts:
+    """Judge a step's responses where `data.train_on` asks for it: a truncated one is wrong.
+
+    The first rank judges for all. Raises ConfigError and DataError as `scorers.score`.
+    """
+    if config.data.train_on == "all":
+        return sampled
+
+    def judge() -> list[bool]:
+        scorer = config.data.scorer
+        return [
+            r.finished and score(decode(tokenizer, r.response_ids), item.problem, scorer).correct
+            for item, r in zip(sampled.items, sampled.rollouts, strict=True)
+        ]
+
+    return dataclasses.replace(sampled, right=ranks.on_first_rank(judge))
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:

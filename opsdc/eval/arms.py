@@ -7,18 +7,19 @@ differences between arms are paired. Intervals are paired percentile bootstraps 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config.settings import OPSDCConfig
-from opsdc.data.prompted import Prompted, PromptedSet, prompted_sets
+from opsdc.config.settings import EvalConfig, OPSDCConfig
+from opsdc.data.prompted import ProblemSets, Prompted, PromptedSet, prompted_sets
 from opsdc.errors import DataError
 from opsdc.eval.answers import Answer, answer, headline, one_line, read_answers, write_answers
-from opsdc.eval.compare import by_length, compare
+from opsdc.eval.compare import by_difficulty, by_length, compare
 from opsdc.models.load import load_model, load_tokenizer, load_trained
 from opsdc.ranks.talk import Ranks
 from opsdc.record import guard
@@ -29,42 +30,88 @@ from opsdc.rollout.hf import HFSampler
 
 
 class Arms:
-    """The answers of base, told and trained to a run's held-out problems, stored under `eval/`."""
+    """The answers of base, told, trained and every evaluated step, stored under `eval/`.
+
+    Base, told and trained answer the held-out problems. Decisions while training (gate, guards, the
+    step that is kept) look at the validation problems: the gate's where `data.gate_size` sets some
+    apart, else the held-out ones, which then are no longer untouched by choices.
+    """
 
     def __init__(
         self,
-        problems: PromptedSet,
+        problems: ProblemSets,
         sampler: Sampler,
         tokenizer: PreTrainedTokenizerBase,
         config: OPSDCConfig,
         ranks: Ranks,
     ) -> None:
-        self._problems = first_of(problems, config.eval.problems)
+        self._held_out = first_of(problems.held_out, config.eval.problems)
+        gate = first_of(problems.gate, None)
+        self._validation, self._base = (gate, "gate-base") if gate else (self._held_out, "base")
         self._sampler, self._tokenizer = sampler, tokenizer
         self._config, self._ranks = config, ranks
-        self._folder = Path(config.output_dir) / "eval"
+        self.folder = Path(config.output_dir) / "eval"
+        self._validated: tuple[int, list[Answer]] | None = None
+
+    @property
+    def can_validate(self) -> bool:
+        """Return True where there are validation problems and all of them have an answer."""
+        answers = [p.problem.answer for p in self._validation]
+        return bool(answers) and None not in answers
 
     def answer(self, name: str, *, arm: str = "student") -> list[Answer]:
-        """Answer all problems with the model as it is, and write the answers as `name`.
+        """Answer all held-out problems with the model as it is, and write the answers as `name`.
 
-        `arm` "student" uses the plain prompt, "teacher" the one with the instruction. Without
-        problems it returns [] and writes nothing.
+        `arm` "student" uses the plain prompt, "teacher" the one with the instruction. With
+        `eval.greedy` they are answered greedily too. Without problems it returns [] and writes
+        nothing.
         """
-        if not self._problems:
-            return []
-        answers = answer(
-            self._sampler, self._tokenizer, self._problems, self._config, arm=arm, label=name
-        )
-        self._ranks.on_first_rank(lambda: write_answers(self._path(name), answers))
-        print(f"eval {name}: {one_line(answers)}", flush=True)
-        return answers
+        settings = self._config.eval
+        if settings.greedy:
+            greedy = dataclasses.replace(settings, temperature=0.0, samples=1)
+            self._write(f"{name}-greedy", self._held_out, greedy, arm)
+        return self._write(name, self._held_out, settings, arm)
 
-    def answer_as_base(self) -> None:
-        """Answer as base, and as base told to be concise, before the first step changes weights."""
+    def begin(self, step: int) -> None:
+        """Answer as base, and as base told to be concise, before the first step changes weights.
+
+        After a later step it only forgets the answers of steps that a crash took back.
+        """
+        settings = self._config.eval
         if self._ranks.first:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            if step == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            for later, path in evaluated_steps(self.folder).items():
+                if later > step:
+                    path.unlink()
+        if step:
+            return
         self.answer("base")
         self.answer("prompt_only", arm="teacher")
+        if self._base != "base":
+            self._write(self._base, self._validation, settings)
+        if settings.difficulty_samples:
+            # Greedy answers are all alike: how hard a problem is takes a temperature.
+            temperature = settings.temperature or self._config.rollout.temperature
+            more = dataclasses.replace(
+                settings, samples=settings.difficulty_samples, temperature=temperature
+            )
+            self._write("difficulty", self._held_out, more, stream="difficulty")
+
+    def validate(self, step: int) -> list[Answer]:
+        """Answer the validation problems as the student after `step`, once a step."""
+        if self._validated is None or self._validated[0] != step:
+            name = validation_name(step, self._base)
+            self._validated = step, self._write(name, self._validation, self._config.eval)
+        return self._validated[1]
+
+    def was_validated(self, step: int) -> bool:
+        """Return True where this run has answered the validation problems after `step`."""
+        return self._validated is not None and self._validated[0] == step
+
+    def validation(self, step: int) -> list[Answer]:
+        """Read the answers of the student after `step`, of the base for 0, on the first rank."""
+        return read_answers(self.folder / f"{validation_name(step, self._base)}.jsonl")
 
     def judge(self, step: int, emit: Callable[..., Any], *, again: bool = True) -> str | None:
         """Answer as the student at each `eval.every`-th step, and let the guards judge.
@@ -77,21 +124,48 @@ class Arms:
         Returns:
             "stop" or "rollback" where a guard ends the run, otherwise None.
         """
-        config, name = self._config, f"step-{step:06d}"
+        config = self._config
         due = is_due(config.eval.every, step) and 0 < step < config.train.steps
-        if not (due and self._problems):
+        if not (due and self._validation):
             return None
-        if again or not self._ranks.on_first_rank(self._path(name).is_file):
-            emit("on_evaluate", step=step, metrics=headline(self.answer(name)))
+        there = self.folder / f"{validation_name(step, self._base)}.jsonl"
+        if again or not self._ranks.on_first_rank(there.is_file):
+            emit("on_evaluate", step=step, metrics=headline(self.validate(step)))
 
         def apply_guards() -> str | None:
-            base, now = (headline(read_answers(self._path(x))) for x in ("base", name))
+            base, now = headline(self.validation(0)), headline(self.validation(step))
             return guard.apply(guard.check_answers(base, now, config.guard))
 
         return self._ranks.on_first_rank(apply_guards)
 
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.jsonl"
+    def _write(
+        self,
+        name: str,
+        problems: Sequence[Prompted],
+        settings: EvalConfig,
+        arm: str = "student",
+        stream: str = "eval",
+    ) -> list[Answer]:
+        if not problems:
+            return []
+        answers = answer(
+            self._sampler, self._tokenizer, problems, settings, arm=arm, label=name, stream=stream
+        )
+        path = self.folder / f"{name}.jsonl"
+        self._ranks.on_first_rank(lambda: write_answers(path, answers))
+        print(f"eval {name}: {one_line(answers)}", flush=True)
+        return answers
+
+
+def evaluated_steps(folder: Path) -> dict[int, Path]:
+    """Return the files of validation answers by step, in order."""
+    files = ((re.fullmatch(r"step-(\d+)", p.stem), p) for p in sorted(folder.glob("step-*.jsonl")))
+    return {int(match[1]): path for match, path in files if match}
+
+
+def validation_name(step: int, base: str) -> str:
+    """Return the name of the validation answers after a step; of the base's for step 0."""
+    return f"step-{step:06d}" if step else base
 
 
 def first_of(problems: PromptedSet, count: int | None) -> list[Prompted]:
@@ -109,21 +183,43 @@ def write_summary(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> d
 
 def summary_of_run(output_dir: Path, config: OPSDCConfig) -> dict[str, Any]:
     """Compare the answers of a run's three arms; {} where one of them has left none."""
-    folder = output_dir / "eval"
-    names = ("base", "prompt_only", "trained")
-    if not all((folder / f"{name}.jsonl").is_file() for name in names):
+    folder, seed = output_dir / "eval", config.seed
+    arms = _read_arms(folder, "")
+    if arms is None:
         return {}
-    arms = {name: read_answers(folder / f"{name}.jsonl") for name in names}
-    against_base = {
-        name: compare(arms["base"], arms[name], seed=config.seed)
-        for name in ("prompt_only", "trained")
-    }
-    return {
+    base, trained = arms["base"], arms["trained"]
+    compared = _against_base(arms, seed)
+    summary = {
         **{name: headline(answers) for name, answers in arms.items()},
-        "token_reduction": against_base["trained"]["token_reduction"],
-        "compared_with_base": against_base,
-        "by_length": by_length(arms["base"], arms["trained"]),
+        "token_reduction": compared["trained"]["token_reduction"],
+        "compared_with_base": compared,
+        "trained_compared_with_told": compare(arms["prompt_only"], trained, seed=seed),
+        "by_length": by_length(base, trained),
         "eval": dataclasses.asdict(config.eval),
+    }
+    if (folder / "difficulty.jsonl").is_file():
+        summary["by_difficulty"] = by_difficulty(
+            read_answers(folder / "difficulty.jsonl"), base, trained
+        )
+    greedy = _read_arms(folder, "-greedy")
+    if greedy is not None:
+        summary["greedy"] = {
+            **{name: headline(answers) for name, answers in greedy.items()},
+            "compared_with_base": _against_base(greedy, seed),
+        }
+    return summary
+
+
+def _read_arms(folder: Path, suffix: str) -> dict[str, list[Answer]] | None:
+    paths = {name: folder / f"{name}{suffix}.jsonl" for name in ("base", "prompt_only", "trained")}
+    if not all(path.is_file() for path in paths.values()):
+        return None
+    return {name: read_answers(path) for name, path in paths.items()}
+
+
+def _against_base(arms: dict[str, list[Answer]], seed: int) -> dict[str, Any]:
+    return {
+        name: compare(arms["base"], arms[name], seed=seed) for name in ("prompt_only", "trained")
     }
 
 
@@ -138,7 +234,7 @@ def evaluate_arms(config: OPSDCConfig, trained: str | Path) -> dict[str, Any]:
         DataError: There are no held-out problems.
     """
     tokenizer = load_tokenizer(config.model)
-    _, held_out = prompted_sets(config, tokenizer)
+    held_out = prompted_sets(config, tokenizer).held_out
     problems = first_of(held_out, config.eval.problems)
     if not problems:
         raise DataError("no held-out problems: set data.eval_size and eval.problems above 0")
@@ -148,7 +244,7 @@ def evaluate_arms(config: OPSDCConfig, trained: str | Path) -> dict[str, Any]:
         sampler = HFSampler(model, tokenizer, seed=config.seed)
         sampler.push(model, 0)
         for name, arm in arms.items():
-            answers = answer(sampler, tokenizer, problems, config, arm=arm, label=name)
+            answers = answer(sampler, tokenizer, problems, config.eval, arm=arm, label=name)
             write_answers(folder / "eval" / f"{name}.jsonl", answers)
             print(f"eval {name}: {one_line(answers)}", flush=True)
 

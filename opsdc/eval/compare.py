@@ -58,8 +58,32 @@ def compare(base: Sequence[Answer], changed: Sequence[Answer], *, seed: int = 0)
             "accuracy_difference_ci95": interval(difference[draws].mean(1)),
             # 1.96 + 0.84 standard errors: two-sided 5 %, power 80 %.
             "accuracy_detectable": round(2.8 * standard_error, 4),
+            **_outcomes(base, changed),
         }
     return comparison
+
+
+def _outcomes(base: Sequence[Answer], changed: Sequence[Answer]) -> dict[str, Any]:
+    """Count answers that stayed right, were lost, were gained or stayed wrong, pair by pair.
+
+    `mcnemar_p` is the exact two-sided p-value of lost against gained (McNemar's test), None with
+    several samples a problem, which are not independent of each other.
+    """
+    after = {(a.problem_id, a.sample): a.correct for a in changed}
+    pairs = [(a.correct, after[a.problem_id, a.sample]) for a in base if a.correct is not None]
+    lost, gained = pairs.count((True, False)), pairs.count((False, True))
+    p_value = None
+    if len({a.problem_id for a in base}) == len(base):
+        turned, fewer = lost + gained, min(lost, gained)
+        tail = sum(math.comb(turned, k) for k in range(fewer + 1)) / 2**turned
+        p_value = round(min(2 * tail, 1.0), 4)
+    return {
+        "kept": pairs.count((True, True)),
+        "lost": lost,
+        "gained": gained,
+        "still_wrong": pairs.count((False, False)),
+        "mcnemar_p": p_value,
+    }
 
 
 def by_length(
@@ -67,34 +91,83 @@ def by_length(
 ) -> list[dict[str, Any]]:
     """Compare compression and accuracy by the length of the base model's answers.
 
-    Bins are equally filled, but for problems of equal length, which share one. The method's claim
-    is that easy problems, which the base answers briefly, compress most.
+    Bins are equally filled, but for problems of equal length, which share one. Chance alone makes
+    the long bin's base answers longer than they would be again; see `by_difficulty`.
     """
     before, after = _by_problem(base), _by_problem(trained)
-    ranked = sorted(before, key=lambda i: (before[i]["tokens"], i))
+    return [
+        _bin_row(f"base length {_span(before, ids, 'tokens', '.0f')}", ids, before, after)
+        for ids in _length_bins(before, bins)
+    ]
+
+
+def by_difficulty(
+    measured: Sequence[Answer], base: Sequence[Answer], trained: Sequence[Answer], *, bins: int = 3
+) -> dict[str, list[dict[str, Any]]]:
+    """Compare compression and accuracy by how hard problems are, from answers of their own.
+
+    measured: Further answers of the base, independent of `base`: a bin that is chosen by the very
+        answers that it then compares shows differences where there are none.
+
+    The method's claim is that easy problems compress most.
+    """
+    hardness, before, after = (_by_problem(x) for x in (measured, base, trained))
+    tables = {
+        "length": [
+            _bin_row(f"base length {_span(hardness, ids, 'tokens', '.0f')}", ids, before, after)
+            for ids in _length_bins(hardness, bins)
+        ]
+    }
+    rated = [i for i in hardness if hardness[i]["accuracy"] is not None]
+    if rated:
+        groups = (
+            ("never right", [i for i in rated if hardness[i]["accuracy"] == 0]),
+            ("sometimes right", [i for i in rated if 0 < hardness[i]["accuracy"] < 1]),
+            ("always right", [i for i in rated if hardness[i]["accuracy"] == 1]),
+        )
+        tables["pass_rate"] = [
+            _bin_row(f"base {name}", ids, before, after) for name, ids in groups if ids
+        ]
+    return tables
+
+
+def _length_bins(arm: dict[str, dict[str, Any]], bins: int) -> list[list[str]]:
+    """Cut the problems into equally filled bins by length; equal lengths share a bin."""
+    ranked = sorted(arm, key=lambda i: (arm[i]["tokens"], i))
     # A bin starts at the first problem that is as long as the one at its cut.
-    lengths = [before[i]["tokens"] for i in ranked]
+    lengths = [arm[i]["tokens"] for i in ranked]
     starts = {lengths.index(lengths[len(ranked) * k // bins]) for k in range(bins)}
     edges = [*sorted(starts), len(ranked)]
+    return [ranked[start:stop] for start, stop in pairwise(edges) if start < stop]
 
-    def row(ids: Sequence[str]) -> dict[str, Any]:
-        tokens = [float(np.mean([arm[i]["tokens"] for i in ids])) for arm in (before, after)]
-        graded = [i for i in ids if before[i]["accuracy"] is not None]
-        low, high = (f"{before[i]['tokens']:.0f}" for i in (ids[0], ids[-1]))
-        return {
-            "bin": f"base length {low if low == high else f'{low}–{high}'}",
-            "problems": len(ids),
-            "base_tokens": round(tokens[0], 1),
-            "trained_tokens": round(tokens[1], 1),
-            "token_reduction": round(1 - tokens[1] / tokens[0], 4),
-            **{
-                f"{name}_accuracy": float(np.mean([arm[i]["accuracy"] for i in graded]))
-                for name, arm in (("base", before), ("trained", after))
-                if graded
-            },
-        }
 
-    return [row(ranked[start:stop]) for start, stop in pairwise(edges) if start < stop]
+def _span(arm: dict[str, dict[str, Any]], ids: Sequence[str], measure: str, pattern: str) -> str:
+    values = [arm[i][measure] for i in ids]
+    low, high = format(min(values), pattern), format(max(values), pattern)
+    return low if low == high else f"{low}–{high}"
+
+
+def _bin_row(
+    name: str,
+    ids: Sequence[str],
+    before: dict[str, dict[str, Any]],
+    after: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Return a bin's name, size, mean lengths and accuracies."""
+    tokens = [float(np.mean([arm[i]["tokens"] for i in ids])) for arm in (before, after)]
+    graded = [i for i in ids if before[i]["accuracy"] is not None]
+    return {
+        "bin": name,
+        "problems": len(ids),
+        "base_tokens": round(tokens[0], 1),
+        "trained_tokens": round(tokens[1], 1),
+        "token_reduction": round(1 - tokens[1] / tokens[0], 4),
+        **{
+            f"{name}_accuracy": float(np.mean([arm[i]["accuracy"] for i in graded]))
+            for name, arm in (("base", before), ("trained", after))
+            if graded
+        },
+    }
 
 
 def _by_problem(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:

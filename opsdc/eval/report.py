@@ -10,6 +10,7 @@ from typing import Any
 from opsdc.config.settings import OPSDCConfig
 from opsdc.eval.answers import read_answers
 from opsdc.eval.arms import write_summary
+from opsdc.eval.best import candidates
 from opsdc.eval.plots import plot_run
 
 _ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
@@ -24,6 +25,9 @@ _SHOWN_CHARACTERS = 400
 
 def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict[str, Any]:
     """Write a finished run's summary.json and plot.png; return the summary."""
+    base = folder / "eval" / ("gate-base.jsonl" if config.data.gate_size else "base.jsonl")
+    if base.is_file():
+        facts = facts | {"evaluated": candidates(folder / "eval", read_answers(base), config)}
     summary = write_summary(folder, config, facts)
     plot_run(folder)
     return summary

@@ -43,8 +43,15 @@ class UpdateResult:
     means above are of all tokens all the same."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase: teacher, student (forward and backward), optimizer."""
+    is_empty: bool = False
+    """True where no response of the step was to be learned from: nothing is wrong with it."""
     layout: Layout
     """The layout as given, or with the smaller forwards that fitted into memory."""
+
+    @property
+    def is_sick(self) -> bool:
+        """Return True where loss or gradient was not finite though there was something to learn."""
+        return self.skipped and not self.is_empty
 
     def measures(self) -> dict[str, float | None]:
         """Return what the record says of the update; JSON has no NaN, so null stands for it."""

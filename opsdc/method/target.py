@@ -13,10 +13,11 @@ responses), so e is that of a running mean of log lengths.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opsdc.config.settings import TeacherConfig
+from opsdc.errors import ConfigError
 
 PROPORTIONAL = 0.3
 """P: change of the dial for a length e times too long."""
@@ -36,45 +37,56 @@ class Dial:
         self._config = config
         self.value = config.dial
         """The dial of the next step."""
-        self.relative_length: float | None = None
-        """Mean length of the last step's responses, in units of the plain model's."""
         self._plain: dict[str, float] = {}
         self._mean_error: float | None = None
         self._sum = 0.0
 
-    @property
-    def needs_plain_lengths(self) -> bool:
-        """Return True where there is a target and nothing yet to measure it by."""
-        return self._config.target is not None and not self._plain
+    def begin(self, step: int, plain_lengths: Callable[[], Mapping[str, float]]) -> None:
+        """Measure what a target is a share of, where there is one.
 
-    def set_plain_lengths(self, lengths: Mapping[str, float]) -> None:
-        """Take the plain model's mean response lengths in tokens, by problem."""
-        self._plain = dict(lengths)
+        Args:
+            step: The last completed step.
+            plain_lengths: Samples the model as it is, for mean response lengths in tokens by
+                problem.
 
-    def after_step(self, lengths: Sequence[tuple[str, int]]) -> None:
-        """Move the dial by the lengths in tokens of a step's responses, each with its problem."""
-        target = self._config.target
-        if target is None or not lengths:
+        Raises:
+            ConfigError: The model has been trained already, so that nobody knows them any more.
+        """
+        if self._config.target is None or self._plain:
             return
+        if step:
+            raise ConfigError(
+                f"teacher.target {self._config.target:g} is a share of the length before training, "
+                f"which this run did not measure before its step {step}; unset it, or start anew "
+                "in another output_dir"
+            )
+        self._plain = dict(plain_lengths())
+
+    def after_step(self, lengths: Sequence[tuple[str, int]]) -> dict[str, float]:
+        """Move the dial by the lengths in tokens of a step's responses, each with its problem.
+
+        Returns what the record says of the step: the dial that it had and the relative length of
+        its responses, or nothing where the dial is the paper's.
+        """
+        target, used = self._config.target, self.value
+        if target is None:
+            return {} if used == 1.0 else {"dial": used}
+        if not lengths:
+            return {"dial": used}
         # A problem whose plain length is known counts by it, another by the mean over problems.
         mean = sum(self._plain.values()) / len(self._plain)
         expected = sum(self._plain.get(problem, mean) for problem, _ in lengths)
-        self.relative_length = sum(n for _, n in lengths) / expected
-        error = math.log(max(self.relative_length, 1e-3) / (1.0 - target))
+        relative = sum(n for _, n in lengths) / expected
+        error = math.log(max(relative, 1e-3) / (1.0 - target))
         if self._mean_error is not None:
             error = MEMORY * self._mean_error + (1.0 - MEMORY) * error
         self._mean_error = error
         moved = self._config.dial + PROPORTIONAL * error + INTEGRAL * (self._sum + error)
         self.value = min(max(moved, 0.0), self._config.dial_max)
+        # At a limit the sum takes only what brings the dial back.
         if self.value == moved or (moved < 0.0) == (error > 0.0):
             self._sum += error
-
-    def measures(self) -> dict[str, float]:
-        """Return what the record says of the dial: nothing where it is the paper's."""
-        if self._config.target is None:
-            return {} if self._config.dial == 1.0 else {"dial": self.value}
-        relative = {} if self.relative_length is None else {"relative_length": self.relative_length}
-        return {"dial": self.value, **relative}
+        return {"dial": used, "relative_length": relative}
 
     def state(self) -> dict[str, Any]:
         """Return what `load` needs, as JSON can hold it."""

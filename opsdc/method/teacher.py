@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -182,22 +182,34 @@ class Teacher:
         assert self._start is not None
         return self._start.head()
 
-    def after_update(self, step: int, losses: Sequence[float | None] = ()) -> bool:
+    def after_update(
+        self,
+        step: int,
+        losses: Sequence[float | None] = (),
+        accepts: Callable[[int], bool] = lambda step: True,
+    ) -> bool:
         """Move the teacher after the update of `step` (from 1); return True after a hard refresh.
 
-        `losses` holds the loss of each step up to this one in nats, None for a skipped step; only
-        `refresh_plateau` reads them.
+        Args:
+            losses: The loss of each step up to this one in nats, None for a skipped step; only
+                `refresh_plateau` reads them.
+            accepts: Asked at a refresh that is due, whether it may take place.
         """
         mode, snapshot = self._config.mode, self._snapshot
         if snapshot is not None:
             if mode == "ema":
                 snapshot.take(self._config.ema_decay)
-            elif mode == "refresh" and self._refresh_due(step, losses):
+            elif mode == "refresh" and self._refresh_due(step, losses) and accepts(step):
                 snapshot.take()
             else:
                 return False
         self.version = step
         return mode == "refresh"
+
+    def reset_student(self) -> None:
+        """Set the student's parameters to the teacher's."""
+        assert self._snapshot is not None
+        self._snapshot.give()
 
     def _refresh_due(self, step: int, losses: Sequence[float | None]) -> bool:
         """Return True where the teacher is to be refreshed: every M steps, or at a plateau.

@@ -56,7 +56,7 @@ def update(
     """
     seconds = dict.fromkeys(("teacher", "student", "optimizer"), 0.0)
     if not any(p.response_ids for p in pairs):
-        return UpdateResult(seconds=seconds, layout=layout)
+        return UpdateResult(seconds=seconds, layout=layout, is_empty=not pairs)
 
     def accumulate(layout: Layout) -> tuple[float, float, list[DivergenceStats]]:
         began = time.perf_counter()

@@ -9,9 +9,9 @@ state.save()                        # now and then; at the end; when a signal as
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,8 +33,18 @@ _NO_EFFECT = ("output_dir", "log", "train.resume", "train.keep")
 """Settings that do not change the results of a run."""
 
 
+class Stateful(Protocol):
+    """A part of a run whose state, plain JSON, is saved in every checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load` needs to go on."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+
+
 class RunState:
-    """Model, teacher, optimizer and counters of a run, as of its last completed step."""
+    """Model, teacher, optimizer, counters and parts of a run, as of its last completed step."""
 
     def __init__(
         self,
@@ -43,6 +53,7 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         config: OPSDCConfig,
         ranks: Ranks,
+        parts: Mapping[str, Stateful],
     ) -> None:
         self.step = 0
         """The last completed step, 0 before the first."""
@@ -50,7 +61,7 @@ class RunState:
         """Number of steps so far whose loss or gradient was not finite."""
         self._skipped_in_a_row = 0
         self._model, self._teacher, self._optimizer = model, teacher, optimizer
-        self._config, self._ranks = config, ranks
+        self._config, self._ranks, self._parts = config, ranks, parts
         self._folder = Path(config.output_dir)
         self._checkpoints = self._folder / "checkpoints"
         self._saved: Path | None = None
@@ -76,6 +87,7 @@ class RunState:
             "skipped_in_a_row": self._skipped_in_a_row,
             "model": describe(self._model),
             "config": self._config.to_dict(),
+            **{name: part.state() for name, part in self._parts.items()},
         }
         checkpoint.save(
             self._checkpoints,
@@ -147,7 +159,7 @@ class RunState:
 
         Leaves a checkpoint from before the step, and its batch for `opsdc inspect --batch`.
         """
-        if not result.skipped or self._skipped_in_a_row < MAX_SKIPPED - 1:
+        if not result.is_sick or self._skipped_in_a_row < MAX_SKIPPED - 1:
             return
         batch = self._folder / f"sick-step-{step:06d}.json"
         if self.step:
@@ -187,6 +199,10 @@ class RunState:
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._saved = folder
+        for name, part in self._parts.items():
+            # A checkpoint from before the part existed has nothing of it.
+            if name in state:
+                part.load(state[name])
         return state
 
 

@@ -7,21 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from opsdc.config.settings import OPSDCConfig, RolloutConfig
-from opsdc.data.prompted import Prompted
 from opsdc.errors import RolloutError
-from opsdc.method.batch import Pair
-from opsdc.models.load import decode
-from opsdc.record.guard import repeated_share
-from opsdc.record.lines import peak_mib
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,91 +105,6 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Free processes and memory; the sampler cannot be used afterwards."""
-
-
-def sample_step(
-    sampler: Sampler, batch: Sequence[Prompted], settings: RolloutConfig, step: int
-) -> list[Rollout]:
-    """Sample `samples_per_prompt` responses to each problem of a step, by the student's prompt.
-
-    Raises RolloutError unless they are answers to these problems by the weights before `step`.
-    """
-    requests = [
-        Request(key=f"train/{step}/{p.problem.id}/{i}", prompt_ids=p.prompts.student_ids)
-        for p in batch
-        for i in range(settings.samples_per_prompt)
-    ]
-    params = SamplingParams(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        batch_size=settings.batch_size,
-    )
-    rollouts = sampler.generate(requests, params, label=f"step {step} rollouts")
-    check_batch(requests, rollouts, step=step, max_staleness=settings.max_staleness)
-    if keys := [r.key for r in rollouts if not r.is_finite]:
-        more = f" and {len(keys) - 1} more" if keys[1:] else ""
-        print(f"sampled from logits that are not finite: '{keys[0]}'{more}", file=sys.stderr)
-    return rollouts
-
-
-def as_pairs(
-    batch: Sequence[Prompted], rollouts: Sequence[Rollout], config: OPSDCConfig
-) -> list[Pair]:
-    """Put each response behind the student's and behind the teacher's prompt."""
-    repeated = [p for p in batch for _ in range(config.rollout.samples_per_prompt)]
-    return [
-        Pair(
-            student_prompt_ids=p.prompts.student_ids,
-            teacher_prompt_ids=p.prompts.teacher_ids,
-            response_ids=r.response_ids[: config.train.max_train_tokens],
-        )
-        for p, r in zip(repeated, rollouts, strict=True)
-    ]
-
-
-def measures(rollouts: Sequence[Rollout], trained_tokens: int | None) -> dict[str, Any]:
-    """Return the record's values about a step's responses.
-
-    trained_tokens: `train.max_train_tokens`, behind which responses are not trained on.
-    """
-    lengths = [len(r.response_ids) for r in rollouts if r.response_ids]
-    cut = 0 if trained_tokens is None else sum(max(n - trained_tokens, 0) for n in lengths)
-    count = len(rollouts)
-    return {
-        "response_tokens_mean": sum(lengths) / len(lengths) if lengths else None,
-        "response_tokens_max": max(lengths, default=0),
-        "truncated_share": sum(not r.finished for r in rollouts) / count,
-        "cut_share": cut / max(sum(lengths), 1),
-        "empty_share": 1 - len(lengths) / count,
-        "repeated_share": sum(repeated_share(r.response_ids) for r in rollouts) / count,
-    }
-
-
-def perf_row(
-    rollouts: Sequence[Rollout], seconds: dict[str, float], pushed: dict[str, float]
-) -> dict[str, float]:
-    """Return the record's values about a step's speed; no others may differ between equal runs."""
-    tokens = sum(len(r.response_ids) for r in rollouts)
-    return {
-        **{f"perf/seconds_{name}": round(value, 3) for name, value in seconds.items()},
-        "perf/tokens_per_second": round(tokens / max(seconds["rollout"], 1e-9), 1),
-        **{f"perf/{name}": value for name, value in pushed.items()},
-        "perf/peak_mib": round(peak_mib(), 1),
-    }
-
-
-def response_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return one line of rollouts.jsonl."""
-    return {
-        "step": step,
-        "key": rollout.key,
-        "prompt_ids": list(rollout.prompt_ids),
-        "response_ids": list(rollout.response_ids),
-        "finished": rollout.finished,
-        "weights_version": rollout.weights_version,
-        "text": decode(tokenizer, rollout.response_ids),
-    }
 
 
 def stream_seed(seed: int, key: str) -> int:

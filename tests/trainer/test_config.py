@@ -130,6 +130,7 @@ def test_every_setting_has_a_flag_and_a_help_text():
 
 
 REFUSED = {
+    "teacher.against": ["", " "],
     "output_dir": ["", " \n"],
     "model.name_or_path": ["", " \n"],
     "prompt.instruction": ["", " \n"],

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from opsdc.config.settings import TeacherConfig
+from opsdc.errors import ConfigError
 from opsdc.method.target import Dial
 
 PLAIN = {f"p{i}": 60.0 + i for i in range(-20, 21)}
@@ -15,7 +16,7 @@ PLAIN = {f"p{i}": 60.0 + i for i in range(-20, 21)}
 def follow(target, *, speed, noise=0.0, steps=60, pull=1.8, seed=0):
     """Relative lengths of a student whose log length moves to −pull·dial, at `speed` a step."""
     draw, dial = random.Random(seed), Dial(TeacherConfig(target=target))
-    dial.set_plain_lengths(PLAIN)
+    dial.begin(0, lambda: PLAIN)
     log_length, relative = 0.0, []
     for _ in range(steps):
         problems = draw.sample(sorted(PLAIN), 16)
@@ -23,8 +24,7 @@ def follow(target, *, speed, noise=0.0, steps=60, pull=1.8, seed=0):
             (p, max(round(PLAIN[p] * math.exp(log_length + draw.gauss(0, noise))), 1))
             for p in problems
         ]
-        dial.after_step(lengths)
-        relative.append(dial.relative_length)
+        relative.append(dial.after_step(lengths)["relative_length"])
         log_length += speed * (-pull * dial.value - log_length)
     return relative, dial
 
@@ -49,7 +49,7 @@ def test_the_mean_of_noisy_lengths_is_held(seed):
 def test_a_dial_at_its_limit_does_not_wind_up():
     """A target that cannot be reached: once lengths fall, the dial comes back at once."""
     dial = Dial(TeacherConfig(target=0.9, dial_max=1.5))
-    dial.set_plain_lengths(PLAIN)
+    dial.begin(0, lambda: PLAIN)
     for _ in range(200):
         dial.after_step([("p0", 60)])
     assert dial.value == 1.5
@@ -62,39 +62,36 @@ def test_a_dial_at_its_limit_does_not_wind_up():
 
 def test_without_a_target_the_dial_stands_still():
     dial = Dial(TeacherConfig(dial=0.7))
-    dial.after_step([("p0", 5)])
+    assert dial.after_step([("p0", 5)]) == {"dial": 0.7}
     assert dial.value == 0.7
-    assert dial.measures() == {"dial": 0.7}
-    assert Dial(TeacherConfig()).measures() == {}
-    assert not dial.needs_plain_lengths
+    assert Dial(TeacherConfig()).after_step([("p0", 5)]) == {}
+    dial.begin(7, lambda: pytest.fail("nothing to measure"))
 
 
 def test_problems_with_a_known_plain_length_count_by_it():
     dial = Dial(TeacherConfig(target=0.5))
-    assert dial.needs_plain_lengths
-    dial.set_plain_lengths({"short": 10.0, "long": 90.0})
-    dial.after_step([("short", 5), ("long", 45)])
-    assert dial.relative_length == pytest.approx(0.5)
-    dial.after_step([("short", 5), ("new", 25)])
-    assert dial.relative_length == pytest.approx(30 / 60)
+    dial.begin(0, lambda: {"short": 10.0, "long": 90.0})
+    used = dial.after_step([("short", 5), ("long", 45)])
+    assert used == {"dial": 1.0, "relative_length": pytest.approx(0.5)}
+    assert dial.after_step([("short", 5), ("new", 25)])["relative_length"] == pytest.approx(0.5)
 
 
 def test_a_resumed_dial_steers_as_the_whole_one():
     whole = Dial(TeacherConfig(target=0.5))
-    whole.set_plain_lengths(PLAIN)
+    whole.begin(0, lambda: PLAIN)
     lengths = [[("p1", 50 - i), ("p2", 40 - i)] for i in range(12)]
     values = []
     for step in lengths:
         whole.after_step(step)
         values.append(whole.value)
     resumed = Dial(TeacherConfig(target=0.5))
-    resumed.set_plain_lengths(PLAIN)
+    resumed.begin(0, lambda: PLAIN)
     for step in lengths[:5]:
         resumed.after_step(step)
     state = json.loads(json.dumps(resumed.state()))
     resumed = Dial(TeacherConfig(target=0.5))
     resumed.load(state)
-    assert not resumed.needs_plain_lengths
+    resumed.begin(5, lambda: pytest.fail("measured already"))
     for step, value in zip(lengths[5:], values[5:]):
         resumed.after_step(step)
         assert resumed.value == value
@@ -102,6 +99,11 @@ def test_a_resumed_dial_steers_as_the_whole_one():
 
 def test_steps_without_responses_move_nothing():
     dial = Dial(TeacherConfig(target=0.5))
-    dial.set_plain_lengths(PLAIN)
-    dial.after_step([])
-    assert (dial.value, dial.relative_length) == (1.0, None)
+    dial.begin(0, lambda: PLAIN)
+    assert dial.after_step([]) == {"dial": 1.0}
+    assert dial.value == 1.0
+
+
+def test_a_target_that_comes_too_late_is_refused():
+    with pytest.raises(ConfigError, match=r"teacher.target 0.5 .* before its step 3"):
+        Dial(TeacherConfig(target=0.5)).begin(3, lambda: PLAIN)
