@@ -1,4 +1,4 @@
-"""Checks before step 1, each of which has cost somebody a run."""
+"""The checks before step 1; each is against a fault that has cost somebody a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from opsdc.data.prompted import PromptedSet
 from opsdc.errors import CheckpointError, ModelError
 from opsdc.method.batch import Layout, Pair, plan_step, token_batch
 from opsdc.method.teacher import Teacher
-from opsdc.method.update import (
-    autocast,
-    student_pass,
-    teacher_pass,
-)
+from opsdc.method.update import autocast, student_pass, teacher_pass
 from opsdc.models.adapters import unwrap
 from opsdc.models.head import check_head, hidden_states, read_head
 from opsdc.models.load import VARIABLE_LENGTH
@@ -33,14 +29,22 @@ from opsdc.record import checkpoint
 from opsdc.rollout.base import AGREEMENT, Request, Sampler, SamplingParams, difference
 from opsdc.rollout.weights import sequence_logprobs
 
-# Packed and single forwards add in another order; anything above rounding is a leak.
 _PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-# From each prompt of the checks: enough for a cache or a position that is off by one to show.
-_SAMPLED_TOKENS = 8
+"""Largest relative difference between packed and single forwards, which add in another order; above
+it neighbours leak."""
+
+_PROMPTS = 3
+"""Number of prompts that the checks take."""
+
+_RESPONSE_TOKENS = 8
+"""Tokens of each response in the checks: enough for a cache or a position off by one to show."""
+
+_SAME_PROMPT_LIMIT = 1e-6
+"""Largest divergence in nats per token of equal weights behind equal prompts, which should be 0."""
 
 
 def check_attention(model: Any) -> None:
-    """Raise ModelError for an attention that can sample here, but not learn."""
+    """Raise ModelError for an attention that can sample on this device, but not learn."""
     attention = unwrap(model).config._attn_implementation
     if attention == "flex_attention" and read_head(model).weight.device.type == "cpu":
         raise ModelError(
@@ -51,10 +55,11 @@ def check_attention(model: Any) -> None:
 
 @torch.no_grad()
 def packing_difference(model: Any, sequences: list[list[int]], dtype: torch.dtype) -> float:
-    """Largest hidden-state difference of packed against single sequences, relative to the largest.
+    """Measure how much packed sequences differ from single ones in their hidden states.
 
-    In transformers, packed neighbours are isolated only on some attention paths and for some
-    architectures; where they are not, they leak into each other silently.
+    Returns the largest difference relative to the largest value. transformers isolates packed
+    neighbours only on some attention paths and for some architectures; elsewhere they leak into
+    each other silently.
     """
     device = read_head(model).weight.device
 
@@ -69,7 +74,7 @@ def packing_difference(model: Any, sequences: list[list[int]], dtype: torch.dtyp
 
 
 def choose_packing(model: Any, config: OPSDCConfig, sequences: list[list[int]]) -> tuple[bool, str]:
-    """Whether to pack, and the sentence that says why. Raises ModelError when "on" would leak."""
+    """Decide whether to pack, and say why in a clause; raise ModelError where "on" would leak."""
     wanted = config.train.packing
     if wanted == "off":
         return False, "padded batches (train.packing off)"
@@ -97,11 +102,12 @@ def same_prompt_divergence(
     config: OPSDCConfig,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Mean divergence in nats, the student's prompt on both sides; 0 while weights are equal."""
+    """Measure the loss in nats with the student's prompt on both sides: 0 for equal weights."""
     same = [
         Pair(
             student_prompt_ids=p.student_prompt_ids,
             teacher_prompt_ids=p.student_prompt_ids,
+            against_prompt_ids=p.student_prompt_ids,
             response_ids=p.response_ids,
         )
         for p in pairs
@@ -110,16 +116,18 @@ def same_prompt_divergence(
         same, layout, normalization=config.loss.normalization, contexts=teacher.contexts,
         rank=ranks.rank, ranks=ranks.size,
     )  # fmt: skip
-    kept = teacher_pass(model, teacher, plan, ranks=ranks)
-    loss, *_ = student_pass(model, teacher, plan, kept, config, ranks=ranks)
+    teacher_hidden = teacher_pass(model, teacher, plan, ranks=ranks)
+    loss, *_ = student_pass(model, teacher, plan, teacher_hidden, config, ranks=ranks)
     for parameter in model.parameters():
         parameter.grad = None
     return loss
 
 
 def common_suffix(pairs: list[Pair]) -> int:
-    """Tokens in which every pair's two prompts end alike; prompts of unequal suffixes are refused
-    when they are built."""
+    """Count the tokens in which both prompts of each pair end alike.
+
+    It is at least the generation suffix: building prompts refuses two that differ there.
+    """
 
     def length(pair: Pair) -> int:
         ends = zip(
@@ -130,60 +138,62 @@ def common_suffix(pairs: list[Pair]) -> int:
     return min(map(length, pairs))
 
 
-def sampler_agreement(sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDCConfig) -> str:
-    """A few tokens from each prompt, as a line: the sampler's log-probabilities are the trainer's.
+def check_sampler(sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDCConfig) -> str:
+    """Sample a few tokens, compare the sampler's log-probabilities of them with the trainer's.
 
-    Raises ModelError where they are not (rollouts would come from another model than is trained),
-    or are no numbers.
+    Returns a line for the log. Raises ModelError where they differ, since rollouts would come from
+    another model than is trained, or are not finite.
     """
     prompts = [list(p.student_prompt_ids) for p in pairs]
     requests = [Request(key=f"preflight/{i}", prompt_ids=ids) for i, ids in enumerate(prompts)]
-    # No more than a rollout's: an engine has room for no longer ones.
-    params = SamplingParams(max_new_tokens=min(_SAMPLED_TOKENS, config.rollout.max_new_tokens))
+    # An engine has no room for responses longer than a rollout's.
+    params = SamplingParams(max_new_tokens=min(_RESPONSE_TOKENS, config.rollout.max_new_tokens))
     dtype = getattr(torch, config.model.dtype)
-    own: list[float] = []
-    found: list[float] = []
+    trainer_logprobs: list[float] = []
+    sampler_logprobs: list[float] = []
     for r in sampler.generate(requests, params, label="preflight"):
-        whole = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], dtype)
-        own += whole[len(whole) - len(r.response_ids) :]
-        found += r.logprobs or ()
-    if not all(map(math.isfinite, own)):
+        logprobs = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], dtype)
+        trainer_logprobs += logprobs[len(logprobs) - len(r.response_ids) :]
+        sampler_logprobs += r.logprobs or ()
+    count = len(trainer_logprobs)
+    if not all(map(math.isfinite, trainer_logprobs)):
         raise ModelError(
-            f"the model's own log-probabilities of {len(own)} tokens are not finite: its weights "
+            f"the model's own log-probabilities of {count} tokens are not finite: its weights "
             "hold NaN or infinity, or model.dtype overflows; use float32, or another model"
         )
-    mean, largest = difference(own, found)
+    mean, largest = difference(trainer_logprobs, sampler_logprobs)
     limits = AGREEMENT[dtype]
     if not (mean <= limits[0] and largest <= limits[1]):
         raise ModelError(
-            f"the sampler's log-probabilities of {len(own)} tokens that it sampled are "
+            f"the sampler's log-probabilities of {count} tokens that it sampled are "
             f"{mean:.1e} nats from the trainer's on average and {largest:.1e} at most (allowed: "
             f"{limits[0]:.0e} and {limits[1]:.0e}): it samples from another model than is trained. "
             "Use another rollout.engine, or model.attn_implementation eager"
         )
-    return f"sampler: the trainer's log p of {len(own)} sampled tokens to {largest:.1e} nats"
+    return f"sampler: the trainer's log p of {count} sampled tokens to {largest:.1e} nats"
 
 
-def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
-    """Room for the checkpoints that are kept and the one being written, as a line.
+def check_disk(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
+    """Compare free disk space with the checkpoints that are kept and the one being written.
 
-    Raises CheckpointError where there is less: a run would find out hours later.
+    Returns a line for the log. Raises CheckpointError where there is less: the run would fail hours
+    later.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    own = trained if hasattr(model, "peft_config") else list(model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in own)
+    saved = trained if hasattr(model, "peft_config") else list(model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in saved)
     moments = 2 * sum(p.numel() * p.element_size() for p in trained)
     size = weights * (1 if teacher.is_student else 2) + moments
     saves = -(-config.train.steps // config.train.save_every) if config.train.save_every else 1
     folder = Path(config.output_dir) / "checkpoints"
     wanted = min(config.train.keep + 1, saves)
     needed = size * max(wanted - len(checkpoint.listing(folder)), 1)
-    # The folder itself comes with the first checkpoint.
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    # The folder itself is made with the first checkpoint.
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(parent).free
     line = (
         f"disk: {needed / 2**30:.2f} GiB for checkpoints of {size / 2**30:.2f} GiB, "
-        f"{free / 2**30:.2f} GiB free in {there}"
+        f"{free / 2**30:.2f} GiB free in {parent}"
     )
     if needed > free:
         raise CheckpointError(
@@ -192,10 +202,11 @@ def disk_room(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
     return line
 
 
-def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
-    """What training takes beside the weights, without activations, against what is free: a line.
+def check_memory(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
+    """Compare free memory with gradients, moments and the loss; activations are not counted.
 
-    Only a warning: activations depend on attention and checkpointing, and free memory on others.
+    Returns a line for the log, which only warns where there is less: activations depend on
+    attention and checkpointing, and free memory on other programs.
     """
     device, sizes = read_head(model).weight.device, sizes_of(model, config.model)
     # A forward holds at most so many response tokens.
@@ -218,6 +229,7 @@ def memory_room(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
 
 
 def _free_bytes(device: torch.device) -> int | None:
+    """Return the free memory of a GPU or of this machine; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -238,9 +250,10 @@ def before_first_step(
     step: int,
     ranks: Ranks = ALONE,
 ) -> Layout:
-    """Prove what a run stands on with its first prompts; print a line per check.
+    """Run all checks on the run's first prompts and print a line for each.
 
-    Returns the layout to train with. `step`: the updates that the model has seen.
+    Returns the layout to train with. `step` is the number of updates that the model has seen.
+    Raises ModelError or CheckpointError for a check that fails.
     """
     pad = tokenizer.pad_token_id
     sample = [
@@ -248,9 +261,9 @@ def before_first_step(
         Pair(
             student_prompt_ids=p.prompts.student_ids,
             teacher_prompt_ids=p.prompts.teacher_ids,
-            response_ids=p.prompts.student_ids[:8],
+            response_ids=p.prompts.student_ids[:_RESPONSE_TOKENS],
         )
-        for p in (problems[i] for i in range(min(3, len(problems))))
+        for p in (problems[i] for i in range(min(_PROMPTS, len(problems))))
     ]
     layout, lines = run(
         model,
@@ -278,9 +291,10 @@ def run(
     teacher_is_student: bool,
     ranks: Ranks = ALONE,
 ) -> tuple[Layout, list[str]]:
-    """All checks on a few prompts; gives the layout to train with and one line per check.
+    """Run all checks on a few prompts; return the layout to train with and a line for each check.
 
-    `teacher_is_student`: both have the same weights now (at the start, or right after a refresh).
+    `teacher_is_student` says that both have the same weights now: at the start, or right after a
+    refresh. Raises ModelError or CheckpointError for a check that fails.
     """
     check_attention(model)
     sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
@@ -296,16 +310,16 @@ def run(
     lines = [
         f"head: the model's own logits to {difference:.1e}",
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
-        disk_room(model, teacher, config),
-        memory_room(model, config, ranks),
+        check_disk(model, teacher, config),
+        check_memory(model, config, ranks),
         f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
-        sampler_agreement(sampler, model, pairs, config),
+        check_sampler(sampler, model, pairs, config),
     ]
     if not teacher_is_student:
         return layout, lines
     divergence = same_prompt_divergence(model, teacher, pairs, layout, config, ranks)
     lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
-    if not divergence <= 1e-6:
+    if not divergence <= _SAME_PROMPT_LIMIT:
         raise ModelError(
             f"the same prompt on both sides gives a divergence of {divergence:.1e} nats per token "
             "instead of 0: teacher and student do not compute alike. Dropout in the model's "

@@ -1,8 +1,7 @@
 """The loop of on-policy self-distillation (OPSDC / CRISP, arXiv 2603.05433), top to bottom.
 
-Left out on purpose, because the method has none of it: no reward, no advantage, no importance
-ratio, no clip, no score-function term for how a response was sampled. Prefixes are constants; the
-loss is the divergence at every response token.
+The method has no reward, advantage, importance ratio or clip, and no score-function term for the
+sampling of a response. Prefixes are constants; the loss is the divergence at every response token.
 """
 
 from __future__ import annotations
@@ -44,18 +43,18 @@ from opsdc.rollout.step import StepRollouts, sample_plain_lengths, sample_step
 
 
 class OPSDCTrainer:
-    """Trains a model to answer as it would if it had been told to be concise.
+    """A training run after which a model answers as if it had been told to be concise.
 
     Args:
-        model: a transformers causal language model, a folder or Hub name, or None for the
+        model: A transformers causal language model, a folder or Hub name, or None for the
             config's `model.name_or_path`.
-        config: everything else; see `OPSDCConfig`.
-        train_dataset, eval_dataset: rows (a list of mappings or a `datasets.Dataset`) instead of
+        config: All settings; see `OPSDCConfig`.
+        train_dataset, eval_dataset: Rows (a list of mappings or a `datasets.Dataset`) instead of
             the config's `data.source`; columns as in `opsdc.data.sources`.
-        processing_class: the tokenizer, when `model` is given as a module.
+        processing_class: The tokenizer, where `model` is given as a module.
         callbacks: `transformers.TrainerCallback`s; `on_log` receives each step's record.
 
-    Raises ConfigError, DataError or ModelError for what cannot work, before the first step.
+    Raises ConfigError, DataError or ModelError, before the first step, for what cannot work.
     """
 
     def __init__(
@@ -96,21 +95,20 @@ class OPSDCTrainer:
         self.callbacks, self.out_of_memory = list(callbacks or []), 0
 
     def train(self) -> dict[str, Any]:
-        """Run (or go on with) training; returns what summary.json holds.
+        """Run training, or go on with it, and return the contents of summary.json.
 
-        SIGTERM or SIGINT ends it early, with the last completed step saved and the unfinished one
-        dropped, which then replays exactly; returned is {"stopped": signal, "steps": completed}.
+        SIGTERM or SIGINT ends it early: the last completed step is saved, the unfinished one is
+        dropped and later replayed exactly, and {"stopped": signal, "steps": completed} is returned.
         """
-        state = self.state
         with stop.on_signal(), self.ranks.listening():
             try:
                 return self._train()
             except stop.Stopped as signal:
-                saved = state.save_last()
+                saved = self.state.save_last()
                 print(f"stopped by {signal}: {saved}; the same command goes on", flush=True)
-                return {"stopped": str(signal), "steps": state.step}
+                return {"stopped": str(signal), "steps": self.state.step}
             except OutOfMemoryError as error:
-                raise OutOfMemoryError(f"{error}; {state.save_last()}. {ADVICE}") from error
+                raise OutOfMemoryError(f"{error}; {self.state.save_last()}. {ADVICE}") from error
 
     def _train(self) -> dict[str, Any]:
         config, state, teacher, sampler = self.config, self.state, self.teacher, self.sampler
@@ -150,7 +148,6 @@ class OPSDCTrainer:
             seconds = {"rollout": sampled - began, **result.seconds}
             seconds["step"] = time.perf_counter() - began
             self.commit(step, rollouts, result, seconds, pushed, refreshed)
-
             verdict = self._between_steps(step)
         return self._end(verdict)
 
@@ -163,7 +160,7 @@ class OPSDCTrainer:
         pushed: dict[str, float],
         refreshed: bool,
     ) -> None:
-        """Write all that a finished step owes the record; after it the step counts as done."""
+        """Write the record of a finished step: its row and its responses. The step then counts."""
         row = {
             "step": step,
             **result.measures(),
@@ -181,9 +178,9 @@ class OPSDCTrainer:
         self.events.emit("on_log", step=step, logs=row)
 
     def _begin(self) -> tuple[Layout, str | None]:
-        """Resume, open the record, prove what can be proven, ask the base; what guards say."""
+        """Resume, run the checks and answer as the base; return the layout and guards' verdict."""
         config, state, ranks = self.config, self.state, self.ranks
-        # Asked to stop while the model was loaded; verifying a checkpoint takes long as well.
+        # Loading a model and verifying a checkpoint take long: a stop may have been asked for.
         ranks.check_stop()
         state.resume()
         ranks.check_stop()
@@ -207,7 +204,7 @@ class OPSDCTrainer:
         return layout, verdict
 
     def _between_steps(self, step: int) -> str | None:
-        """Guards, callbacks, the checkpoint and held-out answers; why the run ends, if it does."""
+        """Judge the step, save and evaluate where it is due; return the reason to end, or None."""
         config, events = self.config, self.events
         verdict = guard.apply(guard.check_steps(self.record.history, config.guard))
         asked = self.ranks.any(events.emit("on_step_end", step=step))
@@ -221,7 +218,7 @@ class OPSDCTrainer:
         return verdict
 
     def _end(self, verdict: str | None) -> dict[str, Any]:
-        """Leave the trained model, its answers, the summary and the picture behind."""
+        """Write the trained model, its answers, the summary and the picture; return the summary."""
         state, output_dir = self.state, Path(self.config.output_dir)
         if verdict == "rollback":
             state.roll_back(self.record)

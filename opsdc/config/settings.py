@@ -205,7 +205,7 @@ class TeacherConfig:
     """Refresh the teacher only where the student answers the validation problems as well as the
     teacher did (data.gate_size, else the held-out ones); after two refusals it goes back to it."""
     gate_margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Largest fall of accuracy that the gate lets pass, as a share of the problems."""
+    """With teacher.gate, the largest fall of accuracy that passes, as a share of the problems."""
 
     def __post_init__(self) -> None:
         if self.target is not None and not 0 <= self.dial <= self.dial_max:

@@ -266,6 +266,9 @@ def plan_step(
     shares = share_out([p.student_length + p.teacher_length for p in scored], ranks)
 
     mixes = [contexts(p.dial) for p in scored]
+    for p, mix in zip(scored, mixes, strict=True):
+        if AGAINST in mix and not p.against_prompt_ids:
+            raise ValueError("a pair needs against_prompt_ids where another style is subtracted")
 
     def groups(context: str, members: Collection[int]) -> list[list[int]]:
         lengths = [len(_prompt_of(p, context)) + len(p.response_ids) for p in scored]

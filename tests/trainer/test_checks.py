@@ -86,13 +86,13 @@ def test_dropout_is_found_by_the_same_prompt_check():
 def test_a_sampler_of_other_weights_is_found():
     model, other = tiny_model(), tiny_model()
     sampler = HFSampler(other, byte_tokenizer(), seed=0)
-    line = checks.sampler_agreement(sampler, model, pairs(), config())
+    line = checks.check_sampler(sampler, model, pairs(), config())
     assert "24 sampled tokens" in line
     assert float(line.split()[-2]) <= 1e-5
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.01)
     with pytest.raises(ModelError, match=r"samples from another model.*rollout\.engine"):
-        checks.sampler_agreement(sampler, model, pairs(), config())
+        checks.check_sampler(sampler, model, pairs(), config())
 
 
 def test_weights_that_are_no_numbers_are_found_before_the_first_step():
@@ -101,7 +101,7 @@ def test_weights_that_are_no_numbers_are_found_before_the_first_step():
         model.model.layers[1].mlp.down_proj.weight[3, 5] = torch.nan
     sampler = HFSampler(model, byte_tokenizer(), seed=0)
     with pytest.raises(ModelError, match=r"not finite.*float32"):
-        checks.sampler_agreement(sampler, model, pairs(), config())
+        checks.check_sampler(sampler, model, pairs(), config())
 
 
 def test_where_both_prompts_end_alike():
@@ -122,10 +122,10 @@ def test_the_disk_must_hold_the_checkpoints(tmp_path, monkeypatch):
         usage = type("usage", (), {"free": free})
         monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, usage=usage: usage)
         if fits:
-            assert str(tmp_path) in checks.disk_room(model, teacher, settings)
+            assert str(tmp_path) in checks.check_disk(model, teacher, settings)
         else:
             with pytest.raises(CheckpointError, match=r"lower train\.keep"):
-                checks.disk_room(model, teacher, settings)
+                checks.check_disk(model, teacher, settings)
 
 
 def stepped(model):
@@ -141,7 +141,7 @@ def test_too_little_memory_is_a_warning_with_the_remedy(monkeypatch):
     trained = sum(p.numel() for p in model.parameters())
     for free, warns in ((12 * trained, True), (1 << 40, False), (None, False)):
         monkeypatch.setattr(checks, "_free_bytes", lambda device, free=free: free)
-        line = checks.memory_room(model, config())
+        line = checks.check_memory(model, config())
         assert line.startswith("warning") == warns
         assert ("max_tokens_per_micro_batch" in line) == warns
 

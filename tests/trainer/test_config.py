@@ -292,6 +292,8 @@ NOTES = [
      "guard.target_compression has no effect without eval.every and eval.problems"),
     ({"guard.max_accuracy_drop": 0.2},
      "guard.max_accuracy_drop has no effect without eval.every and eval.problems"),
+    ({"teacher.mode": "frozen", "teacher.gate": True},
+     "teacher.gate has no effect with teacher.mode frozen"),
     ({"train.steps": 50},
      "teacher.refresh_steps (50) is not below train.steps (50): the teacher stays frozen"),
 ]  # fmt: skip
