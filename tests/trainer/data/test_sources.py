@@ -100,28 +100,54 @@ def test_steps_count_from_one_and_batches_fit():
 
 def test_split_is_disjoint_and_follows_from_the_seed():
     problems = numbered(100, 5)
-    train, held_out = problems.split(30)
-    assert (len(train), len(held_out)) == (70, 30)
+    train, gate, held_out = problems.split(30)
+    assert (len(gate), len(train), len(held_out)) == (0, 70, 30)
     assert set(ids(train)) | set(ids(held_out)) == set(ids(problems))
     again = numbered(100, 5).split(30)
-    assert (ids(again[0]), ids(again[1])) == (ids(train), ids(held_out))
-    assert ids(numbered(100, 6).split(30)[1]) != ids(held_out)
+    assert (ids(again[0]), ids(again[2])) == (ids(train), ids(held_out))
+    assert ids(numbered(100, 6).split(30)[2]) != ids(held_out)
     assert train.seed == held_out.seed == 5
     # A larger held-out set holds the smaller one.
-    assert ids(problems.split(31)[1])[:30] == ids(held_out)
-    everything, nothing = problems.split(0)
+    assert ids(problems.split(31)[2])[:30] == ids(held_out)
+    everything, _, nothing = problems.split(0)
     assert (ids(everything), len(nothing)) == (ids(problems), 0)
     for size in (100, 101):
         with pytest.raises(DataError, match=f"data.eval_size {size} leaves none of 100"):
             problems.split(size)
-    with pytest.raises(ConfigError, match=r"data\.eval_size must be 0 or more"):
-        problems.split(-1)
+    with pytest.raises(DataError, match="data.eval_size 60 and data.gate_size 40 leave none"):
+        problems.split(60, 40)
+
+
+def test_a_gate_is_apart_from_both():
+    problems = numbered(100, 5)
+    train, gate, held_out = problems.split(30, 20)
+    assert (len(train), len(gate), len(held_out)) == (50, 20, 30)
+    assert ids(held_out) == ids(problems.split(30)[2])
+    assert not set(ids(gate)) & (set(ids(train)) | set(ids(held_out)))
+
+
+def test_groups_are_held_out_whole():
+    def of_group(i, group):
+        chat = ({"role": "user", "content": f"Q{i}"},)
+        return Problem(id=str(i), messages=chat, group=group)
+
+    problems = ProblemSet([of_group(i, f"g{i % 25}") for i in range(100)], seed=3)
+    train, gate, held_out = problems.split(10, 10)
+    # Cut within a group: the rest of it is in no part.
+    assert (len(held_out), len(gate)) == (10, 10)
+    groups = [{p.group for p in part} for part in (train, gate, held_out)]
+    assert [len(g) for g in groups] == [19, 3, 3]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    assert len(train) == 4 * 19
+    one = ProblemSet([of_group(i, "g") for i in range(9)], seed=1)
+    with pytest.raises(DataError, match="repeat their prompts or groups"):
+        one.split(2)
 
 
 def test_no_prompt_is_trained_and_held_out(capsys):
     chats = [({"role": "user", "content": f"Q{i % 20}"},) for i in range(100)]
     problems = ProblemSet([Problem(id=str(i), messages=c) for i, c in enumerate(chats)], seed=1)
-    train, held_out = problems.split(4)
+    train, _, held_out = problems.split(4)
     prompts = [{p.messages[0]["content"] for p in part} for part in (train, held_out)]
     assert not prompts[0] & prompts[1]
     dropped = 96 - len(train)
