@@ -114,7 +114,7 @@ def test_split_is_disjoint_and_follows_from_the_seed():
     for size in (100, 101):
         with pytest.raises(DataError, match=f"data.eval_size {size} leaves none of 100"):
             problems.split(size)
-    with pytest.raises(DataError, match="data.eval_size 60 and data.gate_size 40 leave none"):
+    with pytest.raises(DataError, match=r"data.eval_size 60 and data.gate_size 40 leave none"):
         problems.split(60, 40)
 
 
@@ -137,7 +137,7 @@ def test_groups_are_held_out_whole():
     assert (len(held_out), len(gate)) == (10, 10)
     groups = [{p.group for p in part} for part in (train, gate, held_out)]
     assert [len(g) for g in groups] == [19, 3, 3]
-    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    assert sum(map(len, groups)) == len(set.union(*groups))
     assert len(train) == 4 * 19
     one = ProblemSet([of_group(i, "g") for i in range(9)], seed=1)
     with pytest.raises(DataError, match="repeat their prompts or groups"):
