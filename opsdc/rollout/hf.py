@@ -13,6 +13,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -91,7 +93,12 @@ class HFSampler:
     def _generate(
         self, requests: Sequence[Request], params: SamplingParams, progress: tqdm
     ) -> list[Rollout]:
-        """Sample one batch, in its order, with prompts padded on the left."""
+        """Sample one batch, in its order, with prompts padded on the left.
+
+        The batch would run at its full width to its last straggler. So it is generated in stages:
+        a stage ends when a quarter of its rows have, and the others go on from their part of the
+        cache. Streams are keyed by request and position, so the same tokens come out.
+        """
         device = unwrap(self._model).device
         longest = max(len(r.prompt_ids) for r in requests)
         ids = torch.full((len(requests), longest), self._pad_id, device=device)
@@ -100,51 +107,72 @@ class HFSampler:
             n = len(request.prompt_ids)
             ids[row, longest - n :] = torch.tensor(request.prompt_ids, device=device)
             mask[row, longest - n :] = 1
-        # It stands before all others, so that it sees the model's own logits.
-        chosen = _ChosenLogprobs()
-        processors = LogitsProcessorList([chosen])
-        if params.temperature > 0:
-            processors.append(TemperatureLogitsWarper(float(params.temperature)))
-            if params.top_k:
-                processors.append(TopKLogitsWarper(params.top_k))
-            if params.top_p < 1:
-                processors.append(TopPLogitsWarper(params.top_p))
-            seeds = [stream_seed(self._seed, r.key) for r in requests]
-            processors.append(_GumbelNoise(seeds, device))
-        processors.append(_Advance(progress))
-        output = self._model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=GenerationConfig(
-                do_sample=False,
-                max_new_tokens=params.max_new_tokens,
-                eos_token_id=self._eos_ids,
-                pad_token_id=self._pad_id,
-                use_cache=True,
-            ),
-            logits_processor=processors,
-            # Ranks do not wait for each other, because each has all weights while it samples
-            # (`opsdc.ranks.shard.gathered`).
-            synced_gpus=False,
-        )
-        logprobs = chosen.finish(output[:, -1])
-        return [
-            self._rollout(request, row[longest:].tolist(), of_row)
-            for request, row, of_row in zip(requests, output, logprobs.tolist(), strict=True)
+        streams = [
+            torch.Generator(device).manual_seed(stream_seed(self._seed, r.key)) for r in requests
         ]
+        sampled: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        rows = list(range(len(requests)))
+        cache, left = None, params.max_new_tokens
+        while rows and left > 0:
+            # It stands before all others, so that it sees the model's own logits.
+            chosen = _ChosenLogprobs()
+            processors = LogitsProcessorList([chosen])
+            if params.temperature > 0:
+                processors.append(TemperatureLogitsWarper(float(params.temperature)))
+                if params.top_k:
+                    processors.append(TopKLogitsWarper(params.top_k))
+                if params.top_p < 1:
+                    processors.append(TopPLogitsWarper(params.top_p))
+                processors.append(_GumbelNoise([streams[row] for row in rows]))
+            processors.append(_Advance(progress))
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=left,
+                    eos_token_id=self._eos_ids,
+                    pad_token_id=self._pad_id,
+                    use_cache=True,
+                    return_dict_in_generate=True,
+                ),
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([_SomeEnded(self._eos_ids)]),
+                # Ranks do not wait for each other, because each has all weights while it samples
+                # (`opsdc.ranks.shard.gathered`).
+                synced_gpus=False,
+            )
+            new = output.sequences[:, ids.shape[1] :]
+            left -= new.shape[1]
+            of_rows = chosen.finish(new[:, -1]).tolist()
+            going_on = []
+            for i, (row, tokens) in enumerate(zip(rows, new.tolist(), strict=True)):
+                # Behind the first end-of-sequence token there is only padding.
+                end = next((k for k, token in enumerate(tokens) if token in self._eos_ids), None)
+                length = len(tokens) if end is None else end + 1
+                sampled[row] += tokens[:length]
+                logprobs[row] += of_rows[i][:length]
+                if end is None:
+                    going_on.append(i)
+            rows = [rows[i] for i in going_on]
+            select = torch.tensor(going_on, device=device)
+            ids = output.sequences[select]
+            mask = torch.cat([mask, torch.ones_like(new)], dim=1)[select]
+            cache = output.past_key_values
+            if rows and left > 0:
+                cache.batch_select_indices(select)
+        return [self._rollout(*row) for row in zip(requests, sampled, logprobs, strict=True)]
 
     def _rollout(self, request: Request, sampled: list[int], logprobs: list[float]) -> Rollout:
-        """Cut a row of a batch at its end-of-sequence token."""
-        # Behind the first end-of-sequence token there is only padding.
-        end = next((i for i, token in enumerate(sampled) if token in self._eos_ids), None)
-        length = len(sampled) if end is None else end + 1
         return Rollout(
             key=request.key,
             prompt_ids=request.prompt_ids,
-            response_ids=sampled[:length],
-            finished=end is not None,
+            response_ids=sampled,
+            finished=bool(sampled) and sampled[-1] in self._eos_ids,
             weights_version=self._version,
-            logprobs=logprobs[:length],
+            logprobs=logprobs,
         )
 
 
@@ -168,8 +196,8 @@ class _GumbelNoise(LogitsProcessor):
     argmax(z − log E) with E ~ Exp(1) is a draw from softmax(z).
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, streams: Sequence[torch.Generator]) -> None:
+        self._streams = streams
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         noise = torch.empty_like(scores, dtype=torch.float32)
@@ -204,6 +232,23 @@ class _ChosenLogprobs(LogitsProcessor):
         logits = self._logits.float()
         chosen = logits.gather(1, tokens[:, None])[:, 0]
         self._logprobs.append(chosen - logits.logsumexp(1))
+
+
+class _SomeEnded(StoppingCriteria):
+    """Ends a stage for all rows once a quarter of them, and one at least, have ended."""
+
+    def __init__(self, eos_ids: Sequence[int]) -> None:
+        self._eos_ids = eos_ids
+        self._ended: torch.Tensor | None = None
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any
+    ) -> torch.Tensor:
+        last = input_ids[:, -1]
+        ended = torch.isin(last, torch.tensor(self._eos_ids, device=last.device))
+        self._ended = ended if self._ended is None else self._ended | ended
+        enough = int(self._ended.sum()) >= max(len(last) // 4, 1)
+        return torch.full_like(ended, enough)
 
 
 class _Advance(LogitsProcessor):
