@@ -1,6 +1,7 @@
-"""Rows of files and datasets, and their columns read with every doubt an error.
+"""Rows of files and datasets, and the checks of what their columns hold.
 
-`where` in all functions is the place that errors name: "problems.jsonl, line 3".
+Every doubt about a value is a DataError. `where` is the place that the error names, such as
+"problems.jsonl, line 3".
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ from opsdc.data.text import text_fault
 from opsdc.errors import ConfigError, DataError
 
 FILE_TYPES = (".jsonl", ".json", ".parquet")
-# Written into the prompt next to control tokens, so nothing else may pass.
+"""These endings of `data.source` name a file; any other source is a dataset."""
+
 _ROLES = ("system", "user", "assistant")
+"""No other role may pass, because templates write roles next to control tokens."""
 
 
 def read_file(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, or row from 1, and its content) of a .jsonl, .json or .parquet file."""
+    """Yield the rows of a .jsonl, .json or .parquet file, each with its line or row number from 1.
+
+    Raises DataError for a file that is missing or not readable as its ending says.
+    """
     try:
         if path.suffix == ".parquet":
             yield from enumerate(_parquet(path), 1)
@@ -32,7 +38,7 @@ def read_file(path: Path) -> Iterator[tuple[int, Any]]:
                 # Bytes end lines at \n alone; text mode would also at characters inside strings.
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield number, _json(line, f"{path}, line {number}", "utf-8-sig")
+                        yield number, _parse_json(line, f"{path}, line {number}")
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}; check data.source") from error
     except OSError as error:
@@ -40,7 +46,10 @@ def read_file(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_dataset(source: str, split: str, options: Mapping[str, Any]) -> Iterator[Any]:
-    """Rows of a Hub dataset or of a local folder that `datasets.load_dataset` understands."""
+    """Return the rows of a Hub dataset or of a local folder, through `datasets.load_dataset`.
+
+    Raises DataError for a source that does not load, ConfigError for a reserved option.
+    """
     if Path(source).is_file():
         raise DataError(f"data.source {source}: files must end in {', '.join(FILE_TYPES)}")
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
@@ -50,18 +59,21 @@ def read_dataset(source: str, split: str, options: Mapping[str, Any]) -> Iterato
     import datasets
 
     try:
-        found = datasets.load_dataset(source, split=split, **options)
-    except Exception as error:  # Network, unknown name, split or option: whatever, it cannot load.
+        dataset = datasets.load_dataset(source, split=split, **options)
+    except Exception as error:  # Network, name, split and options fail in many different ways.
         raise DataError(
             f"data.source {source}, split {split}: datasets.load_dataset failed: {error}; check "
             "the name, data.split, data.options and the network, or give a file that ends in "
             f"{', '.join(FILE_TYPES)}"
         ) from error
-    return iter(found)
+    return iter(dataset)
 
 
 def column(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column, or None; a dot goes into a nested one unless a column has it."""
+    """Return the value of a column, or None.
+
+    A dot in the name leads into a nested column, unless a column has the dot in its own name.
+    """
     if name in row or "." not in name:
         return row.get(name)
     outer, inner = name.split(".", 1)
@@ -72,9 +84,10 @@ def column(row: Mapping[str, Any], name: str) -> Any:
 def pick(
     row: Mapping[str, Any], named: str | None, usual: Sequence[str], what: str, where: str
 ) -> tuple[str, Any]:
-    """Name and value of the named column, else of the first usual one that is not empty.
+    """Return name and value of the named column, else of the first usual one with a value.
 
-    Raises DataError, listing the columns that exist, where there is none.
+    `what` is the column's purpose, as in the setting `data.{what}_column`. Raises DataError,
+    listing the columns that exist, where there is no value.
     """
     for name in [named] if named is not None else usual:
         value = column(row, name)
@@ -88,7 +101,10 @@ def pick(
 
 
 def text(value: Any, where: str) -> str:
-    """A non-empty text without characters that no tokenizer takes."""
+    """Return a value that must be a non-empty text of characters that tokenizers take.
+
+    Raises DataError for anything else.
+    """
     if not isinstance(value, str):
         _wrong(value, "text", where)
     if fault := text_fault(value):
@@ -99,7 +115,10 @@ def text(value: Any, where: str) -> str:
 
 
 def chat(value: Any, where: str) -> tuple[dict[str, str], ...]:
-    """A text as one user turn, or a list of turns up to the last user turn."""
+    """Return a chat: a text as one user turn, or a list of turns up to its last user turn.
+
+    Raises DataError for other types and roles, and where no user turn is left at the end.
+    """
     if isinstance(value, str):
         return ({"role": "user", "content": text(value, where)},)
     if not isinstance(value, Sequence) or isinstance(value, bytes):
@@ -121,7 +140,10 @@ def chat(value: Any, where: str) -> tuple[dict[str, str], ...]:
 
 
 def number_or_text(value: Any, where: str) -> str:
-    """A text, or a number as text (70.0 is 70: a column with gaps turns integers into floats)."""
+    """Return a text, or a finite number as text; raise DataError for anything else.
+
+    70.0 becomes "70", because a column with gaps turns integers into floats.
+    """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise DataError(f"{where} is {value}; give a number, a text or nothing")
@@ -132,15 +154,19 @@ def number_or_text(value: Any, where: str) -> str:
 
 
 def _wrong(value: Any, expected: str, where: str) -> NoReturn:
+    """Raise the DataError for a value of another type, with its first 80 characters."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else f"{shown[:80]}..."
     raise DataError(f"{where} must be {expected}, not {type(value).__name__}: {shown}")
 
 
-def _json(raw: bytes, where: str, encoding: str) -> Any:
+def _parse_json(raw: bytes, where: str) -> Any:
+    """Parse JSON, with or without a byte order mark; refuse duplicate keys, NaN and Infinity."""
     try:
         return json.loads(
-            raw.decode(encoding), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
+            raw.decode("utf-8-sig"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_no_constant,
         )
     except UnicodeDecodeError as error:
         raise DataError(f"{where} is not UTF-8 at byte {error.start}; convert the file") from error
@@ -154,12 +180,12 @@ def _json(raw: bytes, where: str, encoding: str) -> Any:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found
+    return mapping
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -167,13 +193,13 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _json_array(path: Path) -> list[Any]:
-    found = _json(path.read_bytes(), str(path), "utf-8-sig")
-    if not isinstance(found, list):
+    rows = _parse_json(path.read_bytes(), str(path))
+    if not isinstance(rows, list):
         raise DataError(
-            f"{path} must hold an array of objects, not {type(found).__name__}; one object per "
+            f"{path} must hold an array of objects, not {type(rows).__name__}; one object per "
             "line goes into a .jsonl file"
         )
-    return found
+    return rows
 
 
 def _parquet(path: Path) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Problems with both of their prompts: what is trained on and what is held out."""
+"""Problems with both of their prompts, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opsdc.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
-    """A problem and what student and teacher are asked."""
+    """A problem and its two prompts."""
 
     problem: Problem
     prompts: PromptPair
@@ -43,7 +43,7 @@ class PromptedSet:
         return self._prompted(self._problems[index])
 
     def batch(self, step: int, size: int) -> list[Prompted]:
-        """The problems of a step: a pure function of (seed, step)."""
+        """Return the problems of a step with their prompts; see `ProblemSet.batch`."""
         return [self._prompted(p) for p in self._problems.batch(step, size)]
 
     def _prompted(self, problem: Problem) -> Prompted:
@@ -57,32 +57,33 @@ class PromptedSet:
         return Prompted(problem, prompts)
 
     def within_limit(self, name: str) -> PromptedSet:
-        """Without the problems whose prompts are longer than `prompt.max_tokens`; says how many.
+        """Return this set without problems whose prompts are longer than `prompt.max_tokens`.
 
-        Cutting a prompt would cut the instruction or the question, so none is ever cut.
+        Cutting a prompt would cut the instruction or the question, so none is ever cut. Standard
+        error says how many problems are dropped; DataError is raised where that leaves none.
         """
         limit = self._config.max_tokens
-        kept, longest = [], 0
+        short_enough, longest = [], 0
         for i in tqdm(range(len(self)), desc=f"{name} prompts", leave=False, delay=2):
             item = self[i]
             n = max(len(item.prompts.student_ids), len(item.prompts.teacher_ids))
             longest = max(longest, n)
             if n <= limit:
-                kept.append(item.problem)
-        dropped = len(self) - len(kept)
+                short_enough.append(item.problem)
+        dropped = len(self) - len(short_enough)
         if dropped:
             print(
                 f"{name}: dropped {dropped} of {len(self)} problems whose prompt is longer than "
                 f"prompt.max_tokens {limit} (longest: {longest})",
                 file=sys.stderr,
             )
-        if dropped and not kept:
+        if dropped and not short_enough:
             raise DataError(
                 f"every {name} prompt is longer than prompt.max_tokens {limit}; raise it to at "
                 f"least {longest} or shorten prompt.instruction"
             )
         return PromptedSet(
-            ProblemSet(kept, seed=self._problems.seed), self._tokenizer, self._config
+            ProblemSet(short_enough, seed=self._problems.seed), self._tokenizer, self._config
         )
 
 
@@ -92,10 +93,10 @@ def prompted_sets(
     train_rows: Sequence[Mapping[str, Any]] | None = None,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[PromptedSet, PromptedSet]:
-    """Training and held-out problems, from rows where given, else from `data.source`.
+    """Return the training and the held-out set, from rows where given, else from `data.source`.
 
-    Without `eval_rows` the held-out problems are split off: `data.eval_size` of them.
-    Raises DataError.
+    Without `eval_rows`, `data.eval_size` problems are held out from the others. Raises DataError
+    where too few problems are left to fill a step, and the errors of `load_problems`.
     """
     data = config.data
 
@@ -109,9 +110,9 @@ def prompted_sets(
         )
 
     if train_rows is not None:
-        everything = from_rows(train_rows, "train_dataset")
+        problems = from_rows(train_rows, "train_dataset")
     else:
-        everything = load_problems(
+        problems = load_problems(
             data.source,
             split=data.split,
             options=data.options,
@@ -120,9 +121,9 @@ def prompted_sets(
             seed=config.seed,
         )
     if eval_rows is not None:
-        train, held_out = everything, from_rows(eval_rows, "eval_dataset")
+        train, held_out = problems, from_rows(eval_rows, "eval_dataset")
     else:
-        train, held_out = everything.split(data.eval_size)
+        train, held_out = problems.split(data.eval_size)
     training = PromptedSet(train, tokenizer, config.prompt).within_limit("training")
     if len(training) < config.rollout.prompts_per_step:
         raise DataError(

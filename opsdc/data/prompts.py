@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from opsdc.data.problem import Problem
 
 Messages = Sequence[dict[str, str]]
+"""A chat: its turns, each with "role" and "content"."""
 
 
 @dataclass(frozen=True)
 class PromptPair:
-    """What student and teacher are asked, as token ids and as the text they stand for."""
+    """The prompts of student and teacher, as token ids and as the text they stand for."""
 
     student_ids: list[int]
     teacher_ids: list[int]
@@ -52,7 +53,7 @@ class PromptPair:
 
 
 def load_instruction(spec: str) -> str:
-    """The text of "P1" or "P2" (the paper's two instructions), of a file, or `spec` itself.
+    """Return the text of "P1" or "P2" (the paper's two instructions), of a file, or `spec` itself.
 
     Raises ConfigError for an empty text, a single word that names no file (P3, a mistyped path),
     or a file that is not UTF-8 text.
@@ -82,7 +83,7 @@ def load_instruction(spec: str) -> str:
 
 
 def instructed(text: str, instruction: str) -> str:
-    """A user turn with the instruction in front; a DAPO prompt's opening sentence gives way."""
+    """Return a user turn with the instruction in front, in the place of DAPO's opening sentence."""
     return f"{instruction}\n\n{text.removeprefix(DAPO_OPENING)}"
 
 
@@ -94,12 +95,12 @@ def build_prompts(
     placement: str = "user",
     enable_thinking: bool | None = None,
 ) -> PromptPair:
-    """Both prompts of a problem, each ending where the response begins.
+    """Make both prompts of a problem, each ending where the response begins.
 
     Args:
-        instruction: the text itself, see `load_instruction`.
-        placement: "user" or "system"; has no effect on a problem with its own teacher_messages.
-        enable_thinking: passed to the chat template on both sides; None: not passed.
+        instruction: The text itself, as from `load_instruction`.
+        placement: "user" or "system"; without effect on a problem that has `teacher_messages`.
+        enable_thinking: Passed to the chat template on both sides, unless it is None.
 
     For text without control tokens the ids are those of `tokenizer.apply_chat_template`.
 
@@ -108,12 +109,11 @@ def build_prompts(
     """
     if placement not in ("user", "system"):
         raise ConfigError(f"prompt.placement must be user or system, not {placement!r}")
-    for given in (problem.messages, problem.teacher_messages):
-        if given is not None and (not given or given[-1]["role"] != "user"):
+    for messages in (problem.messages, problem.teacher_messages):
+        if messages is not None and (not messages or messages[-1]["role"] != "user"):
             raise DataError(f"problem {problem.id}: the last message must be a user turn")
-    if problem.teacher_messages is not None:
-        teacher_messages: Messages = problem.teacher_messages
-    else:
+    teacher_messages = problem.teacher_messages
+    if teacher_messages is None:
         teacher_messages = _teacher_messages(problem.messages, instruction, placement)
     options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
     ids, texts, suffixes = [], [], []
@@ -134,7 +134,10 @@ def build_prompts(
     return PromptPair(ids[0], ids[1], texts[0], texts[1])
 
 
-def _teacher_messages(messages: Messages, instruction: str, placement: str) -> Messages:
+def _teacher_messages(
+    messages: tuple[dict[str, str], ...], instruction: str, placement: str
+) -> tuple[dict[str, str], ...]:
+    """Return the student's chat with the instruction placed in it."""
     if placement == "system":
         first, rest = messages[0], messages[1:]
         if first["role"] != "system":
@@ -148,13 +151,17 @@ def _teacher_messages(messages: Messages, instruction: str, placement: str) -> M
 def _render(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], where: str
 ) -> tuple[list[str], str]:
-    """The prompt, cut inside every control token that its messages spell out; and its suffix."""
+    """Return the prompt's text in pieces, and the suffix behind its last user turn.
+
+    The pieces are cut inside every control token that a message spells out. Two characters that
+    nothing else here uses go through the template as any letter does: `cut` stands where to cut,
+    `end` where the last message ends.
+    """
     for message in messages:
         if fault := text_fault(message["content"]):
             raise DataError(f"{where} holds {fault}; remove it from the data")
     template = _chat_template(tokenizer)
     control = _control_tokens(tokenizer, template)
-    # Two characters that nothing else here uses: templates copy them as they copy any letter.
     used = set(template).union(*(message["content"] for message in messages))
     free = (chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used)
     cut, end = next(free), next(free)
@@ -162,11 +169,11 @@ def _render(
         {"role": message["role"], "content": _cut(message["content"], control, cut)}
         for message in messages
     ]
-    body = prepared[-1]["content"]
-    kept = body.rstrip()
-    # Before trailing blanks, which templates may strip.
-    trailing = body[len(kept) :]
-    prepared[-1]["content"] = kept + end + trailing
+    # The end is marked before trailing blanks, because templates may strip those.
+    content = prepared[-1]["content"]
+    body = content.rstrip()
+    trailing = content[len(body) :]
+    prepared[-1]["content"] = body + end + trailing
     try:
         rendered = tokenizer.apply_chat_template(
             prepared, tokenize=False, add_generation_prompt=True, **options
@@ -189,10 +196,10 @@ def _render(
 
 
 def _cut(text: str, control: re.Pattern[str] | None, mark: str) -> str:
-    """`mark` inside every occurrence of a control token, overlapping ones included."""
+    """Put `mark` inside every occurrence of a control token, overlapping ones included."""
     cuts: list[int] = []
-    for found in control.finditer(text) if control else ():
-        start, stop = found.span(1)
+    for spelling in control.finditer(text) if control else ():
+        start, stop = spelling.span(1)
         if not (cuts and start < cuts[-1] < stop):
             cuts.append(start + 1)
     edges = [0, *cuts, len(text)]
@@ -200,7 +207,7 @@ def _cut(text: str, control: re.Pattern[str] | None, mark: str) -> str:
 
 
 def _encode(pieces: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
-    """Token ids in which control tokens come from the chat template alone.
+    """Encode pieces so that control tokens come from the chat template alone.
 
     A tokenizer looks for control tokens before anything else, so each of them splits the text.
     Text cut inside a control token that a message spells out therefore cannot form it, and the
@@ -213,7 +220,7 @@ def _encode(pieces: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -
     if len(pieces) > 1:
         # Some tokenizers (sentencepiece) put a space before every piece.
         whole = tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]
-        if _read(ids, tokenizer) != _read(whole, tokenizer):
+        if _decode(ids, tokenizer) != _decode(whole, tokenizer):
             raise DataError(
                 f"{where} spells out a control token of the model, and this tokenizer cannot "
                 "encode that as ordinary text; remove it from the data"
@@ -221,7 +228,7 @@ def _encode(pieces: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -
     return ids
 
 
-def _read(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
@@ -236,7 +243,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str] | None:
-    """Finds spelled-out control tokens: special ones, and others that the template itself writes.
+    """Return a pattern of spelled-out control tokens: special ones, and those the template writes.
 
     Some models' turn markers are added tokens without the special flag. Added tokens that are
     neither (runs of blanks, HTML tags) are text and stay what they are.
@@ -254,7 +261,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pat
 
 @lru_cache(maxsize=8)
 def _any_of(names: tuple[str, ...]) -> re.Pattern[str] | None:
-    # Looks ahead, so that overlapping spellings are found too.
+    # A look-ahead takes no characters, so overlapping spellings match too.
     return re.compile(f"(?=({'|'.join(map(re.escape, names))}))") if names else None
 
 

@@ -1,4 +1,4 @@
-"""Where problems come from, and in which order they are used.
+"""Sources of problems: files, datasets, procedural tasks and rows in memory.
 
 Sources: a .jsonl, .json or .parquet file; a Hub dataset (or a local dataset folder); a procedural
 task, `reasoning_gym:TASK`; the demo's `embedded:word_sums`. Columns, the first that exists unless
@@ -30,9 +30,16 @@ from opsdc.data.word_sums import word_sums
 from opsdc.errors import ConfigError, DataError
 
 _PROMPT_COLUMNS = ("messages", "prompt", "problem", "question")
+"""The prompt is looked for in these columns, in this order, unless one is named."""
+
 _ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
+"""The answer is looked for in these columns, in this order, unless one is named."""
+
 _GYM = "reasoning_gym:"
+"""The name of a procedural task follows this prefix."""
+
 _EMBEDDED = "embedded:word_sums"
+"""This source is the demo's own problems."""
 
 
 def load_problems(
@@ -44,12 +51,12 @@ def load_problems(
     answer_column: str | None,
     seed: int,
 ) -> ProblemSet:
-    """All problems of a source; see the module's docstring for sources and columns.
+    """Load all problems of a source; the module's docstring names sources and columns.
 
     Args:
-        split: of a Hub dataset; None: train. Nothing else has one.
-        options: passed on to `datasets.load_dataset` or to the reasoning-gym task (`size` and its
-            own settings; the seed is ours). `prompt_template`, for every source: a text in which
+        split: The split of a Hub dataset; None means train. No other source has one.
+        options: Passed on to `datasets.load_dataset` or to the reasoning-gym task (`size` and its
+            own settings, but for the seed). `prompt_template`, for every source, is a text in which
             {problem} stands for the problem, or DAPO or DAPO-no-reminder, the paper's training and
             evaluation prompts.
 
@@ -67,7 +74,7 @@ def load_problems(
     numbered: Iterable[tuple[int, Any]]
     if source == _EMBEDDED:
         unit, name = "row", "word_sums"
-        numbered = enumerate(_word_sums(split, options, seed), 1)
+        numbered = enumerate(_word_sum_rows(split, options, seed), 1)
     elif path.suffix in columns.FILE_TYPES:
         if options or split is not None:
             given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
@@ -78,8 +85,8 @@ def load_problems(
         unit, split = "row", split or "train"
         numbered = enumerate(columns.read_dataset(source, split, options), 1)
         name = f"{source}:{split}"
-    found = _problems(numbered, source, name, unit, prompt_column, answer_column, layout)
-    return ProblemSet(found, seed=seed)
+    problems = _make_problems(numbered, source, name, unit, prompt_column, answer_column, layout)
+    return ProblemSet(problems, seed=seed)
 
 
 def problems_from_rows(
@@ -90,16 +97,18 @@ def problems_from_rows(
     answer_column: str | None,
     seed: int,
 ) -> ProblemSet:
-    """Problems of rows in memory (a list of mappings, a `datasets.Dataset`); `origin` names them.
+    """Make problems of rows in memory: a list of mappings or a `datasets.Dataset`.
 
-    Columns and errors as in `load_problems`.
+    `origin` names them in ids and errors. Columns and errors are those of `load_problems`.
     """
-    numbered = enumerate(rows, 1)
-    found = _problems(numbered, origin, origin, "row", prompt_column, answer_column, _layout(None))
-    return ProblemSet(found, seed=seed)
+    layout = _layout(None)
+    problems = _make_problems(
+        enumerate(rows, 1), origin, origin, "row", prompt_column, answer_column, layout
+    )
+    return ProblemSet(problems, seed=seed)
 
 
-def _problems(
+def _make_problems(
     numbered: Iterable[tuple[int, Any]],
     source: str,
     name: str,
@@ -108,7 +117,11 @@ def _problems(
     answer_column: str | None,
     layout: Callable[[str], str],
 ) -> list[Problem]:
-    found = []
+    """Make a problem of every numbered row.
+
+    Errors name a row as "{source}, {unit} {number}", ids as "{name}:{number}".
+    """
+    problems = []
     for number, row in numbered:
         where = f"{source}, {unit} {number}"
         if not isinstance(row, Mapping):
@@ -117,7 +130,7 @@ def _problems(
         messages = _laid_out(columns.chat(value, f"{where}, column {column}"), layout)
         teacher = row.get("teacher_prompt")
         place = f"{where}, column teacher_prompt"
-        found.append(
+        problems.append(
             Problem(
                 id=f"{name}:{number}",
                 messages=messages,
@@ -125,23 +138,24 @@ def _problems(
                 teacher_messages=None if teacher is None else columns.chat(teacher, place),
             )
         )
-    if not found:
+    if not problems:
         raise DataError(f"{source} holds no problems; check data.source and data.split")
-    return found
+    return problems
 
 
 def _answer(row: Mapping[str, Any], answer_column: str | None, where: str) -> str | None:
+    """Return a row's answer as text; None where no column holds one and none is named."""
     if answer_column is None and all(columns.column(row, c) is None for c in _ANSWER_COLUMNS):
         return None
     column, value = columns.pick(row, answer_column, _ANSWER_COLUMNS, "answer", where)
     answer = columns.number_or_text(value, f"{where}, column {column}")
-    # A worked solution: the answer is in its last box (MATH) or behind #### (GSM8K).
+    # In a worked solution the answer is in the last box (MATH) or behind #### (GSM8K).
     _, mark, behind = answer.rpartition("####")
     return last_boxed(answer) or (behind.strip() if mark else "") or answer
 
 
 def _layout(template: Any) -> Callable[[str], str]:
-    """How `prompt_template` turns a problem's text into the user turn."""
+    """Return the function that turns a problem's text into the user turn."""
     if template is None:
         return lambda problem: problem
     if template == "DAPO":
@@ -159,6 +173,7 @@ def _layout(template: Any) -> Callable[[str], str]:
 def _laid_out(
     messages: tuple[dict[str, str], ...], layout: Callable[[str], str]
 ) -> tuple[dict[str, str], ...]:
+    """Return a chat with its last turn in the layout."""
     last = messages[-1]
     return (*messages[:-1], {**last, "content": layout(last["content"])})
 
@@ -166,6 +181,7 @@ def _laid_out(
 def _gym_problems(
     task: str, options: dict[str, Any], layout: Callable[[str], str], seed: int
 ) -> list[Problem]:
+    """Make the problems of a reasoning-gym task."""
     try:
         import reasoning_gym
     except ImportError as error:
@@ -183,11 +199,11 @@ def _gym_problems(
             f"data.source {_GYM}{task} with data.options {options}: {error or repr(error)}; "
             "check the task's name and its settings in reasoning-gym's gallery"
         ) from error
-    found = []
+    problems = []
     for i, row in enumerate(rows):
         where = f"{_GYM}{task}, problem {i}"
         answer = row["answer"]
-        found.append(
+        problems.append(
             Problem(
                 id=f"{task}:{seed}:{i}",
                 messages=_laid_out(columns.chat(row["question"], where), layout),
@@ -195,12 +211,13 @@ def _gym_problems(
                 entry={"task": task, "options": options, "index": i},
             )
         )
-    if not found:
+    if not problems:
         raise DataError(f"{_GYM}{task} makes no problems; set data.options.size above 0")
-    return found
+    return problems
 
 
-def _word_sums(split: str | None, options: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+def _word_sum_rows(split: str | None, options: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Return the rows of the demo's problems; the only option is `size`."""
     size = options.pop("size", 500)
     if split is not None or options:
         given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"

@@ -1,38 +1,39 @@
-r"""What may stand in a text, what is found in one, and the paper's fixed wordings."""
+r"""Texts: the paper's fixed wordings, characters that none may hold, the last \boxed answer."""
 
 from __future__ import annotations
 
 import re
 
 DAPO_OPENING = "Solve the following math problem step by step. "
-
+"""A DAPO prompt begins with this sentence, which gives way to the teacher's instruction."""
 
 DAPO_FORMAT = (
     "The last line of your response should be of the form Answer: $Answer (without quotes) where "
     "$Answer is the answer to the problem."
 )
-
+"""The opening is followed by these words, on the same line."""
 
 DAPO_REMINDER = 'Remember to put your answer on its own line after "Answer:".'
+"""The paper's training prompts end in this line."""
 
 
 def dapo_prompt(question: str, *, reminder: bool = True) -> str:
-    """The paper's student prompt; its evaluations leave the reminder out."""
+    """Return the paper's student prompt; its evaluations leave the reminder out."""
     parts = [DAPO_OPENING + DAPO_FORMAT, question]
     return "\n\n".join([*parts, DAPO_REMINDER] if reminder else parts)
 
 
 def text_fault(text: str) -> str | None:
-    """What no prompt may hold, in words, or None."""
+    """Name the first kind of character in a text that no prompt may hold, or return None."""
     if "\0" in text:
         return "a NUL character"
-    if found := re.search("[\ud800-\udfff]", text):
-        return f"a lone surrogate (U+{ord(found[0]):04X}, not a character)"
+    if surrogate := re.search("[\ud800-\udfff]", text):
+        return f"a lone surrogate (U+{ord(surrogate[0]):04X}, not a character)"
     return None
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} or \fbox{...} whose braces close, or None."""
+    r"""Return the content of the last \boxed{...} or \fbox{...} whose braces close, or None."""
     open_groups: list[int | None] = []
     start, content = -1, None
     for token in _BOX_TOKEN.finditer(text):
@@ -47,5 +48,5 @@ def last_boxed(text: str) -> str | None:
     return content
 
 
-# An escaped brace (\{) is a character, not a group.
+# Parts of a text that open or close a group; an escaped brace (\{) is a character and no group.
 _BOX_TOKEN = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)

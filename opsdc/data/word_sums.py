@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+# Each problem fills one of the sentences with a name, a thing and two numbers, of which the first
+# is the larger one.
 _NAMES = ("Anna", "Ben", "Clara", "David", "Ella", "Finn", "Grace", "Hugo", "Ida", "Jonas")
 _THINGS = ("apples", "books", "coins", "eggs", "flowers", "marbles", "pencils", "stamps", "toys")
 _MORE = (
@@ -22,7 +24,7 @@ _LESS = (
 
 
 def word_sums(size: int, seed: int) -> list[dict[str, Any]]:
-    """`size` different problems as rows with `problem` and `answer`; a pure function of the seed.
+    """Return `size` different problems as rows with `problem` and `answer`, drawn by the seed.
 
     Numbers are 1 to 20. Raises ValueError for more problems than a quarter of those that exist.
     """
