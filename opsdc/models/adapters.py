@@ -12,6 +12,10 @@ from opsdc.errors import ModelError
 
 
 def with_adapter(model: PreTrainedModel, lora: LoRAConfig) -> Any:
+    """Wrap a model in a new LoRA adapter; only the adapter's parameters are trained.
+
+    Raises ModelError where peft is missing or the adapter would sit on the head.
+    """
     try:
         import peft
     except ImportError as error:
@@ -37,10 +41,10 @@ def with_adapter(model: PreTrainedModel, lora: LoRAConfig) -> Any:
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def architecture(model: Any) -> str:
-    """The name of the transformers class, which FSDP replaces by a class of its own."""
+    """Return the name of the model's transformers class, without the prefix that FSDP gives it."""
     return type(unwrap(model)).__name__.removeprefix("FSDP")

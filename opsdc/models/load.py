@@ -1,4 +1,4 @@
-"""Loading a causal language model, its hidden states at chosen positions, and its head."""
+"""Loading, preparing and saving of causal language models and their tokenizers."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from opsdc.models import demo_model, quantize
 from opsdc.models.adapters import architecture, unwrap, with_adapter
 from opsdc.models.faster_layers import compile_layers, use_liger
 
-# A bar per folder that is read or written would drown our own lines.
+# One bar for every folder read or written would hide this program's own lines.
 transformers_logging.disable_progress_bar()
 
-# Attention kernels that skip the blocks of other sequences; the rest would pay T² for a packed row.
 VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Only these attention kernels skip other sequences' blocks; the rest cost T² on a packed row."""
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model; its chat template makes both prompts."""
+    """Load the model's tokenizer, whose chat template makes both prompts; raises ModelError."""
     try:
         return AutoTokenizer.from_pretrained(
             demo_model.resolve(config.name_or_path),
@@ -51,12 +51,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Text of a response without control tokens, for scorers and people; never re-tokenized."""
+    """Return a response's text without control tokens, for scorers and people.
+
+    It is never tokenized again: training uses the sampled ids.
+    """
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
-def architecture_of(name: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """The model's config from a config.json, a model folder, our table, or the Hub.
+def load_architecture(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """Load an architecture's config, by a name of our table, a config.json, a folder or a Hub name.
 
     Raises ModelError, asking for a config.json, where it cannot be read.
     """
@@ -76,9 +79,9 @@ def architecture_of(name: str, *, revision: str | None = None) -> PreTrainedConf
 
 
 def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreTrainedModel:
-    """Load by transformers. Parameters that will be trained are float32, whatever `dtype` says.
+    """Load the model that the settings name, or the same one from a checkpoint's `folder`.
 
-    `folder` loads the same model from a checkpoint's folder instead.
+    Parameters that will be trained are float32, whatever `dtype` says. Raises ModelError.
     """
     trained_whole = config.lora is None
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -90,8 +93,8 @@ def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreT
     place = str(folder) if folder is not None else demo_model.resolve(config.name_or_path)
     revision = None if folder is not None else config.revision
     try:
-        # The commit that a branch or tag is now: what is loaded, and what is recorded. None for a
-        # plain folder.
+        # A branch or tag is resolved to its commit, so that the record names what is loaded. A
+        # plain folder has none.
         commit = extract_commit_hash(cached_file(place, "config.json", revision=revision), None)
         model = AutoModelForCausalLM.from_pretrained(place, revision=commit or revision, **kwargs)
         model.config._commit_hash = commit
@@ -129,7 +132,10 @@ def receive_model(
 
 
 def load_trained(config: ModelConfig, folder: str | Path) -> Any:
-    """The model that a run left in `folder`: whole, or the base with the adapter in it."""
+    """Load the model that a run left in `folder`: whole, or the base with the adapter on it.
+
+    Raises ModelError where there is no such folder.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"no trained model in {folder}: has the run ended?")
@@ -141,7 +147,7 @@ def load_trained(config: ModelConfig, folder: str | Path) -> Any:
 
 
 def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Attach the adapter, choose the layers' kernels and their checkpointing, by the config."""
+    """Attach the adapter, set the layers' kernels and their checkpointing, as the settings say."""
     if config.quantize is not None:
         quantize.check(model)
         quantize.compute_in_training_precision(model)
@@ -157,7 +163,7 @@ def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
 
 
 def describe(model: Any) -> dict[str, Any]:
-    """What a run records of its model."""
+    """Return what a run records of its model."""
     base = unwrap(model)
     return {
         "architecture": architecture(model),
@@ -169,7 +175,7 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def save_weights(model: Any, folder: str | Path) -> None:
-    """An ordinary Hugging Face folder: the whole model, or the adapter alone with LoRA."""
+    """Write an ordinary Hugging Face folder: the whole model, or the adapter alone with LoRA."""
     model.save_pretrained(str(folder))
 
 
@@ -182,26 +188,28 @@ def load_weights(model: Any, folder: str | Path) -> None:
     if hasattr(model, "peft_config"):
         import peft
 
-        # Not peft's own loader: it looks for what a folder lacks on the Hub, pickles included.
+        # peft's own loader would look on the Hub for what a folder lacks, pickles included.
         adapter = load_file(Path(folder) / "adapter_model.safetensors")
         _none_missing(peft.get_peft_model_state_dict(model).keys() - adapter.keys())
         peft.set_peft_model_state_dict(model, adapter)
         return
     # Without use_safetensors a folder that has no safetensors would be unpickled.
-    saved, found = type(model).from_pretrained(
+    saved, loading_info = type(model).from_pretrained(
         str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
-    # transformers fills them with random numbers.
-    _none_missing(found["missing_keys"])
-    own = dict(model.named_parameters())
+    # transformers fills missing tensors with random numbers.
+    _none_missing(loading_info["missing_keys"])
+    parameters = dict(model.named_parameters())
     for name, parameter in saved.named_parameters():
-        if own[name].shape != parameter.shape:
+        target = parameters[name]
+        if target.shape != parameter.shape:
             raise ValueError(
-                f"{name} has shape {list(parameter.shape)} there, {list(own[name].shape)} here"
+                f"{name} has shape {list(parameter.shape)} there, {list(target.shape)} here"
             )
-        own[name].copy_(parameter)
+        target.copy_(parameter)
 
 
 def _none_missing(names: Collection[str]) -> None:
+    """Raise KeyError where names of missing tensors are given."""
     if names:
         raise KeyError(f"{len(names)} tensors are missing, {min(names)} for one")

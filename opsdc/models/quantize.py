@@ -1,8 +1,8 @@
 """The frozen base of an adapter in 4 bits (QLoRA, arXiv 2305.14314): NF4, by bitsandbytes.
 
-Every linear layer but the head is kept as 4-bit codes with scales of 64 weights each, which are
-themselves in 8 bits, and is multiplied as if it were dequantized to `model.dtype`. Embedding, norms
-and head stay in that dtype: the loss's head is exact.
+Every linear layer but the head is kept as 4-bit codes. Each 64 weights share a scale, which is kept
+in 8 bits itself. Products are those of the weights dequantized to `model.dtype`. Embedding, norms
+and head stay in that dtype, so the loss sees an exact head.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from transformers import BitsAndBytesConfig
 from opsdc.errors import ModelError
 
 BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""of one weight: its code, its share of an 8-bit scale, and of that one's float32 scale"""
+"""A weight takes these bytes: its code and its shares of the 8-bit and the float32 scale."""
 
 
 def loading_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What transformers loads such a base with; raises ModelError where it cannot."""
+    """Return the settings by which transformers loads such a base.
+
+    Raises ModelError where bitsandbytes is missing.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError('model.quantize nf4 needs bitsandbytes: pip install "opsdc[qlora]"')
     return BitsAndBytesConfig(
@@ -48,8 +51,8 @@ def check(model: Any) -> None:
 def compute_in_training_precision(model: Any) -> None:
     """Keep the layers from a shortcut on CPUs with AVX-512.
 
-    Called without gradients, as for sampling, they would repack their weights for good, and from
-    then on compute in bfloat16 and give their inputs no gradient, without a word.
+    A layer that takes it, when called without gradients as for sampling, repacks its weights for
+    good. From then on it computes in bfloat16 and gives its input no gradient, without a warning.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -57,18 +60,18 @@ def compute_in_training_precision(model: Any) -> None:
 
 
 def quantized(model: Any) -> dict[str, torch.nn.Parameter]:
-    """The 4-bit weights by name."""
+    """Return the 4-bit weights by name."""
     return {n: p for n, p in model.named_parameters() if hasattr(p, "quant_state")}
 
 
 def elements(parameter: torch.Tensor) -> int:
-    """Weights that a parameter stands for, packed or not."""
+    """Count the weights that a parameter stands for, packed or not."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
 def dequantize(parameter: Any) -> torch.Tensor:
-    """The float32 values that a 4-bit weight stands for."""
+    """Return the float32 values that a 4-bit weight stands for, [out, in]."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(parameter.data, parameter.quant_state).float()

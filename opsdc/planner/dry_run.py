@@ -24,7 +24,7 @@ from transformers import (
 
 from opsdc.config.settings import OPSDCConfig
 from opsdc.models import demo_model
-from opsdc.models.load import architecture_of, load_model
+from opsdc.models.load import load_architecture, load_model
 from opsdc.planner.activations import shallower
 from opsdc.planner.plan import report
 
@@ -51,7 +51,7 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
     print(report(config, memory_bytes=memory, gpus=1, tflops=600.0)[1], flush=True)
 
     tokenizer, whose = _tokenizer(config.model.name_or_path)
-    shape = architecture_of(config.model.name_or_path, revision=config.model.revision)
+    shape = load_architecture(config.model.name_or_path, revision=config.model.revision)
     twin = twin_of(shape, tokenizer)
     print(f"\none step of a twin: {type(twin).__name__}, two layers, {whose}", flush=True)
     if config.rollout.engine != "hf":

@@ -23,7 +23,7 @@ from opsdc.config.settings import LoRAConfig, ModelConfig, OPSDCConfig
 from opsdc.errors import ConfigError
 from opsdc.models.adapters import unwrap
 from opsdc.models.head import read_head
-from opsdc.models.load import VARIABLE_LENGTH, architecture_of
+from opsdc.models.load import VARIABLE_LENGTH, load_architecture
 from opsdc.models.quantize import BYTES, elements
 from opsdc.planner.activations import activations, on_meta, read_architecture, read_model
 from opsdc_kernels import plan as kernels
@@ -276,7 +276,7 @@ def make_plan(
     if memory_bytes is None:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if architecture is None:
-        architecture = architecture_of(config.model.name_or_path, revision=config.model.revision)
+        architecture = load_architecture(config.model.name_or_path, revision=config.model.revision)
     shape = architecture.to_json_string(use_diff=False)
     sizes = _sizes(shape, json.dumps(dataclasses.asdict(config.model)))
     # Neither changes what is traced, so that one trace serves.

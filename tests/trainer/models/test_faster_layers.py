@@ -69,11 +69,11 @@ _PATCHED = """
 import torch
 from transformers import AutoModelForCausalLM
 from opsdc.models.faster_layers import patch
-from opsdc.models.load import architecture_of
+from opsdc.models.load import load_architecture
 from opsdc.planner.activations import shallower
 
 with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(shallower(architecture_of("Qwen/Qwen3-8B"), 2))
+    model = AutoModelForCausalLM.from_config(shallower(load_architecture("Qwen/Qwen3-8B"), 2))
 loss = model.forward
 patch(model)
 assert model.forward == loss

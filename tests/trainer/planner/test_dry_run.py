@@ -6,7 +6,7 @@ from transformers import GPT2Config
 
 from opsdc.cli import main
 from opsdc.config.yaml_file import recipe_names
-from opsdc.models.load import architecture_of
+from opsdc.models.load import load_architecture
 from opsdc.planner.dry_run import twin_of
 
 
@@ -22,7 +22,7 @@ def test_recipes_run_dry_without_a_network(recipe, tmp_path, monkeypatch, capsys
 
 
 def test_a_twin_is_the_architecture_in_small():
-    twin = twin_of(architecture_of("Qwen/Qwen3-8B"), byte_tokenizer())
+    twin = twin_of(load_architecture("Qwen/Qwen3-8B"), byte_tokenizer())
     assert type(twin).__name__ == "Qwen3ForCausalLM"
     assert len(twin.model.layers) == 2
     assert twin.lm_head.weight is not twin.model.embed_tokens.weight

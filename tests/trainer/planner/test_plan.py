@@ -15,7 +15,7 @@ from opsdc.cli import main
 from opsdc.config.settings import LoRAConfig, ModelConfig, OPSDCConfig
 from opsdc.config.yaml_file import recipe_names
 from opsdc.errors import ConfigError, ModelError
-from opsdc.models.load import architecture_of
+from opsdc.models.load import load_architecture
 from opsdc.planner.activations import _trace, activations, on_meta
 from opsdc.planner.plan import make_plan, parse_bytes, sizes_of
 
@@ -181,7 +181,7 @@ CARDS = {
 @pytest.mark.parametrize("name", CARDS)
 def test_known_architectures_have_the_parameters_of_their_cards(name):
     settings = ModelConfig(dtype="bfloat16")
-    sizes = sizes_of(on_meta(architecture_of(name), settings), settings)
+    sizes = sizes_of(on_meta(load_architecture(name), settings), settings)
     total, rest = CARDS[name]
     embeddings = sizes.head * (1 if sizes.tied else 2)
     assert sizes.trained / 1e9 == pytest.approx(total, rel=0.03)
@@ -215,7 +215,7 @@ def test_other_bytes_are_refused(text):
 def test_a_model_without_a_config_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"config\.json"):
-        architecture_of("./no/such/folder")
+        load_architecture("./no/such/folder")
 
 
 def test_the_command_says_whether_it_fits(tiny_folder, capsys):
