@@ -1,1 +1,1 @@
-"""Samplers: what they take and give, and the engines behind them."""
+"""Samplers and the engines behind them."""

@@ -1,4 +1,7 @@
-"""What every sampler takes and gives. A response is the ids that were sampled, never text."""
+"""The contract of samplers, and how a step asks them, checks their answers and records them.
+
+A response is the ids that were sampled, never text.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +26,24 @@ from opsdc.record.lines import peak_mib
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How to sample; nothing is taken from the model folder's generation config."""
+    """Settings of sampling; nothing is taken from the model folder's generation config."""
 
     max_new_tokens: int
     temperature: float = 1.0
-    """0 is greedy."""
+    """Logits are divided by it; 0 is greedy."""
     top_p: float = 1.0
     top_k: int = 0
-    """0 is off."""
+    """Only this many tokens may be sampled; 0 is all."""
     batch_size: int = 32
+    """The hf engine samples this many responses at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One response to sample."""
+    """A request for one response."""
 
     key: str
-    """Names the random stream: equal (seed, key) draw equal noise in any batch or process."""
+    """The random stream's name: equal (seed, key) draw equal noise in any batch or process."""
     prompt_ids: Sequence[int]
 
 
@@ -50,34 +54,36 @@ class Rollout:
     key: str
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
-    """As sampled, the end-of-sequence token included where the model emitted one."""
+    """The ids as sampled, with the end-of-sequence token where the model emitted one."""
     finished: bool
-    """Ended by an end-of-sequence token, not by the cap."""
+    """True where an end-of-sequence token ended it, not the limit of tokens."""
     weights_version: int
-    """Updates that the sampler's weights had seen."""
+    """The number of updates that the sampler's weights had seen."""
     logprobs: Sequence[float] | None = None
-    """Of the response's tokens at temperature 1 and without top-p or top-k, as the engine computed
-    them (vLLM's "raw" ones): what the trainer's own forward must reproduce. None: not recorded."""
+    """The tokens' log-probabilities at temperature 1, without top-p and top-k, as the engine
+    computed them. The trainer's own forward must reproduce them. None: not recorded."""
 
     @property
     def is_finite(self) -> bool:
-        """False where the engine's own logits were no numbers: nobody knows what was sampled."""
+        """False where the engine's logits were NaN or infinite, so the sample means nothing."""
         return all(map(math.isfinite, self.logprobs or ()))
 
 
-# Trainer against sampler, as (mean, largest) |Δ log p| of the same tokens. Measured on a 135M model
-# in float32: rounding 7e-6 and 5e-5; every weight moved by 1e-6, the smallest step of a usual
-# learning rate, 1e-4 and 7e-4. In 16 bits rounding hides one update: that tells wrong weights, not
-# old ones.
 AGREEMENT = {
     torch.float32: (3e-5, 3e-4),
     torch.bfloat16: (0.2, 4.0),
     torch.float16: (0.05, 1.0),
 }
+"""Trainer and sampler may differ by these (mean, largest) |Δ log p| on the same tokens.
+
+Measured on a 135M model in float32, rounding alone takes 7e-6 and 5e-5; every weight moved by 1e-6,
+the smallest step of a usual learning rate, 1e-4 and 7e-4. In 16 bits rounding hides one update, so
+that these limits tell wrong weights there, but not old ones.
+"""
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean and largest |a − b|; infinite for sequences that cannot be compared."""
+    """Return mean and largest |a − b|, both infinite for sequences of different lengths."""
     if len(a) != len(b):
         return float("inf"), float("inf")
     gaps = (torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64)).abs()
@@ -85,7 +91,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 
 
 class Sampler(Protocol):
-    """Generates with the newest weights it was given.
+    """The contract of a sampler, which generates with the newest weights it was given.
 
     sampler.push(model, 0)
     for step in 1, 2, ...:
@@ -102,11 +108,11 @@ class Sampler(Protocol):
     def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
         """Take over the model's weights; every later rollout carries this version.
 
-        Returns what there is to record of the transfer; raises WeightSyncError.
+        Returns the transfer's values for the record; raises WeightSyncError.
         """
 
     def close(self) -> None:
-        """Give back processes and memory; the sampler is then of no more use."""
+        """Free processes and memory; the sampler cannot be used afterwards."""
 
 
 def sample_step(
@@ -129,9 +135,9 @@ def sample_step(
     )
     rollouts = sampler.generate(requests, params, label=f"step {step} rollouts")
     check_batch(requests, rollouts, step=step, max_staleness=settings.max_staleness)
-    if sick := [r.key for r in rollouts if not r.is_finite]:
-        shown = f"{sick[0]}'" + (f" and {len(sick) - 1} more" if sick[1:] else "")
-        print(f"sampled from logits that are not finite: '{shown}", file=sys.stderr)
+    if keys := [r.key for r in rollouts if not r.is_finite]:
+        more = f" and {len(keys) - 1} more" if keys[1:] else ""
+        print(f"sampled from logits that are not finite: '{keys[0]}'{more}", file=sys.stderr)
     return rollouts
 
 
@@ -151,9 +157,9 @@ def as_pairs(
 
 
 def measures(rollouts: Sequence[Rollout], trained_tokens: int | None) -> dict[str, Any]:
-    """What the record says of a step's responses.
+    """Return the record's values about a step's responses.
 
-    trained_tokens: `train.max_train_tokens`, which cuts what is trained on.
+    trained_tokens: `train.max_train_tokens`, behind which responses are not trained on.
     """
     lengths = [len(r.response_ids) for r in rollouts if r.response_ids]
     cut = 0 if trained_tokens is None else sum(max(n - trained_tokens, 0) for n in lengths)
@@ -171,7 +177,7 @@ def measures(rollouts: Sequence[Rollout], trained_tokens: int | None) -> dict[st
 def perf_row(
     rollouts: Sequence[Rollout], seconds: dict[str, float], pushed: dict[str, float]
 ) -> dict[str, float]:
-    """What the record says of a step's speed: all that may differ between identical runs."""
+    """Return the record's values about a step's speed; no others may differ between equal runs."""
     tokens = sum(len(r.response_ids) for r in rollouts)
     return {
         **{f"perf/seconds_{name}": round(value, 3) for name, value in seconds.items()},
@@ -182,7 +188,7 @@ def perf_row(
 
 
 def response_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """One line of rollouts.jsonl."""
+    """Return one line of rollouts.jsonl."""
     return {
         "step": step,
         "key": rollout.key,
@@ -195,7 +201,7 @@ def response_row(step: int, rollout: Rollout, tokenizer: PreTrainedTokenizerBase
 
 
 def stream_seed(seed: int, key: str) -> int:
-    """The 63-bit seed of one response's random stream."""
+    """Return the 63-bit seed of one response's random stream."""
     digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

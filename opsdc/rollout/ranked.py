@@ -1,6 +1,6 @@
-"""Sampling by all ranks: each its share of the requests, all get the answers to all of them.
+"""Sampling by all ranks: each samples its share of the requests, all get all answers.
 
-Noise is keyed by request, so that the number of ranks does not change what is sampled.
+Noise is keyed by request, so the number of ranks does not change what is sampled.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from opsdc.rollout.base import Request, Rollout, Sampler, SamplingParams
 
 
 class RankedSampler:
-    """A sampler on every rank, which only sees its share.
+    """A sampler on every rank, each for its share of the requests.
 
     Args:
-        computes_with: the model, where the sampler computes with it: gathered while it samples.
+        computes_with: The model, if the sampler computes with it; it is gathered while it samples.
     """
 
     def __init__(self, sampler: Sampler, ranks: Ranks, computes_with: Any = None) -> None:
         self._sampler, self._ranks, self._model = sampler, ranks, computes_with
 
     def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
-        """As `Sampler.push`, with the worst of all ranks to record."""
-        found = self._ranks.gather(self._sampler.push(model, version))
-        return {key: max(each[key] for each in found) for key in found[0]}
+        """Push on every rank and return the largest of each recorded value."""
+        pushed = self._ranks.gather(self._sampler.push(model, version))
+        return {key: max(values[key] for values in pushed) for key in pushed[0]}
 
     def close(self) -> None:
         self._sampler.close()
@@ -39,22 +39,22 @@ class RankedSampler:
         self, requests: Sequence[Request], params: SamplingParams, *, label: str
     ) -> list[Rollout]:
         ranks = self._ranks
-        # Prompts of like length share a batch, so every rank gets some of each length.
+        # Prompts of similar length share a batch, so every rank gets some of each length.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
-        mine = order[ranks.rank :: ranks.size]
+        share = order[ranks.rank :: ranks.size]
 
         def sample() -> list[dict[str, Any]]:
-            if not mine:
+            if not share:
                 return []
-            found = self._sampler.generate([requests[i] for i in mine], params, label=label)
-            return [dataclasses.asdict(rollout) for rollout in found]
+            sampled = self._sampler.generate([requests[i] for i in share], params, label=label)
+            return [dataclasses.asdict(rollout) for rollout in sampled]
 
         with contextlib.ExitStack() as gathered:
             if self._model is not None:
                 gathered.enter_context(shard.gathered(self._model))
-            shares = ranks.on_each_rank(sample)
+            answers = ranks.on_each_rank(sample)
         rollouts: dict[int, Rollout] = {}
-        for rank, share in enumerate(shares):
-            for i, fields in zip(order[rank :: ranks.size], share, strict=True):
+        for rank, sampled in enumerate(answers):
+            for i, fields in zip(order[rank :: ranks.size], sampled, strict=True):
                 rollouts[i] = Rollout(**fields)
         return [rollouts[i] for i in range(len(requests))]

@@ -347,9 +347,9 @@ def no_memory_on_one(rank, owner, name, n):
 
 def kill_server_before_sampling(rank, n):
     """SIGKILL to the run's vLLM server, right before it is asked for the n-th batch."""
-    from opsdc.rollout.vllm.client import VLLMServer
+    from opsdc.rollout.vllm.client import VLLMClient
 
-    sample, calls = VLLMServer.sample, 0
+    sample, calls = VLLMClient.sample, 0
 
     def killing(server, *arguments):
         nonlocal calls
@@ -360,7 +360,7 @@ def kill_server_before_sampling(rank, n):
             print("its server was killed", flush=True)
         return sample(server, *arguments)
 
-    VLLMServer.sample = killing
+    VLLMClient.sample = killing
 
 
 def lose_push(rank, n):

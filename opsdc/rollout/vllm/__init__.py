@@ -1,1 +1,1 @@
-"""vLLM as a sampler: in this process, or in one of its own."""
+"""vLLM as a sampler, in this process or in a server."""

@@ -21,19 +21,20 @@ from opsdc.errors import ConfigError
 from opsdc.ranks import stop
 from opsdc.ranks.talk import ALONE, Ranks
 from opsdc.record.versions import check_vllm
-from opsdc.rollout.base import SamplingParams
-from opsdc.rollout.vllm.messages import Batch, EngineOptions, Sampled
+from opsdc.rollout.vllm.messages import Batch, EngineOptions, SampleCall, Sampled
 
-# Both open vLLM to code from outside, and nothing here needs them.
 _REFUSED = ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_SERVER_DEV_MODE")
+"""Both variables open vLLM to code from outside, and nothing here needs them."""
+
 _CPU_BLOCK = 128
+"""vLLM's cache on a CPU consists of blocks of this many tokens."""
 
 
 class VLLMEngine:
-    """Starts with random weights: whatever it knows came by a push.
+    """A vLLM engine in this process, which starts with random weights and samples after a push.
 
-    Of several ranks each has an engine of its own and samples when it likes. Only starting is for
-    all at once: vLLM makes its process groups out of the run's.
+    Each of several ranks has its own engine and samples by itself. They must start together,
+    because vLLM makes its process groups out of the run's.
     """
 
     def __init__(self, options: EngineOptions, ranks: Ranks = ALONE) -> None:
@@ -43,7 +44,7 @@ class VLLMEngine:
         self.options = options
         self._weights_id = ""
         self._count = 0
-        # In this process, without a child: tensors can then be handed over as they are.
+        # Without a child process, so that tensors are handed over as they are.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -51,7 +52,7 @@ class VLLMEngine:
         memory: dict[str, Any] = {"gpu_memory_utilization": options.memory_share}
         if not self._gpu:
             memory = {"kv_cache_memory_bytes": _cpu_cache_bytes(options)}
-        with _threads_and_generators_as_they_were():
+        with _restoring_threads_and_generators():
             from vllm import LLM
 
             self._llm = LLM(
@@ -62,9 +63,9 @@ class VLLMEngine:
                 max_num_seqs=options.max_num_seqs,
                 trust_remote_code=options.trust_remote_code,
                 skip_tokenizer_init=True,
-                # Nothing from the model folder may change how is sampled.
+                # Nothing from the model's folder may change how responses are sampled.
                 generation_config="vllm",
-                # Of the model itself: before temperature, top-p and top-k.
+                # Log-probabilities of the model itself, before temperature, top-p and top-k.
                 logprobs_mode="raw_logprobs",
                 # A cache of prompts would outlive the weights that filled it.
                 enable_prefix_caching=False,
@@ -73,16 +74,23 @@ class VLLMEngine:
                 worker_extension_cls="opsdc.rollout.vllm.worker.WeightLoader",
                 disable_log_stats=True,
                 seed=0,
-                # An engine of one process among the ranks that torchrun started.
+                # The engine is one process, started by torchrun among others.
                 distributed_executor_backend="external_launcher" if ranks.size > 1 else None,
                 **memory,
             )
 
     def load(
-        self, weights: Iterable[tuple[str, torch.Tensor]] | Path, weights_id: str, probe: list[int]
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]] | Path,
+        weights_id: str,
+        probe: Sequence[int],
     ) -> list[float]:
-        """Replace all weights; gives the probe's log-probabilities under the new ones."""
-        # Nobody may sample from what a failed load leaves behind.
+        """Replace all weights and return the probe's log-probabilities under the new ones.
+
+        Weights are (name, tensor) or a folder of `write_weights`. Raises ValueError where some are
+        missing.
+        """
+        # Weights that a failed load leaves behind must not pass for the old ones.
         self._weights_id = ""
         with self._awake():
             source = str(weights) if isinstance(weights, Path) else weights
@@ -90,17 +98,11 @@ class VLLMEngine:
             self._weights_id = weights_id
             return self._score(probe)
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        params: SamplingParams,
-        eos_ids: Sequence[int],
-        probe: list[int],
-    ) -> Batch:
-        """One response per prompt, each with its own random stream."""
+    def sample(self, call: SampleCall) -> Batch:
+        """Sample one response per prompt, then score the probe with the same weights."""
         import vllm
 
+        params = call.params
         settings = [
             vllm.SamplingParams(
                 n=1,
@@ -112,22 +114,22 @@ class VLLMEngine:
                 frequency_penalty=0.0,
                 repetition_penalty=1.0,
                 max_tokens=params.max_new_tokens,
-                stop_token_ids=list(eos_ids),
+                stop_token_ids=list(call.eos_ids),
                 seed=seed,
                 logprobs=0,
                 detokenize=False,
             )
-            for seed in seeds
+            for seed in call.seeds
         ]
-        with self._awake(), _generators_as_they_were():
-            before = self._weights_id
-            rows = [_sampled(output.outputs[0]) for output in self._run(prompts, settings)]
-            return Batch(weights_id=before, probe=self._score(probe), rows=rows)
+        with self._awake(), _restoring_generators():
+            weights_id = self._weights_id
+            rows = [_sampled(output.outputs[0]) for output in self._run(call.prompts, settings)]
+            return Batch(weights_id=weights_id, probe=self._score(call.probe), rows=rows)
 
     def close(self) -> None:
-        """Give back the memory and end all process groups, whoever made them: vLLM knows no less.
+        """Free the memory and end every process group, because vLLM cannot end only its own.
 
-        For ranks it is the last thing that they do.
+        Ranks therefore call it last.
         """
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -137,6 +139,7 @@ class VLLMEngine:
         cleanup_dist_env_and_memory()
 
     def _score(self, ids: Sequence[int]) -> list[float]:
+        """Return log p(ids[i] | ids[:i]) for i ≥ 1 under the engine's weights."""
         import vllm
 
         params = vllm.SamplingParams(
@@ -149,7 +152,7 @@ class VLLMEngine:
         ]
 
     def _run(self, prompts: Sequence[Sequence[int]], settings: Sequence[Any]) -> list[Any]:
-        """`LLM.generate`, but for leaving between two tokens when a stop was asked for."""
+        """Do what `LLM.generate` does, but leave between two tokens when a stop was asked for."""
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
@@ -169,7 +172,7 @@ class VLLMEngine:
                 done |= {output.request_id: output for output in engine.step()}
                 progress.update()
         except BaseException:
-            # What is left would be in the way of the next batch.
+            # Unfinished requests would run along with the next batch.
             engine.abort_request(names)
             raise
         finally:
@@ -178,6 +181,7 @@ class VLLMEngine:
 
     @contextlib.contextmanager
     def _awake(self) -> Iterator[None]:
+        """Keep the engine's memory on the device within the block, if it sleeps otherwise."""
         if not (self._gpu and self.options.sleeps):
             yield
             return
@@ -185,11 +189,12 @@ class VLLMEngine:
         try:
             yield
         finally:
-            # Level 1 keeps the weights, in host memory.
+            # Level 1 keeps the weights in host memory.
             self._llm.sleep(level=1)
 
 
 def _sampled(completion: Any) -> Sampled:
+    """Convert vLLM's result of one response."""
     ids = list(completion.token_ids)
     return Sampled(
         ids=ids,
@@ -211,13 +216,13 @@ def refuse_environment() -> None:
 def engine_options(
     config: OPSDCConfig, architecture: str, model_config: Any, folder: Path, *, sleeps: bool
 ) -> EngineOptions:
-    """What a run needs of an engine; writes the model's config.json into `folder`.
+    """Return the options of a run's engine, and write the model's config.json into `folder`.
 
-    `architecture`: the model's class, which a config alone does not always know.
+    `architecture` is the name of the model's class, which a config does not always hold.
     """
     plain = copy.deepcopy(model_config)
     plain.architectures = [architecture]
-    # Weights are pushed as they are computed with, whatever the folder stores.
+    # Weights are pushed in the dtype of the computation, whatever the folder stores.
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     plain.save_pretrained(folder)
@@ -238,9 +243,9 @@ def engine_options(
 
 
 def _cpu_cache_bytes(options: EngineOptions) -> int:
-    """Keys and values of `max_num_seqs` full sequences, within the share of this machine's memory.
+    """Return the bytes of keys and values of `max_num_seqs` full sequences, or the memory share.
 
-    vLLM's own default would take the share whole, needed or not.
+    The share is the limit. vLLM's own default would always take all of it.
     """
     import psutil
     from transformers import AutoConfig
@@ -257,10 +262,10 @@ def _cpu_cache_bytes(options: EngineOptions) -> int:
 
 
 @contextlib.contextmanager
-def _threads_and_generators_as_they_were() -> Iterator[None]:
-    """vLLM's CPU worker disables torch.set_num_threads, and seeds every random generator."""
+def _restoring_threads_and_generators() -> Iterator[None]:
+    """Undo that vLLM's CPU worker disables torch.set_num_threads and seeds every generator."""
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    with _generators_as_they_were():
+    with _restoring_generators():
         try:
             yield
         finally:
@@ -269,7 +274,8 @@ def _threads_and_generators_as_they_were() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _generators_as_they_were() -> Iterator[None]:
+def _restoring_generators() -> Iterator[None]:
+    """Restore the random generators of torch, Python and numpy after the block."""
     with torch.random.fork_rng():
         python, numpy = random.getstate(), np.random.get_state()
         try:

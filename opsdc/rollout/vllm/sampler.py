@@ -1,8 +1,8 @@
 """The sampler over a vLLM engine, wherever that runs: random streams, versions, and their proof.
 
-A push is proven by a probe: the engine scores a fixed sequence with its new weights, the trainer
-scores it with its own, and the two must agree. Every batch is proven again: the engine scores the
-probe with the very weights that sampled the batch, and names the push they came by.
+A probe proves a push: the engine scores a fixed sequence with its new weights, the trainer scores
+it with its own, and the two must agree. Every batch is proven too: the engine scores the probe with
+the weights that sampled the batch, and names the push that they came by.
 """
 
 from __future__ import annotations
@@ -16,36 +16,33 @@ import torch
 from opsdc.errors import RolloutError, WeightSyncError
 from opsdc.ranks import stop
 from opsdc.rollout.base import AGREEMENT, Request, Rollout, SamplingParams, difference, stream_seed
-from opsdc.rollout.vllm.messages import Batch
+from opsdc.rollout.vllm.messages import Batch, SampleCall
 from opsdc.rollout.weights import Weights, sequence_logprobs
 
-# The engine against itself, same weights and same probe: nothing but the order of sums may differ.
 _REPEAT = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""An engine may differ by this |Δ log p| from its own earlier score of the probe, because sums may
+run in another order."""
 
 
 class Engine(Protocol):
-    """`VLLMEngine` here or in another process."""
+    """The contract of an engine: `VLLMEngine` here, or a client of one in another process."""
 
     @property
     def description(self) -> str:
-        """Version and place, for the log."""
+        """The engine's version and place, for the log."""
 
-    def load(self, weights: Weights, weights_id: str, probe: list[int]) -> list[float]: ...
+    def load(self, weights: Weights, weights_id: str, probe: Sequence[int]) -> list[float]:
+        """Replace all weights and return the probe's log-probabilities under the new ones."""
 
-    def sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        params: SamplingParams,
-        eos_ids: Sequence[int],
-        probe: list[int],
-    ) -> Batch: ...
+    def sample(self, call: SampleCall) -> Batch:
+        """Sample one response per prompt, then score the probe with the same weights."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free processes and memory."""
 
 
 class VLLMSampler:
-    """Pushes weights to an engine and samples from it; trusts neither to have worked."""
+    """A sampler that pushes weights to an engine and checks that each batch was sampled by them."""
 
     def __init__(
         self,
@@ -62,29 +59,32 @@ class VLLMSampler:
         self._eos_ids = list(eos_ids)
         self._probe_ids = list(probe_ids)
         self._dtype = dtype
-        # Two runs that push to one server count the same versions, but not under the same name.
+        # Runs that push to one server count the same versions, so a push is named by its run too.
         self._run = run
         self._weights_id: str | None = None
         self._version = -1
         self._probe: list[float] = []
 
     def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
-        """Give the engine the model's weights and check by the probe that it has them."""
+        """Give the engine the model's weights and check by the probe that it has them.
+
+        Raises WeightSyncError; nothing can then be sampled until a push works.
+        """
         began = time.perf_counter()
         self._weights_id = None
         weights_id = f"{self._run}-{version}"
-        # Right after an update no step is complete, and nothing could be saved.
+        # A stop waits here, because the updated model belongs to a step that is not recorded yet.
         with stop.held_back():
             probe = self._engine.load(Weights(model, self._dtype), weights_id, self._probe_ids)
-        own = sequence_logprobs(model, self._probe_ids, self._dtype)
-        mean, largest = difference(probe, own)
+        expected = sequence_logprobs(model, self._probe_ids, self._dtype)
+        mean, largest = difference(probe, expected)
         limits = AGREEMENT[self._dtype]
         if not (mean <= limits[0] and largest <= limits[1]):
             raise WeightSyncError(
                 f"after the push of weights version {version} vLLM and the trainer differ by "
                 f"{mean:.1e} nats on average and {largest:.1e} at most on a probe of "
-                f"{len(own)} tokens (allowed: {limits[0]:.0e} and {limits[1]:.0e}): vLLM does not "
-                "compute with these weights, or not this model"
+                f"{len(expected)} tokens (allowed: {limits[0]:.0e} and {limits[1]:.0e}): vLLM does "
+                "not compute with these weights, or not this model"
             )
         self._weights_id, self._version, self._probe = weights_id, version, probe
         return {
@@ -101,11 +101,13 @@ class VLLMSampler:
         if not requests:
             return []
         batch = self._engine.sample(
-            [r.prompt_ids for r in requests],
-            [stream_seed(self._seed, r.key) for r in requests],
-            params,
-            self._eos_ids,
-            self._probe_ids,
+            SampleCall(
+                prompts=[r.prompt_ids for r in requests],
+                seeds=[stream_seed(self._seed, r.key) for r in requests],
+                params=params,
+                eos_ids=self._eos_ids,
+                probe=self._probe_ids,
+            )
         )
         if batch.weights_id != self._weights_id:
             raise WeightSyncError(

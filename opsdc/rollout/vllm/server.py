@@ -1,10 +1,10 @@
-"""The server: a process that owns one vLLM engine and does what one trainer asks, in turn.
+"""The server: a process that holds one vLLM engine and serves one trainer.
 
 `opsdc serve --config FILE --rollout.server_address HOST:PORT --rollout.weights_dir DIR` starts one
 by hand; a run without `rollout.server_address` starts its own, which ends with the run. One
 connection is one request and one answer (`opsdc.rollout.vllm.wire`):
 
-    {"op": "hello"}                                   → what the engine is
+    {"op": "hello"}                                   → protocol, vLLM's version, options
     {"op": "load", "folder", "weights_id", "probe"}   → the probe's log-probabilities
     {"op": "sample", "requests": [{"key", "ids", "seed"}], "params", "eos_ids", "probe"}
                                                       → responses, weights_id, the probe again
@@ -38,13 +38,19 @@ from opsdc.models import demo_model
 from opsdc.rollout.base import SamplingParams
 from opsdc.rollout.vllm import wire
 from opsdc.rollout.vllm.engine import VLLMEngine, engine_options
-from opsdc.rollout.vllm.messages import EngineOptions
+from opsdc.rollout.vllm.messages import EngineOptions, SampleCall
 
 KEY_VARIABLE = "OPSDC_SERVER_KEY"
+"""Server and trainer read their key from this environment variable."""
+
 PROTOCOL = 1
-# A peer that connects and says nothing may not keep the trainer waiting.
+"""Both sides must speak the same version of the messages."""
+
 _PATIENCE_S = 10.0
+"""A peer that connects and says nothing keeps the trainer waiting no longer than this."""
+
 _FOLDER = re.compile(r"[0-9a-f-]+")
+"""Names of folders of weights have this form, which leads nowhere else."""
 
 
 def serve(
@@ -56,7 +62,10 @@ def serve(
     weights_dir: Path,
     ready: Callable[[int], None],
 ) -> None:
-    """Answer for ever. `ready` is told the port."""
+    """Answer requests until the process ends; `ready` is called with the port first.
+
+    Raises ConfigError for a host that other machines reach, without a key.
+    """
     check_place(host, key)
     if not _is_loopback(host):
         print(
@@ -83,17 +92,25 @@ def check_place(host: str, key: str) -> None:
         )
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """Split HOST:PORT, of the form that the settings have checked; [::1]:8000 gives ::1."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
 def _is_loopback(host: str) -> bool:
+    """Return True for a host that only this machine reaches."""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        # A name, 127.0.0.1.example.org say, leads wherever its owner wants.
+        # A name, even 127.0.0.1.example.org, leads wherever its owner wants.
         return False
 
 
 def _answer(engine: VLLMEngine, connection: socket.socket, key: str, weights_dir: Path) -> None:
+    """Serve one connection: a request with the right key gets its answer."""
     try:
         message = wire.receive(connection, time.monotonic() + _PATIENCE_S)
         if key and not hmac.compare_digest(str(message.get("key", "")).encode(), key.encode()):
@@ -106,13 +123,14 @@ def _answer(engine: VLLMEngine, connection: socket.socket, key: str, weights_dir
 
 
 def _reply(engine: VLLMEngine, message: dict[str, Any], weights_dir: Path) -> dict[str, Any]:
+    """Do what a request asks for and return the answer; a failure is an answer too."""
     try:
         if message["op"] == "hello":
             facts = dataclasses.asdict(engine.options)
             return {"protocol": PROTOCOL, "vllm": engine.description, "options": facts}
         if message["op"] == "load":
             name = message["folder"]
-            # Below our own folder, whatever is asked for.
+            # Whatever is asked for, weights are read below the run's folder only.
             if not _FOLDER.fullmatch(name):
                 raise ValueError(f"no folder of weights: {name!r}")
             probe = engine.load(weights_dir / name, message["weights_id"], message["probe"])
@@ -120,11 +138,13 @@ def _reply(engine: VLLMEngine, message: dict[str, Any], weights_dir: Path) -> di
         if message["op"] == "sample":
             requests = message["requests"]
             batch = engine.sample(
-                [r["ids"] for r in requests],
-                [r["seed"] for r in requests],
-                SamplingParams(**message["params"]),
-                message["eos_ids"],
-                message["probe"],
+                SampleCall(
+                    prompts=[r["ids"] for r in requests],
+                    seeds=[r["seed"] for r in requests],
+                    params=SamplingParams(**message["params"]),
+                    eos_ids=message["eos_ids"],
+                    probe=message["probe"],
+                )
             )
             rows = [
                 {"key": r["key"], **dataclasses.asdict(row)}
@@ -132,21 +152,23 @@ def _reply(engine: VLLMEngine, message: dict[str, Any], weights_dir: Path) -> di
             ]
             return {"weights_id": batch.weights_id, "probe": batch.probe, "rows": rows}
         raise ValueError(f"no operation {message['op']!r}")
-    # The trainer decides what a failure of the engine means, so it is told of every one.
+    # The trainer decides what a failure of the engine means, so it is told of each.
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 def serve_run(config: OPSDCConfig) -> None:
-    """The server of `opsdc serve`: for the run that has this configuration."""
+    """Run the server of `opsdc serve`, for a run with the same configuration.
+
+    Raises ConfigError without an address and a folder of weights.
+    """
     address, weights_dir = config.rollout.server_address, config.rollout.weights_dir
     if address is None or weights_dir is None:
         raise ConfigError(
             "opsdc serve needs --rollout.server_address HOST:PORT and --rollout.weights_dir DIR, "
             "the same as the run's"
         )
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host, port = split_address(address)
     key = os.environ.get(KEY_VARIABLE, "")
     check_place(host, key)
     model = AutoConfig.from_pretrained(
@@ -160,7 +182,7 @@ def serve_run(config: OPSDCConfig) -> None:
         serve(
             engine,
             host=host,
-            port=int(port),
+            port=port,
             key=key,
             weights_dir=Path(weights_dir),
             ready=lambda port: print(
@@ -170,7 +192,10 @@ def serve_run(config: OPSDCConfig) -> None:
 
 
 def main() -> None:
-    """The run's own server: options come by stdin, whose end says that the run is gone."""
+    """Run the server that a run starts itself.
+
+    Its options come by standard input, whose end says that the run is gone.
+    """
     spec = json.loads(sys.stdin.readline())
     weights_dir = Path(spec["weights_dir"])
 
@@ -180,7 +205,7 @@ def main() -> None:
         os._exit(0)
 
     threading.Thread(target=end_with_the_run, daemon=True).start()
-    # What vLLM prints may not be taken for our line.
+    # Standard output carries only the line with the port; all that vLLM prints goes to stderr.
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

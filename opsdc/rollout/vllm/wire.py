@@ -1,8 +1,8 @@
-"""One JSON message each way over a socket: 8 bytes of length, then UTF-8; never past a deadline.
+"""One JSON message each way over a socket: 8 bytes of length, then UTF-8, before a deadline.
 
-Plain data only: nothing that arrives is unpickled, imported or run. A timeout on single reads would
-let a peer that sends a byte now and then hold us for ever, so that every read is given what is left
-until the deadline, a `time.monotonic()` value.
+Messages are plain data: nothing that arrives is unpickled, imported or run. A deadline is a value
+of `time.monotonic()`, and every read gets the time that is left until it. A timeout on single reads
+would let a peer that sends a byte now and then hold this process for ever.
 """
 
 from __future__ import annotations
@@ -16,19 +16,23 @@ from typing import Any
 from opsdc.ranks import stop
 
 MAX_BYTES = 1 << 28
+"""A message that announces more bytes is refused."""
+
 _LENGTH = struct.Struct(">Q")
-# How soon a wait for the peer is left when the process is asked to stop.
+"""A message begins with its length in this form."""
+
 POLL_S = 0.5
+"""A wait for the peer looks this often whether the process was asked to stop."""
 
 
 class WireError(Exception):
-    """The peer closed, stalled, or sent something that is no message."""
+    """An exchange failed: the peer closed, stalled, or sent no message."""
 
 
 def send(connection: socket.socket, message: dict[str, Any], deadline: float) -> None:
-    """Raises WireError."""
+    """Send one message; raise WireError where the peer does not take it in time."""
     body = json.dumps(message).encode()
-    _limit(connection, deadline)
+    _set_timeout(connection, deadline)
     try:
         connection.sendall(_LENGTH.pack(len(body)) + body)
     except OSError as error:
@@ -36,12 +40,12 @@ def send(connection: socket.socket, message: dict[str, Any], deadline: float) ->
 
 
 def receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
-    """Raises WireError."""
-    (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size, deadline))
+    """Receive one message; raise WireError for anything else, or when it is late."""
+    (length,) = _LENGTH.unpack(_receive_exactly(connection, _LENGTH.size, deadline))
     if length > MAX_BYTES:
         raise WireError(f"announced {length} bytes, more than any message has")
     try:
-        message = json.loads(_exactly(connection, length, deadline))
+        message = json.loads(_receive_exactly(connection, length, deadline))
     except (ValueError, RecursionError) as error:
         raise WireError(f"not JSON: {error}") from error
     if not isinstance(message, dict):
@@ -49,11 +53,12 @@ def receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
     return message
 
 
-def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
+def _receive_exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
+    """Receive `count` bytes, leaving the wait when the process is asked to stop."""
     parts: list[bytes] = []
     missing = count
     while missing:
-        _limit(connection, min(deadline, time.monotonic() + POLL_S))
+        _set_timeout(connection, min(deadline, time.monotonic() + POLL_S))
         try:
             part = connection.recv(min(missing, 1 << 20))
         except TimeoutError:
@@ -70,6 +75,7 @@ def _exactly(connection: socket.socket, count: int, deadline: float) -> bytes:
     return b"".join(parts)
 
 
-def _limit(connection: socket.socket, deadline: float) -> None:
-    # Not 0, which would mean not to wait at all, and be another error.
+def _set_timeout(connection: socket.socket, deadline: float) -> None:
+    """Let the next operation on a socket wait until the deadline."""
+    # A timeout of 0 would make the socket non-blocking, which ends in another error.
     connection.settimeout(max(deadline - time.monotonic(), 1e-3))

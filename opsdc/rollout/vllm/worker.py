@@ -1,4 +1,4 @@
-"""What vLLM's workers do with pushed weights; vLLM mixes this class into its own worker class."""
+"""The loading of pushed weights inside vLLM's workers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from opsdc.rollout.weights import read_weights
 
 
 class WeightLoader:
-    """Added to the worker by `worker_extension_cls`; called by `collective_rpc`."""
+    """Methods that vLLM mixes into its worker class, by `worker_extension_cls`."""
 
     model_runner: Any
 
     def opsdc_load(self, source: str | Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Replace every weight, by tensors or from a folder of them; gives how many were replaced.
+        """Replace every weight, by tensors or from a folder of them; return how many were replaced.
 
-        vLLM only warns when weights are missing, and leaves two things behind: those, and the
-        packed copy of a tied head that its CPU kernels use. Both would be stale without a sign.
+        vLLM itself only warns about missing weights, which keep their old values. It also keeps the
+        packed copy of a tied head that its CPU kernels use. Raises ValueError for missing weights.
         """
         weights = read_weights(Path(source)) if isinstance(source, str) else source
         model = self.model_runner.get_model()
@@ -29,9 +29,9 @@ class WeightLoader:
         original = model.load_weights
 
         def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-            found = original(weights)
-            loaded.update(found)
-            return found
+            names = original(weights)
+            loaded.update(names)
+            return names
 
         model.load_weights = load_weights
         try:
@@ -48,6 +48,7 @@ class WeightLoader:
 
 
 def _refresh_tied_heads(model: torch.nn.Module) -> None:
+    """Pack tied heads again, whose packed copy vLLM's reload leaves as it was."""
     from vllm.model_executor.layers.vocab_parallel_embedding import (
         ParallelLMHead,
         UnquantizedEmbeddingMethod,

@@ -19,7 +19,7 @@ from opsdc.errors import ConfigError, RolloutError, WeightSyncError
 from opsdc.ranks import stop
 from opsdc.rollout.base import Request, SamplingParams
 from opsdc.rollout.vllm import wire
-from opsdc.rollout.vllm.client import VLLMServer
+from opsdc.rollout.vllm.client import VLLMClient
 from opsdc.rollout.vllm.messages import EngineOptions
 from opsdc.rollout.vllm.sampler import VLLMSampler
 from opsdc.rollout.vllm.server import check_place
@@ -174,7 +174,7 @@ def start(model, tmp_path):
             trust_remote_code=False,
             sleeps=False,
         )
-        server = VLLMServer(
+        server = VLLMClient(
             options,
             key="k",
             weights_dir=tmp_path,
