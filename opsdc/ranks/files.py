@@ -1,6 +1,6 @@
-"""Weights and tensors on disk, whichever way the model lies on the ranks.
+"""Weights and tensors on disk, for a model that is whole or cut over the ranks.
 
-Every file holds whole tensors, so that any number of ranks can read what any other wrote.
+Every file holds whole tensors, so any number of ranks can read what any other number wrote.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from opsdc.ranks.talk import ALONE, Ranks
 
 
 def save_weights(model: Any, folder: str | Path, ranks: Ranks = ALONE) -> None:
-    """Write the folder of `opsdc.models.load.save_weights`, whichever way the model lies."""
+    """Write the folder of `opsdc.models.load.save_weights`, also for a model cut over the ranks."""
     folder = Path(folder)
 
     def clear() -> None:
-        # Files of another number of ranks would be read instead of, or beside, the new ones.
+        # Files from another number of ranks would be read beside the new ones or in their place.
         for stale in folder.glob("*.safetensors*"):
             stale.unlink()
 
@@ -43,7 +43,7 @@ def save_weights(model: Any, folder: str | Path, ranks: Ranks = ALONE) -> None:
         tensors |= {n: b for n, b in base.named_buffers() if n in stored}
         files = save_tensors(tensors, folder, "model", ranks)
 
-        def describe() -> None:
+        def write_index() -> None:
             base.config.save_pretrained(folder)
             if base.generation_config is not None:
                 base.generation_config.save_pretrained(folder)
@@ -51,33 +51,35 @@ def save_weights(model: Any, folder: str | Path, ranks: Ranks = ALONE) -> None:
             index = {"metadata": {"total_size": size}, "weight_map": files}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
-        ranks.on_first_rank(describe)
+        ranks.on_first_rank(write_index)
 
 
 def save_tensors(
     tensors: dict[str, torch.Tensor], folder: Path, stem: str, ranks: Ranks
 ) -> dict[str, str]:
-    """Write `stem-00001-of-00002.safetensors`, one file a rank, whole tensors in each.
+    """Write whole tensors, shared out over one file per rank: `stem-00001-of-00002.safetensors`.
 
-    Whole, so that any number of ranks can read them. Gives the file of every tensor.
+    Returns the file's name of every tensor. All ranks must call it.
     """
-    load = [0] * ranks.size
+    # Each tensor goes to the rank with the fewest elements so far, the largest tensor first. It is
+    # whole on all ranks for a moment, and kept by the one that writes it.
+    elements = [0] * ranks.size
     files: dict[str, str] = {}
-    mine: dict[str, torch.Tensor] = {}
+    to_write: dict[str, torch.Tensor] = {}
     for name in sorted(tensors, key=lambda n: (-tensors[n].numel(), n)):
-        owner = min(range(ranks.size), key=lambda rank: (load[rank], rank))
-        load[owner] += tensors[name].numel()
+        owner = min(range(ranks.size), key=lambda rank: (elements[rank], rank))
+        elements[owner] += tensors[name].numel()
         files[name] = f"{stem}-{owner + 1:05d}-of-{ranks.size:05d}.safetensors"
-        found = full(tensors[name].detach())
+        tensor = full(tensors[name].detach())
         if owner == ranks.rank:
-            mine[name] = found.cpu().contiguous()
+            to_write[name] = tensor.cpu().contiguous()
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if mine:
+        if to_write:
             file = f"{stem}-{ranks.rank + 1:05d}-of-{ranks.size:05d}.safetensors"
-            # transformers refuses files that do not say whose tensors they are.
-            save_file(mine, folder / file, metadata={"format": "pt"})
+            # transformers refuses files that do not name their framework.
+            save_file(to_write, folder / file, metadata={"format": "pt"})
 
     ranks.on_each_rank(write)
     return files
@@ -85,7 +87,7 @@ def save_tensors(
 
 @torch.no_grad()
 def load_weights(model: Any, folder: str | Path) -> None:
-    """Read a folder of `save_weights`, whichever way the model lies: each rank its own rows.
+    """Read a folder of `save_weights` into the model, on each rank only the rows that it holds.
 
     Raises KeyError for a tensor that is not there, ValueError for one of another shape.
     """
@@ -103,28 +105,34 @@ def load_weights(model: Any, folder: str | Path) -> None:
     names: dict[torch.Tensor, list[str]] = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    for own, tied in names.items():
+    for tensor, tied in names.items():
         name = next((n for n in tied if n in stored), tied[0])
-        _local(own).copy_(stored.like(name, own))
+        _local(tensor).copy_(stored.like(name, tensor))
 
 
 class Tensors:
-    """The tensors of safetensors files, by name; only what is asked for is read."""
+    """The tensors of safetensors files by name, read when they are asked for.
+
+    Raises FileNotFoundError where there are no files.
+    """
 
     def __init__(self, files: Iterator[Path] | list[Path]) -> None:
         self._where: dict[str, Any] = {}
-        found = sorted(files)
-        if not found:
+        paths = sorted(files)
+        if not paths:
             raise FileNotFoundError("a file of tensors is missing")
-        for file in found:
-            opened = safe_open(file, framework="pt")
+        for path in paths:
+            opened = safe_open(path, framework="pt")
             self._where |= dict.fromkeys(opened.keys(), opened)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
     def like(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The stored tensor, or of it the rows that `tensor` holds on this rank."""
+        """Return the stored tensor, or those of its rows that `tensor` holds on this rank.
+
+        Raises KeyError for a name that is not there, ValueError for another shape.
+        """
         stored = self._where[name].get_slice(name)
         if list(stored.get_shape()) != list(tensor.shape):
             raise ValueError(
@@ -132,14 +140,14 @@ class Tensors:
             )
         if not isinstance(tensor, DTensor):
             return self._where[name].get_tensor(name)
-        # FSDP cuts rows as torch.chunk does: the last ranks may have fewer, or none.
+        # FSDP cuts rows as torch.chunk does, so the last ranks may have fewer or none.
         mesh = tensor.device_mesh
         start = min(-(-tensor.shape[0] // mesh.size()) * mesh.get_local_rank(), tensor.shape[0])
         return stored[start : start + len(tensor.to_local())]
 
 
 def like_parameter(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A tensor that lies on the ranks as `parameter` does, from this rank's rows of it."""
+    """Return a tensor that is cut over the ranks as `parameter` is, from this rank's rows."""
     if not isinstance(parameter, DTensor):
         return local.to(parameter.device)
     return DTensor.from_local(

@@ -1,15 +1,16 @@
-"""How a model lies on several ranks: whole on each (ddp), or cut over them (fsdp, torch's FSDP2).
+"""The placement of a model on ranks: whole on each (ddp), or cut over them (fsdp, torch's FSDP2).
 
-Both add the ranks' gradients once a step and never divide them: token weights are taken over the
-whole step, so that the sum already is the gradient.
+Both add the ranks' gradients once a step and never divide them, because token weights are taken
+over the whole step, so that the sum already is the gradient.
 
-With ddp a rank's backward is its own, and `sum_gradients` adds afterwards. No wrapper and no hooks:
-a step is many micro-batches, of which only the last could hide its communication.
+With ddp each rank runs its backward by itself, and `sum_gradients` adds afterwards. There are no
+wrapper and no hooks, because a step is many micro-batches, of which only the last could hide its
+communication.
 
-With fsdp every decoder layer, and what is left around them, is gathered when it computes. The root
-is gathered within `as_forward`, where its parameters are ordinary tensors and hidden states meet
-the head. Sampling would gather all layers once a token, so it runs with everything `gathered`: one
-copy of the model in `model.dtype` on each rank while it lasts.
+With fsdp every decoder layer, and the root around them, is gathered when it computes. The root is
+gathered within `as_forward`, where its parameters are ordinary tensors and hidden states meet the
+head. Sampling would gather all layers for every token, so it runs with everything `gathered`: each
+rank then holds one copy of the model in `model.dtype`.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ from opsdc.ranks.talk import Ranks
 
 T = TypeVar("T")
 
-# Gradients added in one collective.
 _BUCKET_BYTES = 1 << 28
+"""Gradients of about this size are added in one collective."""
+
 _AS_FORWARD = "opsdc_as_forward"
+"""FSDP knows the method that `as_forward` calls by this name."""
 
 
 def shard_(model: Any, config: OPSDCConfig, ranks: Ranks) -> None:
-    """Put the model on this rank's device, whole or this rank's part of it.
+    """Put the model on this rank's device, the whole of it or this rank's part.
 
     Raises TrainingError where ranks were given different weights.
     """
@@ -54,7 +57,7 @@ def shard_(model: Any, config: OPSDCConfig, ranks: Ranks) -> None:
         model.to(ranks.device)
         return
     base = unwrap(model)
-    # The class below is FSDP's own, and this is what `save_pretrained` would write.
+    # FSDP changes the model's class, and `save_pretrained` would write the name of that.
     base.config.architectures = [architecture(base)]
     dtype = getattr(torch, config.model.dtype)
     options: dict[str, Any] = {
@@ -62,10 +65,10 @@ def shard_(model: Any, config: OPSDCConfig, ranks: Ranks) -> None:
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtype,
             reduce_dtype=torch.float32,
-            # Token weights are among the inputs.
+            # Token weights are among the inputs and stay float32.
             cast_forward_inputs=False,
         ),
-        # The root's too: a teacher that is swapped in must not meet gathered student weights.
+        # For the root too, so that a teacher swapped in never meets gathered student weights.
         "reshard_after_forward": True,
     }
     layers = set(base._no_split_modules or ())
@@ -73,26 +76,26 @@ def shard_(model: Any, config: OPSDCConfig, ranks: Ranks) -> None:
         if type(module).__name__ in layers:
             fully_shard(module, **options)
     fully_shard(base, **options)
-    for module in _parts(base):
+    for module in _fsdp_modules(base):
         module.set_gradient_divide_factor(1.0)
-        # gloo knows no other reduction; and there is nothing to scale.
+        # gloo has no other reduction, and there is nothing to scale.
         module.set_force_sum_reduction_for_comms(True)
         module.set_reduce_scatter_unused_params(True, recurse=False)
     setattr(base, _AS_FORWARD, lambda function, *arguments: function(*arguments))
     register_fsdp_forward_method(base, _AS_FORWARD)
-    # The first forward decides who is the root.
+    # FSDP takes the module of the first forward for the root.
     as_forward(model, lambda: None)
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether each rank holds only its part of the model."""
+    """Return True where each rank holds only its part of the model."""
     return isinstance(unwrap(model), FSDPModule)
 
 
 def as_forward(model: Any, function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` as one forward of the model, backbone and head alike.
+    """Call `function(*arguments)` as one forward of the model, which may use backbone and head.
 
-    Gradients flow through tensors of what it returns, directly or in a tuple.
+    Gradients flow through the tensors that it returns, directly or in a tuple.
     """
     if not is_sharded(model):
         return function(*arguments)
@@ -102,24 +105,24 @@ def as_forward(model: Any, function: Callable[..., T], *arguments: Any) -> T:
 
 @contextlib.contextmanager
 def gathered(model: Any) -> Iterator[None]:
-    """Within the block every rank has all weights and computes without the others; no gradients."""
+    """Give every rank all weights within the block, to compute without the others or gradients."""
     if not is_sharded(model):
         yield
         return
     base: Any = unwrap(model)
     base.set_reshard_after_forward(False)
-    for module in _parts(base):
+    for module in _fsdp_modules(base):
         module.unshard()
     try:
         yield
     finally:
-        for module in _parts(base):
+        for module in _fsdp_modules(base):
             module.reshard()
         base.set_reshard_after_forward(True)
 
 
 def reduce_next(model: Any, last: bool) -> None:
-    """Whether the next backward also adds the gradients of all ranks (fsdp)."""
+    """Let the next backward add the gradients of all ranks too, or not yet (fsdp)."""
     base: Any = unwrap(model)
     if is_sharded(model):
         base.set_requires_gradient_sync(last)
@@ -156,12 +159,12 @@ def sum_gradients(model: Any, ranks: Ranks) -> None:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that is cut over the ranks, whole on each of them; all must ask."""
+    """Return a tensor whole on every rank; where it is cut, all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_head(head: Head, dtype: torch.dtype) -> Head:
-    """A head with whole tensors, of the dtype that the forward computes in where it was cut."""
+    """Return a head with whole tensors, which get the forward's dtype where they were cut."""
 
     def gather(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return full(tensor.to(dtype)) if isinstance(tensor, DTensor) else tensor
@@ -171,16 +174,18 @@ def full_head(head: Head, dtype: torch.dtype) -> Head:
     return dataclasses.replace(head, weight=weight, bias=gather(head.bias))
 
 
-def _parts(base: Any) -> list[Any]:
+def _fsdp_modules(base: Any) -> list[Any]:
     return [module for module in base.modules() if isinstance(module, FSDPModule)]
 
 
 def _check_equal(model: Any, ranks: Ranks) -> None:
-    digest = sum(float(p.detach().double().sum()) for p in model.parameters())
-    found = ranks.gather(repr(digest))
-    for rank, other in enumerate(found):
-        if other != found[0]:
+    """Raise TrainingError where the sums of all weights differ between ranks."""
+    total = sum(float(p.detach().double().sum()) for p in model.parameters())
+    totals = ranks.gather(repr(total))
+    for rank, total_there in enumerate(totals):
+        if total_there != totals[0]:
             raise TrainingError(
-                f"rank {rank} was given other weights than rank 0 (sums {other} and {found[0]}); "
+                f"rank {rank} was given other weights than rank 0 (sums {total_there} and "
+                f"{totals[0]}); "
                 "load the model from one folder, or seed its initialisation alike on all ranks"
             )

@@ -1,8 +1,9 @@
-"""Leaving a run well: the first SIGTERM or SIGINT asks, the second ends the process at once.
+"""The end of a run by signals: the first SIGTERM or SIGINT asks, the second ends it at once.
 
-Nobody is interrupted in the middle of anything. Long work asks `check()` where it can be left: a
-sampler at every token, an update between micro-batches. `Stopped` then unwinds to the trainer,
-which saves the state before the unfinished step, so that it replays exactly.
+No work is interrupted in the middle. Long work calls `check()` where it can be left: a sampler at
+every token, an update between micro-batches. `Stopped` then unwinds to the trainer, which saves the
+state before the unfinished step, so that a resumed run does that step exactly as it would have been
+done.
 """
 
 from __future__ import annotations
@@ -16,25 +17,29 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A signal is the whole process's, and so is what is known about it.
+"""These signals ask a run to stop."""
+
+_SAME_REQUEST_S = 5.0
+"""Under torchrun a second signal within this time is the same request, which torchrun passes on
+after a scheduler has sent it to the whole group."""
+
+# A signal is sent to the whole process, so its state is the process's too.
 _requested: signal.Signals | None = None
 _installed = False
 _held_back = False
 _exchange: Callable[[str | None], str | None] | None = None
 _asked_at = 0.0
-# torchrun passes on what a scheduler has sent to the whole group: twice the same request.
-_SAME_REQUEST_S = 5.0
 
 
 class Stopped(BaseException):
     """A signal asked to stop; its text is the signal's name.
 
-    Like KeyboardInterrupt no `Exception`: it must pass everything on its way to the trainer.
+    It is no `Exception`, as KeyboardInterrupt is none, so that no handler stops it on its way.
     """
 
 
 def requested() -> str | None:
-    """Name of the signal that has asked to stop, here or on another rank."""
+    """Return the name of the signal that has asked to stop, here or on another rank, or None."""
     name = None if _requested is None else _requested.name
     return name if _exchange is None else _exchange(name)
 
@@ -48,7 +53,7 @@ def check() -> None:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Within the block `check` passes: what has begun there is done to its end."""
+    """Let `check` pass within the block, so that its work is done to the end."""
     global _held_back
     before, _held_back = _held_back, True
     try:
@@ -57,18 +62,21 @@ def held_back() -> Iterator[None]:
         _held_back = before
 
 
-def tell_others(exchange: Callable[[str | None], str | None] | None) -> None:
-    """From now on `exchange(own signal or None)` says what is asked of all ranks together."""
+def set_exchange(exchange: Callable[[str | None], str | None] | None) -> None:
+    """Set how ranks share their signals; None: they do not.
+
+    `exchange` is given this process's signal, or None, and returns the signal that holds for all.
+    """
     global _exchange
     _exchange = exchange
 
 
 @contextlib.contextmanager
 def on_signal() -> Iterator[None]:
-    """Within the block signals ask instead of ending the process; what was there before returns.
+    """Let signals ask within the block instead of ending the process.
 
-    Outside the main thread, where Python takes no handlers, and inside another such block this
-    does nothing.
+    Earlier handlers return afterwards. Outside the main thread, where Python takes no handlers, and
+    inside another such block this does nothing.
     """
     global _requested, _installed
     if _installed or threading.current_thread() is not threading.main_thread():
@@ -78,7 +86,7 @@ def on_signal() -> Iterator[None]:
     _installed = True
     try:
         for number in _SIGNALS:
-            # Ignored by whoever started us (nohup, a shell's background job): stays ignored.
+            # A signal that is ignored from the start (nohup, a background job) stays so.
             if before[number] is not signal.SIG_IGN:
                 signal.signal(number, _ask)
         yield
@@ -89,16 +97,17 @@ def on_signal() -> Iterator[None]:
 
 
 def _ask(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: note the first, end the process by the second."""
     global _requested, _asked_at
     if _requested is not None:
         launched = "TORCHELASTIC_RUN_ID" in os.environ
         if launched and time.monotonic() - _asked_at < _SAME_REQUEST_S:
             return
-        # As if no handler had ever been there: the parent sees the signal in the exit status.
+        # The default handler ends the process, and the parent sees the signal in its status.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
     _requested, _asked_at = signal.Signals(number), time.monotonic()
-    # Not print: a handler may run in the middle of another print to the same stream.
+    # print could fail here: a handler may run in the middle of another print to the stream.
     name = _requested.name
     os.write(2, f"{name}: leaving the step and saving; once more ends at once\n".encode())

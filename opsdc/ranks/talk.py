@@ -1,12 +1,12 @@
-"""Several processes, one run: who they are, what they tell each other, how they end together.
+"""The processes of a run: their ranks, their talk, and how they end together.
 
     torchrun --nproc_per_node 8 -m opsdc train --config my.yaml
     accelerate launch --multi_gpu --num_processes 8 -m opsdc train --config my.yaml
 
 Both say in environment variables which process this is; without them a run is one process and
-nothing here does anything. Every rank runs the same loop on the same step. What ranks do apart
-(sampling, reading files) ends in `on_each_rank`, where an error or a stop of one is everybody's;
-what they do in lockstep asks `check_stop`. Values travel as JSON: nothing is unpickled.
+nothing here does anything. Every rank runs the same loop on the same step. Work that ranks do apart
+(sampling, reading files) runs in `on_each_rank`, where an error or a stop of one is raised on all.
+Work that they do in lockstep calls `check_stop`. Values travel as JSON: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from opsdc.ranks import stop
 
 T = TypeVar("T")
 
-# Between looks at what other ranks have said, while this one works by itself.
 _LOOK_S = 1.0
-# Beyond every signal's number.
+"""A rank that works by itself looks this often for the signal of another."""
+
 _OUT_OF_MEMORY = 1000
+"""This code stands among signals' numbers for a rank without memory; it is beyond all of them."""
 
-
-# Errors that a rank can raise for another.
 _KINDS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (*vars(errors).values(), OSError)
     if isinstance(kind, type) and issubclass(kind, Exception)
 }
+"""These errors can be raised on one rank for another."""
 
 
 class Ranks:
-    """The processes of a run. Of one process, every method gives back what it is given.
+    """The processes of a run; with a single one every method returns what it is given.
 
-    All ranks must make the same calls in the same order, but for what `on_each_rank` runs.
+    All ranks must make the same calls in the same order, except inside `on_each_rank`.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
@@ -64,33 +64,33 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """True on the rank that writes files and speaks."""
+        """True on the rank that writes files and prints."""
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order; what JSON can hold."""
+        """Return every rank's value, which JSON must hold, in rank order."""
         if self.size == 1:
             return [value]
-        mine = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
-        found = self._gather_rows(mine)
-        return [json.loads(bytes(part.tolist())) for part in found]
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(bytes(part.tolist())) for part in self._gather_rows(text)]
 
     def concat(self, rows: torch.Tensor) -> torch.Tensor:
-        """[Σn, ...] on the CPU: every rank's [n, ...], in rank order."""
+        """Return every rank's rows [n, ...] in rank order, as one [Σn, ...] on the CPU."""
         return rows.cpu() if self.size == 1 else torch.cat(self._gather_rows(rows.cpu()))
 
-    def _gather_rows(self, mine: torch.Tensor) -> list[torch.Tensor]:
+    def _gather_rows(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return the rows of every rank, padded to the longest only while they travel."""
         counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([len(mine)]))
+        dist.all_gather(counts, torch.tensor([len(rows)]))
         longest = max(int(n) for n in counts)
-        padded = mine.new_zeros(longest, *mine.shape[1:])
-        padded[: len(mine)] = mine
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
         return [part[: int(n)] for part, n in zip(parts, counts, strict=True)]
 
     def from_first(self, value: T) -> T:
-        """The first rank's value, on all of them."""
+        """Return the first rank's value on every rank."""
         return value if self.size == 1 else self.gather(value if self.first else None)[0]
 
     def any(self, flag: bool) -> bool:
@@ -108,73 +108,73 @@ class Ranks:
     def on_each_rank(self, work: Callable[[], T]) -> list[T]:
         """Run `work()` on every rank and return all results, in rank order, on every rank.
 
-        An error or a stop on one rank is raised on all. `work` may take each rank another time, and
-        must not talk to the others.
+        An error or a stop on one rank is raised on all. `work` may take longer on one rank than on
+        another, and must not talk to other ranks.
         """
         if self.size == 1:
             return [work()]
-        ours: Exception | None = None
+        raised: Exception | None = None
         outcome: dict[str, Any]
         try:
             outcome = {"value": work()}
         except stop.Stopped as stopped:
             outcome = {"stopped": str(stopped)}
         except Exception as error:
-            ours = error
+            raised = error
             kind = "OutOfMemoryError" if is_out_of_memory(error) else _kind(error)
             outcome = {"error": str(error) or type(error).__name__, "kind": kind}
         outcomes = self.gather(outcome)
-        for rank, theirs in enumerate(outcomes):
-            if "error" in theirs:
-                if ours is not None and theirs["kind"] != "OutOfMemoryError":
-                    raise ours
-                raise _KINDS[theirs["kind"]](f"rank {rank}: {theirs['error']}") from ours
-        for theirs in outcomes:
-            if "stopped" in theirs:
-                raise stop.Stopped(theirs["stopped"])
-        return [theirs["value"] for theirs in outcomes]
+        for rank, outcome in enumerate(outcomes):
+            if "error" in outcome:
+                if raised is not None and outcome["kind"] != "OutOfMemoryError":
+                    raise raised
+                raise _KINDS[outcome["kind"]](f"rank {rank}: {outcome['error']}") from raised
+        for outcome in outcomes:
+            if "stopped" in outcome:
+                raise stop.Stopped(outcome["stopped"])
+        return [outcome["value"] for outcome in outcomes]
 
     def on_first_rank(self, work: Callable[[], T]) -> T:
         """Run `work()` on the first rank and return its result on every rank.
 
-        Errors as in `on_each_rank`.
+        Errors are those of `on_each_rank`.
         """
         results = self.on_each_rank(lambda: work() if self.first else None)
         return results[0]  # type: ignore[return-value]
 
     def check_stop(self, *, out_of_memory: bool = False) -> None:
-        """`stop.check` at a place that all ranks pass: all leave there, or none.
+        """Do `stop.check` at a place that all ranks pass, so that all leave there or none.
 
-        A rank that ran out of memory on its way passes it by saying so: all then raise
-        OutOfMemoryError.
+        `out_of_memory` says that this rank ran out of memory on its way; OutOfMemoryError is then
+        raised on all.
         """
         if self.size == 1:
             return stop.check()
         name = stop.requested()
         code = _OUT_OF_MEMORY if out_of_memory else signal.Signals[name] if name else 0
-        found = torch.tensor([int(code)])
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        if int(found) == _OUT_OF_MEMORY:
+        largest = torch.tensor([int(code)])
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        if int(largest) == _OUT_OF_MEMORY:
             raise OutOfMemoryError("a rank ran out of memory")
-        if int(found):
-            raise stop.Stopped(signal.Signals(int(found)).name)
+        if int(largest):
+            raise stop.Stopped(signal.Signals(int(largest)).name)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Within the block a signal to one rank is heard by all: `stop.check` raises on each."""
+        """Let `stop.check` raise on every rank within the block when one rank gets a signal."""
         if self.size == 1:
             yield
             return
         self._runs += 1
         self._posted, self._heard = False, None
-        stop.tell_others(self._exchange)
+        stop.set_exchange(self._exchange)
         try:
             yield
         finally:
-            stop.tell_others(None)
+            stop.set_exchange(None)
 
     def _exchange(self, name: str | None) -> str | None:
-        """Post this rank's signal, or look at most once a second for that of another."""
+        """Post this rank's signal, or look for that of another, at most every `_LOOK_S`."""
         key = f"stop/{self._runs}"
         if name is not None and not self._posted:
             self._board.set(key, name)
@@ -188,10 +188,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def only_first_rank_prints(self) -> Iterator[None]:
-        """Within the block only the first rank prints; the first that fails says so, by its name.
+        """Let only the first rank print within the block, and the rank that fails first.
 
-        What else then fails (a connection that the failed rank held) is its consequence, and ends
-        those ranks silently.
+        Its error names the rank. Other ranks then fail as a consequence, for example by the lost
+        connection, and end silently.
         """
         if self.size == 1:
             yield
@@ -213,22 +213,26 @@ class Ranks:
             raise
 
     def _is_first_to_fail(self) -> bool:
+        """Return True on the first rank that asks, and False on all that ask later."""
         try:
             return self._board.add("failed", 1) == 1
         except dist.DistError:
-            # The process that kept the board is gone, and was therefore the first.
+            # The process that kept the board is gone, so it failed first.
             return False
 
 
 ALONE = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-"""A run of one process."""
+"""The ranks of a run of one process."""
+
 _joined: Ranks | None = None
+"""The ranks that this process has joined, until it leaves them."""
 
 
 def join(config: DistributedConfig) -> Ranks:
-    """This process's place among the ranks that torchrun or accelerate started, or `ALONE`.
+    """Join the ranks that torchrun or accelerate started; return `ALONE` where there are none.
 
-    Starts torch's process group, or uses the one there is. Later calls give the same.
+    Starts torch's process group, or uses the one there is. Later calls return the same
+    ranks. Raises TrainingError on a rank without a GPU of its own.
     """
     global _joined
     if _joined is not None:
@@ -244,22 +248,23 @@ def join(config: DistributedConfig) -> Ranks:
 
 
 def leave() -> None:
-    """Take this process out of its group: at the end, with all ranks there."""
+    """Take this process out of its group; all ranks must call it at their end."""
     global _joined
     if _joined is not None:
         _joined = None
-        # A vLLM engine that was closed has done so.
+        # A vLLM engine that was closed has ended the group already.
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _start(config: DistributedConfig) -> None:
+    """Start torch's process group."""
     device = _device()
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group(
-        # What ranks tell each other lies on the CPU, where it waits for no kernel.
+        # Values that ranks exchange lie on the CPU, where they wait for no kernel.
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         timeout=datetime.timedelta(seconds=config.timeout_s),
         device_id=device if cuda else None,
@@ -267,6 +272,7 @@ def _start(config: DistributedConfig) -> None:
 
 
 def _device() -> torch.device:
+    """Return this rank's device."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -279,12 +285,13 @@ def _device() -> torch.device:
 
 
 def _kind(error: Exception) -> str:
+    """Return the name of the nearest class in `_KINDS`, or TrainingError."""
     names = [kind.__name__ for kind in type(error).__mro__]
     return next((name for name in names if name in _KINDS), "TrainingError")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, or Python, found no memory."""
+    """Return True for an error by which torch or Python says that memory has run out."""
     # On a CPU torch raises a plain RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError, OutOfMemoryError)) or (
         "can't allocate memory" in str(error)
