@@ -1,1 +1,1 @@
-"""A problem or a step under the lens."""
+"""A close look at one problem, or at one step that failed."""

@@ -1,4 +1,4 @@
-"""One problem under the lens: both prompts, the scored tokens, and where the teacher disagrees."""
+"""A close look at one problem: both prompts, the scored tokens, and where the teacher disagrees."""
 
 from __future__ import annotations
 
@@ -18,17 +18,33 @@ from opsdc.models.head import hidden_states, read_head
 from opsdc.rollout.base import Request, Rollout, SamplingParams
 from opsdc.rollout.hf import HFSampler
 
-# Nats at which a token gets the strongest colour.
 _STRONG = 1.0
-# 256-colour backgrounds from white over yellow to red.
+"""From this many nats on a token gets the strongest colour."""
+
 _SHADES = (231, 230, 229, 228, 227, 226, 220, 214, 208, 202, 196)
+"""These backgrounds, of a terminal's 256 colours, go from white over yellow to red."""
+
+
+def padded_layout(config: OPSDCConfig, tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """Return the layout of padded batches, which every model can be trusted with."""
+    pad = tokenizer.pad_token_id
+    return Layout(
+        packed=False,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        pad_id=0 if pad is None else pad,
+        dtype=getattr(torch, config.model.dtype),
+    )
 
 
 @torch.no_grad()
 def per_token(
     model: Any, teacher: Teacher, pair: Pair, config: OPSDCConfig, layout: Layout
 ) -> dict[str, torch.Tensor]:
-    """[R] per response token: KL(student‖teacher), both entropies, both log-probabilities."""
+    """Return KL(student‖teacher), entropies and log-probabilities of a response's tokens.
+
+    The values of `kl`, `student_entropy`, `teacher_entropy`, `student_logprob` and
+    `teacher_logprob` are float32 tensors [R] on the CPU.
+    """
     plan = plan_step([pair], layout, normalization=config.loss.normalization)
     teacher_rows = teacher_pass(model, teacher, plan)[0]
     device = teacher_rows.device
@@ -64,7 +80,10 @@ def inspect(
     *,
     colour: bool | None = None,
 ) -> str:
-    """Sample one answer to the problem and show what the loss sees, as text for a terminal."""
+    """Sample one answer to a problem and return what the loss sees, as text for a terminal.
+
+    `colour` None colours the text if standard output is a terminal.
+    """
     teacher = Teacher(model, config.teacher)
     sampler = HFSampler(model, tokenizer, seed=config.seed)
     sampler.push(model, 0)
@@ -77,32 +96,26 @@ def inspect(
         ),
         label="inspect",
     )
-    pad = tokenizer.pad_token_id
-    layout = Layout(
-        packed=False,
-        max_tokens=config.train.max_tokens_per_micro_batch,
-        pad_id=0 if pad is None else pad,
-        dtype=getattr(torch, config.model.dtype),
-    )
     pair = Pair(
         student_prompt_ids=item.prompts.student_ids,
         teacher_prompt_ids=item.prompts.teacher_ids,
         response_ids=rollout.response_ids,
     )
     model.eval()
-    found = per_token(model, teacher, pair, config, layout)
+    values = per_token(model, teacher, pair, config, padded_layout(config, tokenizer))
     use_colour = sys.stdout.isatty() if colour is None else colour
-    return _render(tokenizer, item, rollout, found, use_colour)
+    return _render(tokenizer, item, rollout, values, use_colour)
 
 
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     item: Prompted,
     rollout: Rollout,
-    found: dict[str, torch.Tensor],
+    values: dict[str, torch.Tensor],
     colour: bool,
 ) -> str:
-    prompts, kl = item.prompts, found["kl"]
+    """Return the text of a problem, its response and the values of its tokens."""
+    prompts, kl = item.prompts, values["kl"]
     tokens = [str(tokenizer.decode([i])) for i in rollout.response_ids]
     parts = [
         f"problem {item.problem.id}   answer {item.problem.answer!r}",
@@ -118,16 +131,16 @@ def _render(
         + (f", white 0 to red ≥ {_STRONG:g} nats" if colour else ", nats in brackets"),
         _coloured(tokens, kl) if colour else _bracketed(tokens, kl),
         f"mean {float(kl.mean()):.4f} nats per token, largest {float(kl.max()):.3f}; "
-        f"entropy student {float(found['student_entropy'].mean()):.3f}, "
-        f"teacher {float(found['teacher_entropy'].mean()):.3f}",
+        f"entropy student {float(values['student_entropy'].mean()):.3f}, "
+        f"teacher {float(values['teacher_entropy'].mean()):.3f}",
         "── where they differ most",
         "position  token                 KL      log p student   teacher",
     ]
     for i in torch.argsort(kl, descending=True)[:8].tolist():
         parts.append(
             f"{i:8d}  {tokens[i]!r:20s} {float(kl[i]):7.4f}   "
-            f"{float(found['student_logprob'][i]):13.3f}   "
-            f"{float(found['teacher_logprob'][i]):7.3f}"
+            f"{float(values['student_logprob'][i]):13.3f}   "
+            f"{float(values['teacher_logprob'][i]):7.3f}"
         )
     return "\n".join(parts)
 
@@ -139,7 +152,7 @@ def _prompt(name: str, text: str, ids: list[int]) -> str:
 def _coloured(tokens: list[str], kl: torch.Tensor) -> str:
     shown = []
     for token, value in zip(tokens, kl.tolist(), strict=True):
-        # The root spreads small divergences out, where most tokens lie.
+        # Most tokens have small divergences, which the root spreads over more shades.
         strength = min(max(value, 0.0) / _STRONG, 1.0) ** 0.5
         shade = _SHADES[round(strength * (len(_SHADES) - 1))]
         shown.append(f"\033[38;5;16;48;5;{shade}m{token}\033[0m")
