@@ -25,7 +25,8 @@ from opsdc.method.update import (
 from opsdc.models.adapters import unwrap
 from opsdc.models.head import check_head, hidden_states, read_head
 from opsdc.models.load import VARIABLE_LENGTH
-from opsdc.planner.plan import loss_plan, sizes_of
+from opsdc.planner.plan import loss_plan
+from opsdc.planner.sizes import sizes_of
 from opsdc.ranks import shard
 from opsdc.ranks.talk import ALONE, Ranks
 from opsdc.record import checkpoint

@@ -311,7 +311,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = OPSDCConfig.load(arguments.config, overrides)
     if arguments.gpus < 1 or arguments.gemm_tflops <= 0:
         raise ConfigError("--gpus must be at least 1 and --gemm-tflops above 0")
-    from opsdc.planner.plan import parse_bytes, report
+    from opsdc.planner.report import parse_bytes, report
 
     plan, text = report(
         config,

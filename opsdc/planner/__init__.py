@@ -1,1 +1,1 @@
-"""Where the bytes of a run go, before it starts."""
+"""The plan of a run's memory, and a trial of one step, before it starts."""

@@ -1,8 +1,8 @@
-"""What a forward and backward of the backbone hold in memory, counted on tensors without data.
+"""Memory of the backbone's forward and backward, counted on tensors without data.
 
-The very modules that are trained run on fake tensors, and every storage is followed from the
-operator that makes it to its end: no formula per architecture. Counts are affine in the number of
-layers and of rows, so a few small traces tell those of the whole.
+The modules that are trained run on fake tensors, and every storage is followed from the operator
+that makes it to its end, so no architecture needs a formula. Counts are affine in the number of
+layers and of rows, so a few small traces give those of the whole.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from opsdc.config.settings import ModelConfig, OPSDCConfig
+from opsdc.config.settings import ModelConfig
 from opsdc.models.adapters import unwrap
 from opsdc.models.head import TokenBatch, hidden_states
 from opsdc.models.load import prepare_model
 
-# transformers makes no mask for an attention that it was given no mask function for.
 _UNMASKED = "opsdc_unmasked"
+"""Under this name transformers has an attention but no mask function, so it makes no mask."""
+
 AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Activations:
-    """Bytes above what was held before, gradients that stay held not counted."""
+    """Bytes that passes add to what was held before, without the parameters' gradients."""
 
     teacher: float
-    """the most in a forward without gradient"""
+    """The most in a forward without gradients."""
     forward: float
-    """the most in a forward with gradient"""
-    kept: float
-    """held when it is done, while the loss runs"""
+    """The most in a forward with gradients."""
+    held: float
+    """The bytes that this forward leaves for the backward, held while the loss runs."""
     backward: float
-    """the most in the backward, its first layers' temporaries with all that is still kept"""
+    """The most in the backward, which begins with all that the forward has left."""
 
     def __add__(self, other: Activations) -> Activations:
         return Activations(
@@ -54,30 +55,30 @@ class Activations:
 
 
 @functools.cache
-def activations(
-    architecture: str, config: str, *, width: int, masked: bool
+def count_activations(
+    architecture: str, config: ModelConfig, *, width: int, masked: bool
 ) -> tuple[Activations, Activations]:
-    """Of the passes over one sequence of `width` tokens, and what every further one adds.
+    """Count the bytes of passes over one sequence, and those that every further one adds.
 
-    Traced with the CPU's operators: other devices' attention kernels keep the same tensors
-    (queries, keys, values, output, one logsumexp per row), and may take other workspaces.
+    Passes are traced with the CPU's operators. Other devices' attention kernels keep the same
+    tensors (queries, keys, values, output, one logsumexp per row), and may take other workspaces.
 
     Args:
-        architecture: the model's config as JSON; its weights are not needed.
-        config: `ModelConfig` as JSON: adapter, dtype and gradient checkpointing.
-        width: a forward is [rows, width].
-        masked: attention through a mask of width² per row, which padded batches need; False for
-            attention that knows the sequences' lengths.
+        architecture: The model's config as JSON; its weights are not needed.
+        config: The settings of adapter, dtype and gradient checkpointing.
+        width: The number of tokens of a sequence; a forward is [rows, width].
+        masked: True for attention through a mask of width² per row, which padded batches need;
+            False for attention that is told the sequences' lengths.
     """
-    shape, model = read_architecture(architecture), read_model(config)
+    shape = read_architecture(architecture)
     text = shape.get_text_config()
     depth = text.num_hidden_layers
-    # One layer more and one row more: exact where every layer is alike.
+    # One more layer adds what every further one does, if all layers are alike.
     alike = len(set(getattr(text, "layer_types", None) or [0])) == 1
     few = 2 if alike and depth > 3 else depth
 
     def at_depth(rows: int) -> Activations:
-        trace = functools.partial(_trace, shape, model, rows=rows, width=width, masked=masked)
+        trace = functools.partial(_trace, shape, config, rows=rows, width=width, masked=masked)
         shallow = trace(layers=few)
         if few == depth:
             return shallow
@@ -88,18 +89,13 @@ def activations(
 
 
 def read_architecture(text: str) -> PreTrainedConfig:
-    """A model's config from its JSON."""
+    """Read a model's config from its JSON."""
     plain = json.loads(text)
     return AutoConfig.for_model(plain.pop("model_type"), **plain)
 
 
-def read_model(text: str) -> ModelConfig:
-    """`ModelConfig` from its JSON."""
-    return OPSDCConfig.from_dict({"model": json.loads(text)}).model
-
-
 def shallower(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same architecture with its first `layers` layers only."""
+    """Return the same architecture with its first `layers` layers only."""
     fewer = copy.deepcopy(architecture)
     text = fewer.get_text_config()
     text.num_hidden_layers = layers
@@ -117,6 +113,7 @@ def _trace(
     width: int,
     masked: bool,
 ) -> Activations:
+    """Run the passes on fake tensors and count the bytes that they hold."""
     dtype = getattr(torch, config.dtype)
     # Adapters cannot be attached to fake tensors, whose parameters refuse to be moved.
     model = on_meta(shallower(architecture, layers), replace(config, attn_implementation="sdpa"))
@@ -125,7 +122,7 @@ def _trace(
         if not masked:
             unwrap(model).config._attn_implementation = _UNMASKED
         unwrap(model).tie_weights()
-        # Its gradient comes last, when all else is gone: not part of the peak counted here.
+        # The embedding's gradient is made last, when all else is gone, so no peak here has it.
         unwrap(model).get_input_embeddings().weight.requires_grad_(False)
         ids = torch.zeros(rows, width, dtype=torch.int64)
         batch = TokenBatch(
@@ -140,6 +137,7 @@ def _trace(
             return hidden_states(model, batch)
 
         cast = functools.partial(torch.autocast, "cpu", dtype, enabled=dtype != torch.float32)
+        # Once without counting, so that every parameter has its gradient.
         with cast():
             forward().sum().backward()
         live = _LiveBytes(model)
@@ -150,16 +148,16 @@ def _trace(
             live.restart()
             with cast():
                 hidden = forward()
-                most, kept = live.peak, live.now
+                most, held = live.peak, live.now
             live.restart()
             hidden.backward(torch.ones_like(hidden))
-            return Activations(teacher=teacher, forward=most, kept=kept, backward=live.peak)
+            return Activations(teacher=teacher, forward=most, held=held, backward=live.peak)
 
 
 def on_meta(architecture: PreTrainedConfig, config: ModelConfig) -> Any:
-    """The model to be trained, adapter attached, without memory for its weights."""
-    # Parameters are the same, 4-bit ones counted elsewhere; what other kernels keep for the
-    # backward is not known here.
+    """Build the model to be trained, adapter attached, without memory for its weights."""
+    # These settings do not change the parameters, and 4-bit ones are counted by `Sizes`. What
+    # other kernels keep for the backward is not known here.
     config = replace(config, compile=False, liger=False, quantize=None)
     keywords: dict[str, Any] = {}
     if config.attn_implementation is not None:
@@ -175,7 +173,7 @@ def on_meta(architecture: PreTrainedConfig, config: ModelConfig) -> Any:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make, until they are freed."""
+    """A count of the bytes in storages that operators make, until they are freed."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -188,7 +186,7 @@ class _LiveBytes(TorchDispatchMode):
         }
 
     def restart(self) -> None:
-        """Forget the peak, not what is held."""
+        """Forget the peak, but not the bytes that are held."""
         self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -200,6 +198,7 @@ class _LiveBytes(TorchDispatchMode):
         return output
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage that is new, and take it off when it is freed."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)

@@ -1,7 +1,8 @@
-"""`opsdc train --dry-run`: the plan of a run, then one whole step of it on a twin that is tiny.
+"""`opsdc train --dry-run`: the plan of a run, then one whole step of it on a tiny twin.
 
-The twin has the model's architecture, adapter and settings, but two layers and small dimensions,
-random weights, and problems of our own: nothing is downloaded, nothing is left in output_dir.
+The twin has the model's architecture, adapter and settings, but two layers, small dimensions and
+random weights, and it is given four sums as problems. Nothing is downloaded, and nothing is left in
+output_dir.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from opsdc.config.settings import OPSDCConfig
 from opsdc.models import demo_model
 from opsdc.models.load import load_architecture, load_model
 from opsdc.planner.activations import shallower
-from opsdc.planner.plan import report
+from opsdc.planner.report import report
 
 _SMALL = {
     "hidden_size": 64,
@@ -35,22 +36,25 @@ _SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
+"""The twin has these dimensions, where its architecture has one of that name."""
+
 _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+"""The chat template of the tokenizer of bytes."""
 
 
 def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
-    """Print the plan for this machine, then train one step; raises what a run would raise.
+    """Print the plan for this machine, then train one step of a twin.
 
-    trainer: `OPSDCTrainer`, which stands above this file.
+    `trainer` is `OPSDCTrainer`, which stands above this file. Raises what a run would raise.
     """
     on_gpu = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else None
     print(report(config, memory_bytes=memory, gpus=1, tflops=600.0)[1], flush=True)
 
-    tokenizer, whose = _tokenizer(config.model.name_or_path)
+    tokenizer, whose = _load_tokenizer(config.model.name_or_path)
     shape = load_architecture(config.model.name_or_path, revision=config.model.revision)
     twin = twin_of(shape, tokenizer)
     print(f"\none step of a twin: {type(twin).__name__}, two layers, {whose}", flush=True)
@@ -58,10 +62,10 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
         print(f"rollout.engine {config.rollout.engine} is not started: hf samples instead")
 
     with tempfile.TemporaryDirectory(prefix="opsdc-dry-run-") as folder:
-        small = _small(config, folder, on_gpu)
+        small = _small_run(config, folder, on_gpu)
         rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)]
         if config.model.quantize is not None:
-            # Weights are quantized as they are loaded.
+            # Weights are quantized only while they are loaded.
             place = f"{folder}/twin"
             twin.save_pretrained(place)
             twin = load_model(replace(small.model, name_or_path=place, revision=None))
@@ -69,7 +73,7 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
 
 
 def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The same architecture, two small layers deep, float32, random."""
+    """Build the same architecture with two small layers and random weights in float32."""
     small = shallower(architecture, 2)
     text = small.get_text_config()
     for name, size in _SMALL.items():
@@ -82,13 +86,13 @@ def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     return AutoModelForCausalLM.from_config(small, dtype=torch.float32)
 
 
-def _small(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
-    """What decides how a step computes stays; what decides how long it takes does not."""
+def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
+    """Return settings for a short step that computes as a step of the run does."""
     attention = config.model.attn_implementation
     return replace(
         config,
         output_dir=folder,
-        # Kernels of a GPU need one.
+        # These kernels exist on a GPU only.
         model=replace(
             config.model,
             attn_implementation=attention if on_gpu else None,
@@ -109,15 +113,17 @@ def _small(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
     )
 
 
-def _tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, str]:
+def _load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, str]:
+    """Load the model's tokenizer if it is on this machine, else make one; say which."""
     try:
-        found = AutoTokenizer.from_pretrained(demo_model.resolve(name), local_files_only=True)
-        return found, "the model's own tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(demo_model.resolve(name), local_files_only=True)
+        return tokenizer, "the model's own tokenizer"
     except (OSError, ValueError):
         return _bytes_tokenizer(), "a tokenizer of bytes (the model's own is not on this machine)"
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer whose tokens are bytes, with a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet]
     raw = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))

@@ -15,7 +15,8 @@ from opsdc.models import quantize
 from opsdc.models.head import read_head
 from opsdc.models.load import load_model, prepare_model
 from opsdc.planner.activations import on_meta
-from opsdc.planner.plan import make_plan, sizes_of
+from opsdc.planner.plan import make_plan
+from opsdc.planner.sizes import sizes_of
 from opsdc.rollout.weights import named_weights
 from opsdc.train import OPSDCTrainer
 

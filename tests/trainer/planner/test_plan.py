@@ -16,8 +16,10 @@ from opsdc.config.settings import LoRAConfig, ModelConfig, OPSDCConfig
 from opsdc.config.yaml_file import recipe_names
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models.load import load_architecture
-from opsdc.planner.activations import _trace, activations, on_meta
-from opsdc.planner.plan import make_plan, parse_bytes, sizes_of
+from opsdc.planner.activations import _trace, count_activations, on_meta
+from opsdc.planner.plan import make_plan
+from opsdc.planner.report import parse_bytes
+from opsdc.planner.sizes import sizes_of
 
 # Memory of an update by phase, in a process of its own, from the kernel's high-water mark. With
 # these settings of the C library freed memory is given back, so that the mark is what is held.
@@ -142,28 +144,26 @@ def test_what_few_layers_and_rows_tell_is_what_more_of_them_take():
         ModelConfig(dtype="bfloat16", gradient_checkpointing=True),
         ModelConfig(lora=LoRAConfig(r=2)),
     ):
-        keys = (model.config.to_json_string(use_diff=False), OPSDCConfig(model=settings))
-        one, more = activations(
-            keys[0], json.dumps(keys[1].to_dict()["model"]), width=64, masked=True
-        )
+        text = model.config.to_json_string(use_diff=False)
+        one, more = count_activations(text, settings, width=64, masked=True)
         whole = _trace(model.config, settings, layers=5, rows=4, width=64, masked=True)
         predicted = one + more * 3
-        for field in ("teacher", "forward", "kept", "backward"):
+        for field in ("teacher", "forward", "held", "backward"):
             assert getattr(predicted, field) == pytest.approx(getattr(whole, field), rel=0.05)
 
 
 def test_checkpointing_keeps_less_and_longer_sequences_keep_more():
     model = tiny_model("qwen3", num_hidden_layers=6)
 
-    def kept(width, masked=False, **settings):
-        config = OPSDCConfig(model=ModelConfig(**settings)).to_dict()["model"]
+    def held(width, masked=False, **settings):
         text = model.config.to_json_string(use_diff=False)
-        return activations(text, json.dumps(config), width=width, masked=masked)[0].kept
+        one, _ = count_activations(text, ModelConfig(**settings), width=width, masked=masked)
+        return one.held
 
-    assert kept(256, gradient_checkpointing=True) < 0.3 * kept(256)
-    assert kept(512) == pytest.approx(2 * kept(256), rel=0.02)
+    assert held(256, gradient_checkpointing=True) < 0.3 * held(256)
+    assert held(512) == pytest.approx(2 * held(256), rel=0.02)
     # Where a mask is needed, every layer keeps one.
-    assert kept(512, masked=True) - kept(512) >= 6 * 512**2
+    assert held(512, masked=True) - held(512) >= 6 * 512**2
 
 
 # Billions of parameters, and of them outside the embedding, as the model cards on
