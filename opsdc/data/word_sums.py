@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-# Each problem fills one of the sentences with a name, a thing and two numbers, of which the first
-# is the larger one.
+# A problem is a sentence filled with a name, a thing and two numbers, the larger one first. The
+# answer is the sum in sentences of _MORE and the difference in those of _LESS.
 _NAMES = ("Anna", "Ben", "Clara", "David", "Ella", "Finn", "Grace", "Hugo", "Ida", "Jonas")
 _THINGS = ("apples", "books", "coins", "eggs", "flowers", "marbles", "pencils", "stamps", "toys")
 _MORE = (

@@ -19,7 +19,7 @@ from opsdc.models.load import load_model, load_tokenizer, prepare_model
 from opsdc.record import checkpoint
 
 _SHOWN = 8
-"""Of parameters that are not finite only this many are named."""
+"""A line names no more than this many parameters."""
 
 
 def replay(path: Path) -> str:

@@ -45,9 +45,9 @@ class Activations:
     backward: float
     """The most in the backward, which begins with all that the forward has left."""
 
-    def __add__(self, other: Activations) -> Activations:
+    def __add__(self, addend: Activations) -> Activations:
         return Activations(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+            **{f.name: getattr(self, f.name) + getattr(addend, f.name) for f in fields(self)}
         )
 
     def __mul__(self, factor: float) -> Activations:

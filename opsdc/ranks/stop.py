@@ -32,7 +32,7 @@ _asked_at = 0.0
 
 
 class Stopped(BaseException):
-    """A signal asked to stop; its text is the signal's name.
+    """A signal's request to stop, with the signal's name as its text.
 
     It is no `Exception`, as KeyboardInterrupt is none, so that no handler stops it on its way.
     """

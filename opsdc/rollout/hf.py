@@ -45,15 +45,17 @@ class HFSampler:
         self._version = -1
 
     def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
+        """Note the version; the weights are in the module already."""
         self._version = version
         return {}
 
     def close(self) -> None:
-        pass
+        """Do nothing, because the sampler holds nothing of its own."""
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, *, label: str
     ) -> list[Rollout]:
+        """Sample one response per request, in batches of `params.batch_size`."""
         was_training = self._model.training
         self._model.eval()
         # `generate` fills what a call leaves unset from the model folder's own generation config

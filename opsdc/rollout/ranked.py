@@ -33,11 +33,13 @@ class RankedSampler:
         return {key: max(values[key] for values in pushed) for key in pushed[0]}
 
     def close(self) -> None:
+        """Close this rank's sampler."""
         self._sampler.close()
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, *, label: str
     ) -> list[Rollout]:
+        """Sample one response per request, on all ranks together; each returns all of them."""
         ranks = self._ranks
         # Prompts of similar length share a batch, so every rank gets some of each length.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))

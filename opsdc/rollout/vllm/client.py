@@ -44,7 +44,7 @@ _MEMORY = Path("/dev/shm")
 
 
 class ServerFault(Exception):
-    """A request failed; it may be tried again."""
+    """A request that failed and may be tried again."""
 
 
 def connect(config: OPSDCConfig, model: Any) -> VLLMClient:

@@ -96,6 +96,10 @@ class VLLMSampler:
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, *, label: str
     ) -> list[Rollout]:
+        """Sample one response per request by the weights of the last push.
+
+        Raises WeightSyncError where the engine has other weights, RolloutError for a short batch.
+        """
         if self._weights_id is None:
             raise WeightSyncError("the sampler has no proven weights: push before generating")
         if not requests:
@@ -135,4 +139,5 @@ class VLLMSampler:
         ]
 
     def close(self) -> None:
+        """Close the engine."""
         self._engine.close()

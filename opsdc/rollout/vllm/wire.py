@@ -26,7 +26,7 @@ POLL_S = 0.5
 
 
 class WireError(Exception):
-    """An exchange failed: the peer closed, stalled, or sent no message."""
+    """An exchange that failed, because the peer closed, stalled or sent no message."""
 
 
 def send(connection: socket.socket, message: dict[str, Any], deadline: float) -> None:
