@@ -157,7 +157,7 @@ class HFSampler:
                 if end is None:
                     going_on.append(i)
             rows = [rows[i] for i in going_on]
-            select = torch.tensor(going_on, device=device)
+            select = torch.tensor(going_on, dtype=torch.int64, device=device)
             ids = output.sequences[select]
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)[select]
             cache = output.past_key_values
