@@ -85,13 +85,10 @@ class OPSDCTrainer:
         self.arms = Arms(sets, self.sampler, self.tokenizer, config, self.ranks)
         self.best = BestStep(self.arms, self.model, config, self.ranks)
         self.dial = Dial(config.teacher)
-        self.gate = Gate(
-            config.teacher, self.arms, self.model, self.teacher, self.optimizer, self.sampler
-        )
+        self.gate = Gate(config.teacher, self.arms, self.model, self.teacher, self.optimizer)
         self.state = RunState(
-            self.model, self.teacher, self.optimizer, config, self.ranks,
-            {"dial": self.dial, "gate": self.gate},
-        )  # fmt: skip
+            self.model, self.teacher, self.optimizer, config, self.ranks, self.dial, self.gate
+        )
         self.callbacks, self.out_of_memory = list(callbacks or []), 0
 
     def train(self) -> dict[str, Any]:
@@ -142,23 +139,17 @@ class OPSDCTrainer:
             # The sampler gets each update, the teacher every M-th. From here to the end of
             # `commit` nothing may be left: the parameters have changed.
             pushed = sampler.push(self.model, step)
-            refreshed = self.gate.move_teacher(step, [*self.record.losses, result.loss])
+            self.gate.move_teacher(step, [*self.record.losses, result.loss])
             self.out_of_memory += result.layout != layout
             layout = result.layout
             seconds = {"rollout": sampled - began, **result.seconds}
             seconds["step"] = time.perf_counter() - began
-            self.commit(step, rollouts, result, seconds, pushed, refreshed)
+            self.commit(step, rollouts, result, rollouts.perf(seconds, pushed))
             verdict = self._between_steps(step)
         return self._end(verdict)
 
     def commit(
-        self,
-        step: int,
-        rollouts: StepRollouts,
-        result: UpdateResult,
-        seconds: dict[str, float],
-        pushed: dict[str, float],
-        refreshed: bool,
+        self, step: int, rollouts: StepRollouts, result: UpdateResult, perf: dict[str, float]
     ) -> None:
         """Write the record of a finished step: its row and its responses. The step then counts."""
         row = {
@@ -170,10 +161,10 @@ class OPSDCTrainer:
             "weights_version": step,
             "teacher_version": self.teacher.version,
             "skipped_steps": self.state.skipped_steps + result.is_sick,
-            **rollouts.perf(seconds, pushed),
+            **perf,
             "perf/out_of_memory": self.out_of_memory,
         }
-        row = self.record.commit(row, rollouts.rows(step, self.tokenizer), refreshed=refreshed)
+        row = self.record.commit(row, rollouts.rows(step, self.tokenizer))
         self.state.complete(step, result.is_sick)
         self.events.emit("on_log", step=step, logs=row)
 
@@ -227,16 +218,11 @@ class OPSDCTrainer:
         for event in ("on_save", "on_train_end"):
             self.events.emit(event, step=state.step)
         kept = self.best.restore(state.step)
-        self.sampler.push(self.model, kept)
         self.save_model(output_dir / "model")
         self.arms.answer("trained")
-        facts = {
-            "steps": state.step,
-            "kept_step": kept,
-            "seconds": round(time.perf_counter() - self.started, 1),
-            "model": describe(self.model),
-            "ranks": self.ranks.size,
-        }
+        facts: dict[str, Any] = {"steps": state.step, "kept_step": kept, "ranks": self.ranks.size}
+        facts["seconds"] = round(time.perf_counter() - self.started, 1)
+        facts["model"] = describe(self.model)
         return self.ranks.on_first_rank(lambda: finish_run(output_dir, self.config, facts))
 
     def evaluate(self, name: str, *, arm: str = "student") -> list[Answer]:

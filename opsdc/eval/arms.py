@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config.settings import EvalConfig, OPSDCConfig
+from opsdc.data.problem import Problem
 from opsdc.data.prompted import ProblemSets, Prompted, PromptedSet, prompted_sets
-from opsdc.errors import DataError
+from opsdc.errors import ConfigError, DataError
 from opsdc.eval.answers import Answer, answer, headline, one_line, read_answers, write_answers
 from opsdc.eval.compare import by_difficulty, by_length, compare
+from opsdc.eval.scorers import check_scorer
 from opsdc.models.load import load_model, load_tokenizer, load_trained
 from opsdc.ranks.talk import Ranks
 from opsdc.record import guard
@@ -48,10 +50,15 @@ class Arms:
         self._held_out = first_of(problems.held_out, config.eval.problems)
         gate = first_of(problems.gate, None)
         self._validation, self._base = (gate, "gate-base") if gate else (self._held_out, "base")
-        self._sampler, self._tokenizer = sampler, tokenizer
+        self.sampler, self._tokenizer = sampler, tokenizer
         self._config, self._ranks = config, ranks
         self.folder = Path(config.output_dir) / "eval"
         self._validated: tuple[int, list[Answer]] | None = None
+        answered = (p.problem for p in (*self._held_out, *gate) if p.problem.answer is not None)
+        check_scorer(config.eval.scorer, answered, "eval.scorer")
+        if config.data.train_on != "all":
+            training = (problems.training[i].problem for i in range(len(problems.training)))
+            check_right(training, config)
 
     @property
     def can_validate(self) -> bool:
@@ -149,7 +156,7 @@ class Arms:
         if not problems:
             return []
         answers = answer(
-            self._sampler, self._tokenizer, problems, settings, arm=arm, label=name, stream=stream
+            self.sampler, self._tokenizer, problems, settings, arm=arm, label=name, stream=stream
         )
         path = self.folder / f"{name}.jsonl"
         self._ranks.on_first_rank(lambda: write_answers(path, answers))
@@ -166,6 +173,16 @@ def evaluated_steps(folder: Path) -> dict[int, Path]:
 def validation_name(step: int, base: str) -> str:
     """Return the name of the validation answers after a step; of the base's for step 0."""
     return f"step-{step:06d}" if step else base
+
+
+def check_right(training: Iterable[Problem], config: OPSDCConfig) -> None:
+    """Raise ConfigError unless every training problem has an answer that `data.scorer` takes."""
+    try:
+        check_scorer(config.data.scorer, training, "data.scorer")
+    except DataError as error:
+        raise ConfigError(
+            f"data.train_on {config.data.train_on} tells right responses from wrong ones: {error}"
+        ) from error
 
 
 def first_of(problems: PromptedSet, count: int | None) -> list[Prompted]:

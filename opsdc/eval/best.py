@@ -59,6 +59,7 @@ class BestStep:
             print(f"the weights of step {step}, the best, are gone: keeping the last", flush=True)
             return last_step
         load_weights(self._model, self._folder)
+        self._arms.sampler.push(self._model, step)
         print(f"keeping step {step} of {last_step}, see evaluated in summary.json", flush=True)
         return step
 

@@ -20,7 +20,6 @@ from opsdc.eval.answers import headline
 from opsdc.eval.arms import Arms
 from opsdc.method.teacher import Teacher
 from opsdc.ranks import stop
-from opsdc.rollout.base import Sampler
 
 REFUSALS = 2
 """Refusals in a row after which the student goes back to the accepted teacher."""
@@ -32,6 +31,8 @@ class Gate:
     Raises ConfigError where it has no problems with answers to decide by.
     """
 
+    name = "gate"
+
     def __init__(
         self,
         config: TeacherConfig,
@@ -39,11 +40,10 @@ class Gate:
         model: Any,
         teacher: Teacher,
         optimizer: torch.optim.Optimizer,
-        sampler: Sampler,
     ) -> None:
         self._config, self._arms = config, arms
         self._model, self._teacher = model, teacher
-        self._optimizer, self._sampler = optimizer, sampler
+        self._optimizer = optimizer
         self._accepted, self._refusals = 0, 0
         if config.gate and not arms.can_validate:
             raise ConfigError(
@@ -52,20 +52,21 @@ class Gate:
                 "that data.answer_column names the column of the answer"
             )
 
-    def move_teacher(self, step: int, losses: Sequence[float | None]) -> bool:
-        """Let the teacher follow after the update of `step`; return True after a refresh.
+    def move_teacher(self, step: int, losses: Sequence[float | None]) -> None:
+        """Let the teacher follow after the update of `step`, and the student go back to it.
 
-        The sampler must have the student's weights. A stop waits until the decision is made: no
-        step is complete, and nothing could be saved.
+        `losses` holds the loss of each step up to this one, see `Teacher.after_update`. The sampler
+        must have the student's weights. A stop waits until the decision is made: no step is
+        complete, and nothing could be saved.
         """
         accepts = self._accepts if self._config.gate else lambda step: True
         with stop.held_back():
-            refreshed = self._teacher.after_update(step, losses, accepts)
+            self._teacher.after_update(step, losses, accepts)
         if self._refusals >= REFUSALS:
             self._teacher.reset_student()
             # Its moments led away from here.
             self._optimizer.state.clear()
-            self._sampler.push(self._model, step)
+            self._arms.sampler.push(self._model, step)
             self._refusals = 0
             print(
                 f"gate, step {step}: refused {REFUSALS} times, the student goes back to step "
@@ -73,7 +74,6 @@ class Gate:
                 file=sys.stderr,
                 flush=True,
             )
-        return refreshed
 
     def _accepts(self, step: int) -> bool:
         """Answer as the student after `step`, and decide."""
@@ -84,7 +84,9 @@ class Gate:
         assert before["truncated"] is not None
         assert now["truncated"] is not None
         fall = before["accuracy"] - now["accuracy"]
-        accepted = fall <= self._config.gate_margin and now["truncated"] <= before["truncated"]
+        # Shares of so many problems: a fall of just the margin is within it, whatever its rounding.
+        within = fall <= self._config.gate_margin + 1e-9
+        accepted = within and now["truncated"] <= before["truncated"]
         verdict = "the teacher becomes the student" if accepted else "the teacher stays"
         print(
             f"gate, step {step}: accuracy {now['accuracy']:.3f} ({before['accuracy']:.3f} at step "

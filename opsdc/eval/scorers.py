@@ -22,11 +22,12 @@ exceeds it is scored as not correct with nothing extracted.
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opsdc.data.text import last_boxed
 from opsdc.errors import ConfigError, DataError
@@ -56,6 +57,32 @@ def score(response: str, problem: Problem, scorer: str) -> Score:
     if scorer not in _SCORERS:
         raise ConfigError(f"unknown scorer '{scorer}'; the scorers are {', '.join(SCORERS)}")
     return _SCORERS[scorer](response, problem)
+
+
+def check_scorer(scorer: str, problems: Iterable[Problem], setting: str) -> None:
+    """Check before anything is sampled that a scorer can judge answers to the problems.
+
+    setting: The setting that names the scorer, for the error.
+
+    Raises:
+        ConfigError: The scorer is unknown, or its package is not installed.
+        DataError: A problem's answer is none that the scorer compares with.
+    """
+    if scorer not in _SCORERS:
+        raise ConfigError(f"{setting}: unknown scorer '{scorer}'; there are {', '.join(SCORERS)}")
+    package = _PACKAGES.get(scorer)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{setting} {scorer} needs the package {package.replace('_', '-')}: pip install "
+            '"opsdc[eval]"'
+        )
+    for problem in problems:
+        if scorer == "number":
+            _number_gold(problem)
+        elif scorer == "reasoning_gym":
+            _task_entry(problem)
+        else:
+            _gold(problem)
 
 
 def last_answer_line(text: str) -> str | None:
@@ -209,13 +236,18 @@ def _boxed(response: str, problem: Problem) -> Score:
     return _score_extracted(last_boxed(response), problem)
 
 
-def _number(response: str, problem: Problem) -> Score:
+def _number_gold(problem: Problem) -> Fraction:
     gold = _rational(_plain(_gold(problem)))
     if gold is None:
         raise DataError(
             f"problem {problem.id}: scorer 'number' needs a number as answer, got "
-            f"{problem.answer!r}; use eval.scorer math_verify, answer_line or exact"
+            f"{problem.answer!r}; use the scorer math_verify, answer_line or exact"
         )
+    return gold
+
+
+def _number(response: str, problem: Problem) -> Score:
+    gold = _number_gold(problem)
     number = last_number(response)
     return Score(number is not None and _rational(_plain(number)) == gold, number)
 
@@ -243,17 +275,22 @@ def _dual(response: str, problem: Problem) -> Score:
     return Score(verified or same_answer(line, gold), line)
 
 
+def _task_entry(problem: Problem) -> dict[str, Any]:
+    if problem.entry is None:
+        raise DataError(
+            f"problem {problem.id} is not from reasoning-gym, so scorer 'reasoning_gym' cannot "
+            "score it; use the scorer number, answer_line, boxed or math_verify"
+        )
+    return problem.entry
+
+
 def _reasoning_gym(response: str, problem: Problem) -> Score:
     """Let the task score the text behind the last "Answer:", else the last box, number or line.
 
     The number counts only where the problem's answer is one, and goes to the task in plain form
     (1234 for $1,234).
     """
-    if problem.entry is None:
-        raise DataError(
-            f"problem {problem.id} is not from reasoning-gym, so scorer 'reasoning_gym' cannot "
-            "score it; use eval.scorer number, answer_line, boxed or math_verify"
-        )
+    entry = _task_entry(problem)
     answer = last_answer_line(response) or last_boxed(response)
     if problem.answer is not None and _rational(_plain(problem.answer)) is not None:
         answer = last_number(answer or response)
@@ -262,7 +299,7 @@ def _reasoning_gym(response: str, problem: Problem) -> Score:
         answer = lines[-1] if lines else None
     if answer is None:
         return Score(False, None)
-    return Score(grader.reasoning_gym(problem.entry, answer) == 1.0, answer)
+    return Score(grader.reasoning_gym(entry, answer) == 1.0, answer)
 
 
 _SCORERS: dict[str, Callable[[str, Problem], Score]] = {
@@ -275,4 +312,11 @@ _SCORERS: dict[str, Callable[[str, Problem], Score]] = {
     "number": _number,
 }
 SCORERS = tuple(_SCORERS)
+
+_PACKAGES = {
+    "math_verify": "math_verify",
+    "dual": "math_verify",
+    "reasoning_gym": "reasoning_gym",
+}
+"""The module that a scorer needs, where it needs one."""
 """The names of the scorers."""

@@ -33,6 +33,8 @@ class Dial:
     The dial's state is part of every checkpoint, so that a resumed run steers as the whole one.
     """
 
+    name = "dial"
+
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
         self.value = config.dial

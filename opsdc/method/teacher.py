@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from opsdc.config.settings import TeacherConfig
 from opsdc.errors import ConfigError
-from opsdc.method.mixture import Mix, check_mixable
+from opsdc.method.mixture import START, Mix, check_mixable
 from opsdc.models.head import Head, read_head
 
 
@@ -160,9 +160,10 @@ class Teacher:
         return mix.weights(start_is_teacher=self.version == 0)
 
     def equals_student(self, step: int) -> bool:
-        """Return True when both have the same weights after `step` updates, as after a refresh."""
+        """Return True when both compute alike after `step` updates, as after a refresh."""
         averaged = self._config.mode == "ema" and step > 0
-        return self.is_student or (self.version == step and not averaged)
+        same_weights = self.is_student or (self.version == step and not averaged)
+        return same_weights and START not in self.contexts(self._config.dial)
 
     def weights(self) -> contextlib.AbstractContextManager[None]:
         """Let the module compute as the teacher within the block. Blocks must not be nested."""

@@ -56,6 +56,7 @@ class RunRecord:
     def __init__(self, config: OPSDCConfig, *, after_step: int, ranks: Ranks) -> None:
         self._folder, self._ranks = Path(config.output_dir), ranks
         self._log_every, self._steps = config.log.every, config.train.steps
+        self._refreshes = config.teacher.mode == "refresh"
         ranks.on_first_rank(lambda: self._describe(config))
         ranks.on_each_rank(self._check_shared)
         self.cut(after_step)
@@ -74,9 +75,7 @@ class RunRecord:
             for name in ("metrics.jsonl", "rollouts.jsonl")
         )
 
-    def commit(
-        self, row: dict[str, Any], responses: Sequence[dict[str, Any]], *, refreshed: bool
-    ) -> dict[str, Any]:
+    def commit(self, row: dict[str, Any], responses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Append a step's responses and then its row; print the row where it is due.
 
         Both are on disk when this returns. The row returned is the first rank's on all ranks, so
@@ -87,6 +86,7 @@ class RunRecord:
         self._metrics.write(row)
         self.history.append(row)
         if is_due(self._log_every, row["step"]) or row["step"] == self._steps:
+            refreshed = self._refreshes and row["teacher_version"] == row["step"]
             print(step_line(row, self._steps, refreshed), flush=True)
         return row
 
@@ -114,12 +114,15 @@ def step_line(row: dict[str, Any], steps: int, refreshed: bool) -> str:
     def show(key: str, spec: str) -> str:
         return "–" if row[key] is None else format(row[key], spec)
 
+    more = f"  dial {row['dial']:.2f}" if "dial" in row else ""
+    if "right_share" in row:
+        more += f"  right {100 * row['right_share']:.0f} %"
     return (
         f"step {row['step']:>{len(str(steps))}}/{steps}"
         f"  loss {show('loss_nats', '.4f')} nats/token"
         f"  entropy {show('student_entropy', '.2f')}"
         f"  response {show('response_tokens_mean', '.1f')} tokens"
-        f"  truncated {100 * row['truncated_share']:.0f} %"
+        f"  truncated {100 * row['truncated_share']:.0f} %{more}"
         f"  grad {show('grad_norm', '.2f')}"
         f"  {row['perf/seconds_step']:.0f} s" + ("  teacher refreshed" if refreshed else "")
     )

@@ -36,6 +36,9 @@ _NO_EFFECT = ("output_dir", "log", "train.resume", "train.keep")
 class Stateful(Protocol):
     """A part of a run whose state, plain JSON, is saved in every checkpoint."""
 
+    name: str
+    """Key of the state in the checkpoint."""
+
     def state(self) -> dict[str, Any]:
         """Return what `load` needs to go on."""
 
@@ -53,7 +56,7 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         config: OPSDCConfig,
         ranks: Ranks,
-        parts: Mapping[str, Stateful],
+        *parts: Stateful,
     ) -> None:
         self.step = 0
         """The last completed step, 0 before the first."""
@@ -87,7 +90,7 @@ class RunState:
             "skipped_in_a_row": self._skipped_in_a_row,
             "model": describe(self._model),
             "config": self._config.to_dict(),
-            **{name: part.state() for name, part in self._parts.items()},
+            **{part.name: part.state() for part in self._parts},
         }
         checkpoint.save(
             self._checkpoints,
@@ -199,10 +202,10 @@ class RunState:
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self._skipped_in_a_row = state["skipped_in_a_row"]
         self._saved = folder
-        for name, part in self._parts.items():
+        for part in self._parts:
             # A checkpoint from before the part existed has nothing of it.
-            if name in state:
-                part.load(state[name])
+            if part.name in state:
+                part.load(state[part.name])
         return state
 
 

@@ -94,14 +94,21 @@ def test_every_teacher_trains(make_config, mode, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"teacher.mode": "ema", "loss.token_share": 0.5}], ids=str
+    "settings",
+    [
+        {},
+        {"teacher.mode": "ema", "loss.token_share": 0.5},
+        {"teacher.target": 0.3, "teacher.anchor": 0.2, "teacher.against": "Be wordy, please."},
+    ],
+    ids=str,
 )
 def test_resuming_at_any_step_changes_no_bit(make_config, tmp_path, settings):
     common = {"eval.problems": 0, "train.keep": 9, **settings}
     run(make_config(**common, output_dir=str(tmp_path / "whole")))
     expected = record(tmp_path / "whole")
-    kept = {"kept_tokens_share", "kept_loss_share"} if "loss.token_share" in settings else set()
-    assert all(set(row) == KEYS | kept for row in expected)
+    more = {"kept_tokens_share", "kept_loss_share"} if "loss.token_share" in settings else set()
+    more |= {"dial", "relative_length"} if "teacher.target" in settings else set()
+    assert all(set(row) == KEYS | more for row in expected)
     for stop in (1, 2, 3, 4):
         out = tmp_path / f"stopped-{stop}"
         config = make_config(**common, output_dir=str(out))
@@ -418,3 +425,97 @@ def test_only_the_first_tokens_of_a_response_are_trained_on(make_config, tmp_pat
     assert trained == [([ids[:5] for ids in sampled], sum(min(len(ids), 5) for ids in sampled))]
     cut = sum(max(len(ids) - 5, 0) for ids in sampled)
     assert record(tmp_path / "run")[0]["cut_share"] == cut / sum(map(len, sampled))
+
+
+def right_where(monkeypatch, rule):
+    """Let responses be right by a rule on their number within the step."""
+    from opsdc.eval import answers
+    from opsdc.eval.scorers import Score
+
+    asked = [0]
+
+    def score(text, problem, scorer):
+        asked[0] += 1
+        return Score(rule(asked[0] - 1), text)
+
+    monkeypatch.setattr(answers, "score", score)
+
+
+NO_EVAL = {"eval.problems": 0, "rollout.max_new_tokens": 40, "data.scorer": "number"}
+
+
+def test_only_right_answers_are_learned_from(make_config, tmp_path, monkeypatch):
+    """Wrong and truncated ones have no part in the mean: the step equals one without them."""
+    trained = []
+    real = train.update
+
+    def watched(model, teacher, pairs, *arguments, **keywords):
+        trained.append([list(p.response_ids) for p in pairs])
+        return real(model, teacher, pairs, *arguments, **keywords)
+
+    monkeypatch.setattr(train, "update", watched)
+    right_where(monkeypatch, lambda i: i % 2 == 0)
+    settings = {**NO_EVAL, "data.train_on": "correct", "train.steps": 2, "rollout.batch_size": 4}
+    run(make_config(**settings))
+    rows = read_lines(tmp_path / "run" / "rollouts.jsonl")
+    for step, (row, ids) in enumerate(zip(record(tmp_path / "run"), trained), 1):
+        sampled = [r for r in rows if r["step"] == step]
+        assert [r["response_ids"] for r in sampled if r["right"]] == ids
+        assert row["right_share"] == len(ids) / 4
+        assert all(r["finished"] for r in sampled if r["right"])
+
+
+def test_wrong_answers_pull_back_to_the_plain_teacher(make_config, tmp_path, monkeypatch):
+    dials = []
+    real = train.update
+
+    def watched(model, teacher, pairs, *arguments, **keywords):
+        dials.append([p.dial for p in pairs])
+        return real(model, teacher, pairs, *arguments, **keywords)
+
+    monkeypatch.setattr(train, "update", watched)
+    right_where(monkeypatch, lambda i: False)
+    settings = {**NO_EVAL, "data.train_on": "dial", "train.steps": 2, "optim.weight_decay": 0}
+    trainer, _ = run(make_config(**settings))
+    assert dials == [[0.0] * 4] * 2
+    # The plain teacher still is the student, so there is nothing to learn.
+    assert [row["loss_nats"] for row in record(tmp_path / "run")] == [0.0, 0.0]
+    start = tiny_model()
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), start.parameters()))
+
+
+def test_steps_without_a_right_answer_are_recorded_and_change_nothing(make_config, tmp_path):
+    """Five in a row: nothing is wrong with them, so the run does not give up."""
+    settings = {**NO_EVAL, "data.train_on": "correct"}
+    trainer, summary = run(make_config(**settings))
+    assert summary["steps"] == 5
+    for row in record(tmp_path / "run"):
+        assert (row["right_share"], row["loss_nats"], row["skipped_steps"]) == (0.0, None, 0)
+    start = tiny_model()
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), start.parameters()))
+
+
+@pytest.mark.parametrize("train_on", ["correct", "dial"])
+def test_right_answers_need_answers(make_config, tmp_path, train_on):
+    rows = [{"problem": f"What is {i}?"} for i in range(30)]
+    config = make_config(**{**NO_EVAL, "data.train_on": train_on})
+    with pytest.raises(ConfigError, match=r"data.train_on .* data\.answer_column"):
+        OPSDCTrainer(None, config, rows)
+
+
+def test_an_unknown_scorer_is_refused_before_anything_is_sampled(make_config):
+    for settings in ({"eval.scorer": "vibes"}, {"data.scorer": "vibes", "data.train_on": "dial"}):
+        with pytest.raises(ConfigError, match="scorer 'vibes'"):
+            OPSDCTrainer(None, make_config(**settings))
+
+
+def test_a_target_is_measured_and_recorded(make_config, tmp_path):
+    config = make_config(
+        **{"eval.problems": 0, "teacher.target": 0.5, "rollout.max_new_tokens": 30}
+    )
+    trainer, _ = run(config)
+    rows = record(tmp_path / "run")
+    assert rows[0]["dial"] == 1.0
+    assert len({row["dial"] for row in rows}) > 1
+    assert all(0 < row["relative_length"] < 3 for row in rows)
+    assert trainer.dial.value != rows[-1]["dial"]

@@ -3,7 +3,7 @@ import pytest
 
 from opsdc.errors import DataError
 from opsdc.eval.answers import Answer, headline
-from opsdc.eval.compare import by_length, compare
+from opsdc.eval.compare import by_difficulty, by_length, compare
 
 
 def answers(tokens, correct, samples=1, truncated=None):
@@ -97,3 +97,48 @@ def test_problems_of_one_length_share_a_bin(lengths, names, sizes):
     bins = by_length(base, base)
     assert [row["bin"].removeprefix("base length ") for row in bins] == names
     assert [row["problems"] for row in bins] == sizes
+
+
+def test_outcomes_are_counted_pair_by_pair():
+    base = answers([9] * 10, [1, 1, 1, 1, 1, 0, 0, 0, 0, 0])
+    changed = answers([9] * 10, [1, 1, 1, 0, 0, 1, 0, 0, 0, 0])
+    told = compare(base, changed)
+    assert [told[k] for k in ("kept", "lost", "gained", "still_wrong")] == [3, 2, 1, 4]
+    assert told["accuracy_difference"] == -0.1
+    # Two-sided: P(X ≤ 1 or X ≥ 2 of 3 fair coins) = 1.
+    assert told["mcnemar_p"] == 1.0
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    base = answers([9] * 40, [1] * 12 + [0] * 28)
+    changed = answers([9] * 40, [0] * 10 + [1] * 2 + [0] * 26 + [1] * 2)
+    # 10 lost, 2 gained: 2·(1 + 12 + 66) / 2^12.
+    assert compare(base, changed)["mcnemar_p"] == round(2 * 79 / 4096, 4)
+    twice = answers([9] * 40, [1] * 12 + [0] * 28, samples=2)
+    assert compare(twice, twice)["mcnemar_p"] is None
+
+
+def test_bins_by_difficulty_do_not_see_the_answers_they_compare():
+    """Answers of pure chance: binned by themselves they fall and rise, by others they do not."""
+    rng = np.random.default_rng(3)
+    n = 3000
+
+    def coin():
+        return answers(rng.integers(10, 100, n), rng.random(n) < 0.5)
+
+    base, trained = coin(), coin()
+    tables = by_difficulty(coin(), base, trained)
+    for row in tables["pass_rate"]:
+        assert abs(row["base_accuracy"] - row["trained_accuracy"]) < 0.06
+    for row in tables["length"]:
+        assert abs(row["token_reduction"]) < 0.06
+    own = by_difficulty(base, base, trained)
+    assert own["pass_rate"][-1]["base_accuracy"] - own["pass_rate"][-1]["trained_accuracy"] > 0.4
+    assert by_length(base, trained)[-1]["token_reduction"] > 0.3
+
+
+def test_pass_rates_are_those_of_several_samples():
+    measured = answers([9] * 12, [0] * 4 + [1, 0, 1, 1] + [1] * 4, samples=4)
+    arm = answers([9] * 3, [0, 1, 1])
+    names = [row["bin"] for row in by_difficulty(measured, arm, arm)["pass_rate"]]
+    assert names == ["base never right", "base sometimes right", "base always right"]
