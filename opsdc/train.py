@@ -142,9 +142,8 @@ class OPSDCTrainer:
             self.gate.move_teacher(step, [*self.record.losses, result.loss])
             self.out_of_memory += result.layout != layout
             layout = result.layout
-            seconds = {"rollout": sampled - began, **result.seconds}
-            seconds["step"] = time.perf_counter() - began
-            self.commit(step, rollouts, result, rollouts.perf(seconds, pushed))
+            seconds = {"rollout": sampled - began, "step": time.perf_counter() - began}
+            self.commit(step, rollouts, result, rollouts.perf(seconds | result.seconds, pushed))
             verdict = self._between_steps(step)
         return self._end(verdict)
 
@@ -171,10 +170,7 @@ class OPSDCTrainer:
     def _begin(self) -> tuple[Layout, str | None]:
         """Resume, run the checks and answer as the base; return the layout and guards' verdict."""
         config, state, ranks = self.config, self.state, self.ranks
-        # Loading a model and verifying a checkpoint take long: a stop may have been asked for.
-        ranks.check_stop()
         state.resume()
-        ranks.check_stop()
         self.record = RunRecord(config, after_step=state.step, ranks=ranks)
         self.sampler.push(self.model, state.step)
         layout = checks.before_first_step(

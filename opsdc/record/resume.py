@@ -116,7 +116,10 @@ class RunState:
         Raises ConfigError for a checkpoint that is not good, CheckpointError for one of another
         model or where all are damaged.
         """
+        # Loading a model and verifying a checkpoint take long: a stop may have been asked for.
+        self._ranks.check_stop()
         folder = self._ranks.on_first_rank(self._checkpoint_to_resume)
+        self._ranks.check_stop()
         if folder is None:
             return
         state = self._restore(Path(folder))
