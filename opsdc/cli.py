@@ -353,7 +353,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _add_plot(commands: Any) -> None:
-    text = "draw a run: divergence, length, entropy, accuracy"
+    text = "draw a run: divergence, length, entropy, accuracy, dial, trade-off"
     parser = _add_command(commands, "plot", text, "RUN [--output PNG]", _plot)
     parser.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (metrics.jsonl)")
     parser.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/plot.png")

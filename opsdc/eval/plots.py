@@ -1,20 +1,22 @@
-"""The picture of a run from its record: divergence, response length, entropy, accuracy."""
+"""The picture of a run from its record: divergence, length, entropy, accuracy, dial, trade-off."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import DataError
 from opsdc.eval.answers import headline, read_answers
 from opsdc.record.lines import read_lines
 
 
-def plot_run(run: Path, target: Path | None = None) -> Path:
+def plot_run(run: Path, file: Path | None = None) -> Path:
     """Draw `run`/metrics.jsonl and `run`/eval as a PNG, with the teacher's refreshes marked.
 
-    Returns the file: `target`, by default `run`/plot.png. Raises DataError where the folder holds
+    Returns the picture: `file`, by default `run`/plot.png. Raises DataError where the folder holds
     no record.
     """
     rows = read_lines(run / "metrics.jsonl")
@@ -27,11 +29,11 @@ def plot_run(run: Path, target: Path | None = None) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     steps = [row["step"] for row in rows]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    (divergence, length), (entropy, accuracy) = axes
+    figure, axes = plt.subplots(2, 3, figsize=(16, 7), layout="constrained")
+    (divergence, length, dial), (entropy, accuracy, trade) = axes
 
     def series(key: str) -> list[float]:
-        return [float("nan") if row[key] is None else row[key] for row in rows]
+        return [float("nan") if row.get(key) is None else row[key] for row in rows]
 
     # Measures of training, one point a step.
     divergence.plot(steps, series("loss_nats"), "o-", ms=3, label="loss")
@@ -43,22 +45,33 @@ def plot_run(run: Path, target: Path | None = None) -> Path:
     entropy.plot(steps, series("student_entropy"), "o-", ms=3, label="student")
     entropy.plot(steps, series("teacher_entropy"), "-", lw=1, label="teacher")
     entropy.set(title="Entropy per token", ylabel="nats", ylim=(0, None))
+    if any("right_share" in row for row in rows):
+        accuracy.plot(steps, series("right_share"), ".:", lw=0.8, label="training rollouts right")
     _draw_held_out(run, steps[-1], length, accuracy)
+    _draw_trade_off(run, trade)
+    dial.set_visible(any("dial" in row for row in rows))
+    dial.plot(steps, series("dial"), "o-", ms=3, label="dial (weight of the instruction)")
+    dial.plot(steps, series("relative_length"), "s--", ms=3, label="length ÷ plain length")
+    dial.set(title="Dial", ylim=(0, None))
+    target = _target(run)
+    if target is not None:
+        dial.axhline(1 - target, color="gray", ls=":", label=f"length asked for: {1 - target:.2f}")
 
     refreshes = _refreshes(rows)
-    for axis in axes.flat:
+    for axis in (divergence, length, dial, entropy, accuracy):
         for i, step in enumerate(refreshes):
             label = "teacher refresh" if i == 0 else None
             axis.axvline(step + 0.5, color="tab:red", lw=0.8, alpha=0.5, label=label)
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes.flat:
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    target = target or run / "plot.png"
-    figure.savefig(target, dpi=110)
+    file = file or run / "plot.png"
+    figure.savefig(file, dpi=110)
     plt.close(figure)
-    return target
+    return file
 
 
 def _draw_held_out(run: Path, last_step: int, length: Any, accuracy: Any) -> None:
@@ -77,6 +90,32 @@ def _draw_held_out(run: Path, last_step: int, length: Any, accuracy: Any) -> Non
         length.axhline(told["tokens_mean"], color="gray", ls=":", label="base, told to be concise")
         if told["accuracy"] is not None:
             accuracy.axhline(told["accuracy"], color="gray", ls=":", label="base, told: accuracy")
+
+
+def _draw_trade_off(run: Path, axis: Any) -> None:
+    """Draw accuracy over length of the evaluated steps, with the Pareto front and the kept step."""
+    summary = run / "summary.json"
+    rows = json.loads(summary.read_text("utf-8")).get("evaluated") if summary.is_file() else None
+    axis.set_visible(bool(rows))
+    if not rows:
+        return
+    axis.set(title="Evaluated steps", xlabel="mean tokens", ylabel="accuracy")
+    axis.plot([r["tokens"] for r in rows], [r["accuracy"] for r in rows], "o", ms=4, color="gray")
+    front = sorted((r["tokens"], r["accuracy"]) for r in rows if r["pareto"])
+    axis.plot([x for x, _ in front], [y for _, y in front], "-", label="Pareto front")
+    for row in rows:
+        axis.annotate(
+            str(row["step"]), (row["tokens"], row["accuracy"]), fontsize=8,
+            textcoords="offset points", xytext=(4, 4),
+        )  # fmt: skip
+        if row["kept"]:
+            axis.plot(row["tokens"], row["accuracy"], "*", ms=13, label=f"kept: {row['step']}")
+
+
+def _target(run: Path) -> float | None:
+    """Return the token reduction that the run was to hold, where its config is there."""
+    config = run / "config.yaml"
+    return OPSDCConfig.load(config).teacher.target if config.is_file() else None
 
 
 def _refreshes(rows: list[dict[str, Any]]) -> list[int]:

@@ -39,8 +39,17 @@ def print_report(folder: Path) -> None:
     if "trained" in summary:
         print(f"\n{summary['base']['answers']} held-out answers per row")
         print(_arms_table(summary))
+        if "greedy" in summary:
+            print("\nthe same problems, answered greedily")
+            print(_arms_table(summary["greedy"]))
         print("\nby the length of the base model's answers")
-        print(_lengths_table(summary["by_length"]))
+        print(_bins_table(summary["by_length"]))
+        for measure, rows in summary.get("by_difficulty", {}).items():
+            print(f"\nby the base's {measure.replace('_', ' ')} in other answers than these")
+            print(_bins_table(rows))
+        if "evaluated" in summary:
+            print("\nevaluated steps")
+            print(_steps_table(summary))
         print("\n" + _samples(folder))
         print(_verdict(summary))
     print(f"record: {folder}/ (summary.json, metrics.jsonl, plot.png)")
@@ -76,7 +85,7 @@ def _arms_table(summary: dict[str, Any]) -> str:
     return _table(head, rows)
 
 
-def _lengths_table(bins: Sequence[dict[str, Any]]) -> str:
+def _bins_table(bins: Sequence[dict[str, Any]]) -> str:
     head = ("", "problems", "tokens base → trained", "reduction", "accuracy base → trained")
     rows = [
         (
@@ -87,6 +96,22 @@ def _lengths_table(bins: Sequence[dict[str, Any]]) -> str:
             f"{_percent(row.get('base_accuracy'))} → {_percent(row.get('trained_accuracy'))}",
         )
         for row in bins
+    ]
+    return _table(head, rows)
+
+
+def _steps_table(summary: dict[str, Any]) -> str:
+    head = ("step", "mean tokens", "accuracy", "difference from base", "Pareto", "kept")
+    rows = [
+        (
+            str(row["step"]),
+            f"{row['tokens']:.1f}",
+            _percent(row["accuracy"]),
+            _points(*row["accuracy_difference_ci95"]),
+            "yes" if row["pareto"] else "",
+            "yes" if row["step"] == summary["kept_step"] else "",
+        )
+        for row in summary["evaluated"]
     ]
     return _table(head, rows)
 
@@ -110,22 +135,30 @@ def _samples(folder: Path) -> str:
 
 def _verdict(summary: dict[str, Any]) -> str:
     """Say in a few lines what training changed, with intervals."""
-    trained = summary["compared_with_base"]["trained"]
-    low, high = trained["token_reduction_ci95"]
+    base, told = summary["compared_with_base"]["trained"], summary["trained_compared_with_told"]
+    low, high = base["token_reduction_ci95"]
     lines = [
-        f"token reduction {_percent(trained['token_reduction'])} "
+        f"token reduction {_percent(base['token_reduction'])} "
         f"(95 % interval {_percent(low)} … {_percent(high)})"
     ]
-    if "accuracy_difference" in trained:
-        low, high = trained["accuracy_difference_ci95"]
-        lines.append(
-            f"accuracy difference {100 * trained['accuracy_difference']:+.1f} points "
-            f"(95 % interval {100 * low:+.1f} … {100 * high:+.1f}; smallest difference this sample "
-            f"shows with 80 % power: {100 * trained['accuracy_detectable']:.1f})"
-        )
+    for name, compared in (("base", base), ("base told to be concise", told)):
+        if "accuracy_difference" in compared:
+            lines.append(
+                f"accuracy against {name}: {100 * compared['accuracy_difference']:+.1f} points (95 "
+                f"% interval {_points(*compared['accuracy_difference_ci95'])}; smallest difference "
+                "this sample shows with 80 % power: "
+                f"{100 * compared['accuracy_detectable']:.1f})\n"
+                f"  {compared['kept']} right in both, {compared['lost']} lost, "
+                f"{compared['gained']} gained, {compared['still_wrong']} wrong in both"
+                + (f", p = {p:.2g}" if (p := compared["mcnemar_p"]) is not None else "")
+            )
     if "seconds" in summary:
         lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     return "\n".join(lines)
+
+
+def _points(low: float, high: float) -> str:
+    return f"{100 * low:+.1f} … {100 * high:+.1f}"
 
 
 def _percent(share: float | None) -> str:
