@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
-from opsdc.config.settings import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig, TeacherConfig
+from opsdc.method.mixture import Mix
 from opsdc.models.load import VARIABLE_LENGTH
 from opsdc.models.quantize import BYTES
 from opsdc.planner.activations import count_activations
@@ -87,12 +88,16 @@ def _state(run: Run) -> Iterator[Holder]:
         matrix = sizes.item * sizes.largest_matrix
         yield "a matrix, dequantized", _during(matrix, "sampling", "teacher", "loss", "backward")
     yield "AdamW moments (float32)", _during(8 * sizes.trained / ranks)
+    # A paged copy takes the student's place for its pass; only its head stays for the loss.
+    paged = _during(4 * sizes.head * sizes.trains_head, "loss", "backward")
+    copy = paged if config.teacher.offload else _during(4 * sizes.trained / ranks)
     if config.teacher.mode != "live":
-        # A paged teacher takes the student's place for its pass; only its head stays for the loss.
-        head = 4 * sizes.head * sizes.trains_head
-        paged = _during(head, "loss", "backward")
-        copy = _during(4 * sizes.trained / ranks)
-        yield "teacher's copy (float32)", paged if config.teacher.offload else copy
+        yield "teacher's copy (float32)", copy
+    if config.teacher.anchor and config.teacher.mode != "frozen":
+        yield "start's copy, for the anchor (float32)", copy
+    if sizes.widens(config.teacher):
+        both = _during(2 * sizes.item * sizes.head, "loss", "backward")
+        yield "both heads in one, for the anchor", both
     gradients = _during(4 * sizes.trained / ranks, "loss", "backward", "update")
     if run.sharded and not config.distributed.reduce_every_micro_batch:
         # Ranks add their gradients once a step; until then each holds those of the whole model.
@@ -131,9 +136,25 @@ def _passes(run: Run) -> Iterator[Holder]:
             ),
         },
     )
+    # A mixture of contexts is summed in float32 from the states of each; a wide one is two sums.
     hidden = run.step_tokens * sizes.dim * run.item
-    yield "teacher's hidden states", _during(hidden, "teacher", "loss", "backward")
+    mixed = run.step_tokens * sizes.dim * 4 * (1 + sizes.widens(config.teacher))
+    contexts = _contexts(config.teacher)
+    states = dict.fromkeys(("loss", "backward"), float(mixed if contexts > 1 else hidden))
+    while_mixed = hidden * contexts + mixed * (contexts > 1)
+    yield "teacher's hidden states", {"teacher": float(while_mixed), **states}
     yield "loss: scratch and its gradients", _during(loss.peak_bytes, "loss")
+
+
+def _contexts(teacher: TeacherConfig) -> int:
+    """Return the number of forwards from which the teacher is mixed at most."""
+    mix = Mix(
+        # A dial that moves needs the plain context beside the concise one.
+        dial=teacher.dial if teacher.target is None else 0.5,
+        anchor=teacher.anchor,
+        against=teacher.against_weight if teacher.against is not None else 0.0,
+    )
+    return len(mix.weights(start_is_teacher=teacher.mode == "frozen"))
 
 
 def _gathered(run: Run) -> Iterator[Holder]:

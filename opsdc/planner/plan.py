@@ -33,6 +33,7 @@ def loss_plan(
         tokens=tokens,
         vocab_size=sizes.vocab_size,
         student_dim=sizes.dim,
+        teacher_dim=sizes.dim * (1 + sizes.widens(config.teacher)),
         dtype=getattr(torch, config.model.dtype),
         device=device,
         trainable_head=sizes.trains_head,
@@ -127,6 +128,8 @@ def make_plan(
         workspace = memory_bytes // 64
     loss = loss_plan(sizes, config, rows * response, device, workspace)
     whole_step = loss_plan(sizes, config, sequences * response, device, workspace)
+    # A wide teacher's states are twice as long.
+    units = whole_step.gemm_units + sizes.widens(config.teacher)
     run = Run(
         config=config,
         architecture=architecture,
@@ -146,7 +149,7 @@ def make_plan(
         width=width,
         parts={name: part for name, part in holders(run) if any(part.values())},
         loss=loss,
-        loss_flop=2.0 * whole_step.gemm_units * sequences * response * sizes.head,
+        loss_flop=2.0 * units * sequences * response * sizes.head,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from opsdc.config.settings import ModelConfig
+from opsdc.config.settings import ModelConfig, TeacherConfig
 from opsdc.models.adapters import unwrap
 from opsdc.models.head import read_head
 from opsdc.models.quantize import elements
@@ -36,6 +36,10 @@ class Sizes:
     """True where head and embedding are one parameter."""
     item: int
     """The bytes of an element that the forward computes with."""
+
+    def widens(self, teacher: TeacherConfig) -> bool:
+        """Return True where an anchor mixes two heads into a wide one, see `method.mixture`."""
+        return bool(teacher.anchor) and teacher.mode != "frozen" and self.trains_head
 
 
 def sizes_of(model: Any, config: ModelConfig) -> Sizes:

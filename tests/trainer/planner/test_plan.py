@@ -66,6 +66,7 @@ layout = module.Layout(
 )
 # Moments come with the first step.
 module.update(model, teacher, pairs[:1], optimizer, layout, config)
+teacher.after_update(config.teacher.refresh_steps)
 peaks = {}
 
 def watched(name, function):
@@ -120,6 +121,15 @@ def test_predicted_peaks_are_the_measured_ones_and_an_adapter_takes_under_60_per
             assert predicted == pytest.approx(peak, rel=0.10), phase
     peaks = [max(peak for _, peak in found.values()) for found in (full, adapter)]
     assert peaks[1] <= 0.6 * peaks[0]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_mixture_with_the_start_takes_what_is_predicted(smollm2):
+    for phase, (predicted, peak) in measured(
+        **{"teacher.anchor": 0.1, "teacher.dial": 0.5}
+    ).items():
+        assert predicted == pytest.approx(peak, rel=0.10), phase
 
 
 @pytest.mark.model
@@ -287,3 +297,28 @@ def test_a_paged_teacher_leaves_its_head_alone_on_the_device():
     ]
     assert plans[0]["teacher"] == 4 * sum(p.numel() for p in tiny_model(tied=False).parameters())
     assert plans[1] == {"loss": 4 * 264 * 32, "backward": 4 * 264 * 32}
+
+
+def test_an_anchor_counts_the_start_its_head_and_the_contexts():
+    architecture = tiny_model(tied=False).config
+
+    def plan(**teacher):
+        config = OPSDCConfig.from_dict({"teacher": teacher})
+        return make_plan(config, memory_bytes=10**9, architecture=architecture)
+
+    one, dialled, anchored = plan(), plan(dial=0.5), plan(anchor=0.1)
+    both = 2 * 4 * 264 * 32
+    copy, start = "teacher's copy (float32)", "start's copy, for the anchor (float32)"
+    assert anchored.parts[start] == one.parts[copy]
+    assert anchored.parts["both heads in one, for the anchor"] == {"loss": both, "backward": both}
+    # States of two contexts beside their mixture; a wide mixture is two of these.
+    states = "teacher's hidden states"
+    assert dialled.parts[states]["teacher"] == 3 * one.parts[states]["teacher"]
+    assert dialled.parts[states]["loss"] == one.parts[states]["loss"]
+    assert anchored.parts[states]["teacher"] == 4 * one.parts[states]["teacher"]
+    assert anchored.parts[states]["loss"] == 2 * one.parts[states]["loss"]
+    assert anchored.loss_flop == one.loss_flop * 5 / 4
+    # A frozen teacher is the start itself: one more context, and no other copy or head.
+    frozen = plan(mode="frozen", anchor=0.1)
+    assert set(frozen.parts) == set(one.parts)
+    assert frozen.parts[states] == dialled.parts[states]
