@@ -26,16 +26,16 @@ WAYS = ("fused", "materialized")
 
 def measure(way: str, response_tokens: int) -> dict[str, float]:
     """One contender, in this process."""
-    from opsdc.config.settings import OPSDCConfig
+    from benchmarks.rollouts import word_sums
     from opsdc.data.prompted import prompted_sets
     from opsdc.method.batch import Pair, token_batch
     from opsdc.method.loss import distillation_loss
     from opsdc.models.head import Head, hidden_states, read_head
     from opsdc.models.load import load_model, load_tokenizer
 
-    config = OPSDCConfig.load("smollm2-cpu")
+    config = word_sums()
     tokenizer = load_tokenizer(config.model)
-    problems, _ = prompted_sets(config, tokenizer)
+    problems = prompted_sets(config, tokenizer).training
     model = load_model(config.model)
     generator = torch.Generator().manual_seed(0)
     pairs = [

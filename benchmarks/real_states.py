@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from opsdc.config.settings import OPSDCConfig
+from benchmarks.rollouts import word_sums
 from opsdc.data.prompted import prompted_sets
 from opsdc.method.batch import Pair, token_batch
 from opsdc.models.head import hidden_states, read_head
@@ -46,10 +46,10 @@ def real_cases(problems: int = PROBLEMS, tokens: int = TOKENS) -> tuple[Case, Ca
     """The same tokens through an fp32 backbone and through a bf16 one (its states widened again);
     head and parameters are rounded to bf16 in both, so only the arithmetic differs."""
     torch.manual_seed(0)
-    config = OPSDCConfig.load("smollm2-cpu")
+    config = word_sums()
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
-    chosen = prompted_sets(config, tokenizer)[0].batch(1, problems)
+    chosen = prompted_sets(config, tokenizer).training.batch(1, problems)
     sampler = HFSampler(model, tokenizer, seed=0)
     requests = [
         Request(key=f"real-{i}", prompt_ids=item.prompts.student_ids)

@@ -39,12 +39,21 @@ class Rollouts:
         )
 
 
+def word_sums() -> OPSDCConfig:
+    """The demo's model on word problems, which it answers at some length."""
+    changes = {
+        "data.source": "embedded:word_sums",
+        "data.options": {"size": 500},
+        "prompt.instruction": "Be concise. Reply with one short sentence.",
+    }
+    return OPSDCConfig.load("smollm2-cpu", changes)
+
+
 def sample() -> Rollouts:
     """The same on every call; takes about half a minute on two CPU cores."""
-    config = OPSDCConfig.load("smollm2-cpu")
+    config = word_sums()
     tokenizer = load_tokenizer(config.model)
-    problems, _ = prompted_sets(config, tokenizer)
-    asked = problems.batch(1, ASKED)
+    asked = prompted_sets(config, tokenizer).training.batch(1, ASKED)
     sampler = HFSampler(load_model(config.model), tokenizer, seed=0)
     answers = sampler.generate(
         [

@@ -24,7 +24,7 @@ def setting(smollm2):
     """The demo's model moved a little away from its teacher, and real sampled responses."""
     config = OPSDCConfig.load("smollm2-cpu")
     tokenizer = load_tokenizer(config.model)
-    problems, _ = prompted_sets(config, tokenizer)
+    problems = prompted_sets(config, tokenizer).training
     model = load_model(config.model)
     batch = problems.batch(1, 4)
     sampler = HFSampler(model, tokenizer, seed=0)
@@ -99,7 +99,7 @@ def test_float32_samples_are_those_of_a_16_bit_forward_to_its_rounding(smollm2):
     """
     config = OPSDCConfig.load("smollm2-cpu")
     tokenizer = load_tokenizer(config.model)
-    problems, _ = prompted_sets(config, tokenizer)
+    problems = prompted_sets(config, tokenizer).training
     model = load_model(config.model)
     requests = [
         Request(key=p.problem.id, prompt_ids=p.prompts.student_ids) for p in problems.batch(1, 6)
@@ -132,8 +132,8 @@ def test_the_demo_resumes_bit_for_bit_in_another_process(smollm2, tmp_path):
     import time
 
     def start(folder):
-        flags = "--train.steps 4 --train.save_every 1 --teacher.refresh_steps 2 --eval.problems 0"
-        flags += f" --rollout.max_new_tokens 24 --output_dir {folder}"
+        flags = "--train.steps 4 --train.save_every 1 --eval.problems 0 --rollout.max_new_tokens 24"
+        flags += f" --teacher.mode refresh --teacher.refresh_steps 2 --output_dir {folder}"
         return subprocess.Popen([sys.executable, "-m", "opsdc", "train", *flags.split()])
 
     def record(folder):

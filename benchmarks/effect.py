@@ -1,0 +1,301 @@
+"""What protects accuracy, and what shortens: arms of the demo's task by seeds, paired.
+
+    python -m benchmarks.effect --quick                  (minutes: two arms, one seed, a few steps)
+    python -m benchmarks.effect --save effect-cpu        (under 3 hours on two cores)
+    python -m benchmarks.effect_tables --write           (docs/effect.md and its plots)
+
+A cell is one arm with one seed, trained in a process of its own on one thread. Finished cells stay
+in the folder, so that the same command goes on where it was stopped. All arms answer the same
+held-out problems as the base, greedily: differences are paired, and their intervals are bootstraps
+over problems, each with its answers of all seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import record
+from opsdc.config.settings import OPSDCConfig
+from opsdc.eval.answers import Answer, answer, headline, read_answers, write_answers
+from opsdc.eval.arms import first_of
+from opsdc.eval.compare import by_difficulty, compare
+from opsdc.record.lines import read_lines, write_json
+from opsdc.train import OPSDCTrainer
+
+STEPS, SEEDS, EVERY = 12, (0, 1, 2), 4
+COMMON: dict[str, Any] = {
+    "train.keep_best": False,
+    "train.save_every": 0,
+    "train.resume": "none",
+    "teacher.mode": "frozen",
+    "teacher.target": None,
+    "teacher.gate": False,
+    "data.train_on": "all",
+    "eval.every": EVERY,
+    "eval.batch_size": 132,
+}
+"""The demo without what protects it: the arm "frozen", from which each other differs by its name.
+"""
+_REFRESH = {"teacher.mode": "refresh", "teacher.refresh_steps": 4}
+ARMS: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "correct only": {"data.train_on": "correct"},
+    "dial on wrong": {"data.train_on": "dial"},
+    "dial 0.5": {"teacher.dial": 0.5},
+    "dial 1.5": {"teacher.dial": 1.5},
+    "dial 2": {"teacher.dial": 2.0},
+    "refresh 4": _REFRESH,
+    "refresh 4, gate": {**_REFRESH, "teacher.gate": True},
+    "refresh 4, anchor 0.1": {**_REFRESH, "teacher.anchor": 0.1},
+    "live": {"teacher.mode": "live"},
+    "forward KL": {"loss.divergence": "forward_kl"},
+    "JSD": {"loss.divergence": "jsd"},
+}
+TARGETS: dict[str, dict[str, Any]] = {
+    f"target {share}": {"teacher.target": share} for share in (0.3, 0.5, 0.7)
+}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "rate 4e-6": {"optim.lr": 4e-6},
+    "rate 1.6e-5": {"optim.lr": 1.6e-5},
+    "8 prompts": {"rollout.prompts_per_step": 8},
+    "32 prompts": {"rollout.prompts_per_step": 32},
+    "rate 1.6e-5, dial 1.5": {"optim.lr": 1.6e-5, "teacher.dial": 1.5},
+}
+EVERY_ARM = ARMS | TARGETS | SCHEDULES
+QUICK = ("frozen", "correct only")
+DIFFICULTY_SAMPLES = 4
+"""Answers per problem, beside those compared, that say how hard it is for the base."""
+
+
+def config_of(arm: str, seed: int, steps: int, folder: Path) -> OPSDCConfig:
+    """The demo's recipe as the arm changes it."""
+    settings = {
+        **COMMON,
+        **EVERY_ARM[arm],
+        "seed": seed,
+        "train.steps": steps,
+        "output_dir": str(folder / "runs" / _file(arm, seed)),
+        # The cell answers itself: base and told once a seed, not once a cell.
+        "eval.problems": 0,
+        "eval.difficulty_samples": 0,
+    }
+    return OPSDCConfig.load("smollm2-cpu", settings)
+
+
+def base_cell(seed: int, problems: int, folder: Path) -> dict[str, Any]:
+    """Answers of the base, plain and told, and further ones that say how hard a problem is."""
+    torch.set_num_threads(1)
+    config = config_of("frozen", seed, 1, folder)
+    trainer = OPSDCTrainer(None, config)
+    _answer(trainer, problems, folder / f"base-{seed}", "student")
+    _answer(trainer, problems, folder / f"told-{seed}", "teacher")
+    more = {"samples": DIFFICULTY_SAMPLES, "temperature": config.rollout.temperature}
+    _answer(trainer, problems, folder / f"difficulty-{seed}", "student", "difficulty", **more)
+    return {}
+
+
+def train_cell(arm: str, seed: int, steps: int, problems: int, folder: Path) -> dict[str, Any]:
+    """Train an arm, answer, and return its measures; the weights are not kept."""
+    torch.set_num_threads(1)
+    config = config_of(arm, seed, steps, folder)
+    run = Path(config.output_dir)
+    shutil.rmtree(run, ignore_errors=True)
+    trainer = OPSDCTrainer(None, config)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    _answer(trainer, problems, folder / f"trained-{_file(arm, seed)}", "student")
+    for heavy in ("checkpoints", "model"):
+        shutil.rmtree(run / heavy)
+    rows = read_lines(run / "metrics.jsonl")
+    evaluated = {0: run / "eval" / "gate-base.jsonl"}
+    evaluated |= {s: run / "eval" / f"step-{s:06d}.jsonl" for s in range(EVERY, steps, EVERY)}
+    return {
+        "seconds": round(seconds, 1),
+        "steps": [
+            {
+                "tokens": row["response_tokens_mean"],
+                "loss": row["loss_nats"],
+                "entropy": row["student_entropy"],
+                "teacher_version": row["teacher_version"],
+                "dial": row.get("dial"),
+                "right": row.get("right_share"),
+                "seconds": row["perf/seconds_step"],
+                "rollout_seconds": row["perf/seconds_rollout"],
+            }
+            for row in rows
+        ],
+        "evaluated": {s: headline(read_answers(f)) for s, f in evaluated.items() if f.is_file()},
+    }
+
+
+def _answer(
+    trainer: OPSDCTrainer, problems: int, path: Path, arm: str, stream: str = "eval", **changed: Any
+) -> None:
+    settings = replace(trainer.config.eval, **changed)
+    trainer.sampler.push(trainer.model, trainer.state.step)
+    answers = answer(
+        trainer.sampler, trainer.tokenizer, first_of(trainer.held_out, problems), settings,
+        arm=arm, label=path.stem, stream=stream,
+    )  # fmt: skip
+    write_answers(path.with_suffix(".jsonl"), answers)
+
+
+def measure(
+    arms: Sequence[str], seeds: Sequence[int], steps: int, problems: int, folder: Path, workers: int
+) -> dict[str, Any]:
+    """Run the cells that have no result in `folder` yet; return what all of them say.
+
+    Raises RuntimeError, when the others are through, for cells that failed.
+    """
+    wanted = {_file("base", s): (base_cell, (s, problems, folder)) for s in seeds}
+    for seed in seeds:
+        for arm in arms:
+            cell = (train_cell, (arm, seed, steps, problems, folder))
+            wanted[_file(arm, seed)] = cell
+    setting = {"steps": steps, "problems": problems, "common": COMMON}
+
+    def settings_of(name: str) -> dict[str, Any]:
+        arm = wanted[name][1][0]
+        return {**setting, "arm": EVERY_ARM.get(arm, {}) if isinstance(arm, str) else {}}
+
+    def stored(name: str) -> dict[str, Any] | None:
+        path = folder / "cells" / f"{name}.json"
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        # A cell of other settings, or of an earlier form of this command, is measured anew.
+        return found if found and found["settings"] == settings_of(name) else None
+
+    failed = []
+    # A process a cell: nothing that one leaves behind reaches another, and memory is given back.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as go:
+        running: dict[Future[Any], str] = {
+            go.submit(cell, *what): name
+            for name, (cell, what) in wanted.items()
+            if stored(name) is None
+        }
+        for done in tqdm(as_completed(running), total=len(running), desc="cells"):
+            name = running[done]
+            if done.exception():
+                failed.append(f"{name}: {done.exception()!r}")
+                continue
+            path = folder / "cells" / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"settings": settings_of(name), **done.result()})
+    if failed:
+        raise RuntimeError(
+            "cells failed, and the same command runs them again:\n" + "\n".join(failed)
+        )
+    return {arm: _arm(arm, seeds, folder) for arm in arms} | {"told": _told(seeds, folder)}
+
+
+def _arm(arm: str, seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+    """What an arm's cells say together."""
+    cells = [
+        json.loads((folder / "cells" / f"{_file(arm, s)}.json").read_text("utf-8")) for s in seeds
+    ]
+    base, told = (_together(folder, name, seeds) for name in ("base", "told"))
+    trained = _together(folder, f"trained-{arm}", seeds)
+    hardness = _together(folder, "difficulty", seeds)
+    plain = headline(base)["tokens_mean"]
+    assert plain is not None
+    return {
+        "trained": headline(trained),
+        "against_base": compare(base, trained),
+        "against_told": compare(told, trained),
+        "by_difficulty": by_difficulty(hardness, base, trained),
+        "by_seed": [
+            headline(read_answers(folder / f"trained-{_file(arm, s)}.jsonl")) for s in seeds
+        ],
+        "minutes_to_half": [_minutes_to_half(cell["steps"], plain) for cell in cells],
+        "cells": [{k: v for k, v in cell.items() if k != "settings"} for cell in cells],
+    }
+
+
+def _told(seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+    base, told = (_together(folder, name, seeds) for name in ("base", "told"))
+    return {
+        "base": headline(base),
+        "trained": headline(told),
+        "against_base": compare(base, told),
+    }
+
+
+def _together(folder: Path, name: str, seeds: Sequence[int]) -> list[Answer]:
+    """All seeds' answers; a problem that several seeds hold out has one sample of each."""
+    found = []
+    for seed in seeds:
+        for a in read_answers(folder / f"{_file(name, seed)}.jsonl"):
+            found.append(replace(a, sample=1000 * seed + a.sample))
+    return found
+
+
+def _minutes_to_half(steps: Sequence[dict[str, Any]], plain: float) -> float | None:
+    """Minutes of training until rollouts are half as long as the base's answers; None if never."""
+    spent = 0.0
+    for step in steps:
+        # A step's rollouts show the updates before it.
+        if step["tokens"] <= 0.5 * plain:
+            return round(spent / 60, 2)
+        spent += step["seconds"]
+    return None
+
+
+def _file(name: str, seed: int) -> str:
+    return f"{name}-{seed}".replace(" ", "_").replace(",", "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.effect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="two arms, one seed, 4 steps")
+    parser.add_argument("--arms", help=f"comma-separated, of: {'; '.join(EVERY_ARM)}")
+    parser.add_argument("--folder", type=Path, default=Path("runs/effect"), help="of the cells")
+    parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2)")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/records/NAME.json")
+    options = parser.parse_args(arguments)
+    names = options.arms.split("; ") if options.arms else [*(QUICK if options.quick else EVERY_ARM)]
+    unknown = [name for name in names if name not in EVERY_ARM]
+    if unknown:
+        parser.error(f"--arms: no arm is named {unknown[0]!r}; there are: {'; '.join(EVERY_ARM)}")
+    environment = record.environment(torch.device("cpu"))
+    if options.save and environment["dirty"]:
+        parser.error("uncommitted changes; commit first, or leave --save out")
+    seeds, steps, problems = ((0,), 4, 32) if options.quick else (SEEDS, STEPS, 132)
+    found = measure(names, seeds, steps, problems, options.folder, options.workers)
+    for name, arm in found.items():
+        print(f"{name:<24}{one_line(arm)}")
+    if options.save:
+        whole = {"environment": environment, "steps": steps, "seeds": list(seeds), "arms": found}
+        record.save(record.RECORDS / f"{options.save}.json", whole)
+    return 0
+
+
+def one_line(arm: dict[str, Any]) -> str:
+    """Length, accuracy and what it is against the base."""
+    against, trained = arm["against_base"], arm["trained"]
+    low, high = against["accuracy_difference_ci95"]
+    return (
+        f"{trained['tokens_mean']:6.1f} tokens, {100 * trained['accuracy']:5.1f} % right, "
+        f"{100 * against['accuracy_difference']:+.1f} ({100 * low:+.1f} … {100 * high:+.1f}); "
+        f"kept {against['kept']}, lost {against['lost']}, gained {against['gained']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
