@@ -19,6 +19,7 @@ EXTRAS = {
 IN_DEV = ("qlora", "liger", "eval", "plot", "embedded", "trl", "bench")
 EXTRAS["dev"] = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "mpmath>=1.3",
     "mypy>=1.15",
