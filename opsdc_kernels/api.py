@@ -256,7 +256,7 @@ def _run(problem: Problem, backend: str) -> tuple[Tensor, tuple[Tensor, ...] | N
 
         return reference_divergence(problem)
     if name == "chunked":
-        from opsdc_kernels.chunked_op import chunked_divergence
+        from opsdc_kernels.chunked.op import chunked_divergence
 
         return chunked_divergence(problem)
     return _fused_backend()(problem)
@@ -264,7 +264,7 @@ def _run(problem: Problem, backend: str) -> tuple[Tensor, tuple[Tensor, ...] | N
 
 def _fused_backend() -> Any:
     try:
-        from opsdc_kernels.fused import fused_divergence
+        from opsdc_kernels.fused.op import fused_divergence
     except ImportError as error:
         raise ValueError(
             f'backend="fused" is not installed ({error}); use backend="chunked"'

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from opsdc_kernels.triton.configs import (
+from opsdc_kernels.fused.configs import (
     ENABLE_FP_FUSION,
     ROWS,
     SHARED_MEMORY_LIMIT,
@@ -177,7 +177,8 @@ def _compile(case: Case, target: str, config: Config | RowsConfig) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from opsdc_kernels.triton import backward, forward, rows
+    from opsdc_kernels.fused import backward, forward
+    from opsdc_kernels.row_pass import kernels as rows
 
     kernel = {
         "statistics": forward.statistics_kernel,
@@ -226,7 +227,7 @@ def _compile(case: Case, target: str, config: Config | RowsConfig) -> Any:
 
 
 def _argument_type(name: str, case: Case) -> Any:
-    from opsdc_kernels.triton.tiles import Side
+    from opsdc_kernels.fused.logit_tiles import Side
 
     data, split = "*" + case.dtype, case.shared and case.dtype != "fp32"
     heads = "constexpr" if case.kernel.startswith("rows") else data

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from opsdc_kernels.gemm import GATHER_BLOCK_BYTES, UPCAST_BLOCK_BYTES
-from opsdc_kernels.native.build import native
-from opsdc_kernels.native.threads import PANEL
+from opsdc_kernels.row_pass.build import native
+from opsdc_kernels.row_pass.threads import PANEL
 
 CPU_WORKSPACE_CAP_BYTES = 192 << 20
 """More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""

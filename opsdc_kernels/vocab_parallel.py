@@ -43,8 +43,8 @@ from opsdc_kernels.reference import (
     log_mixture,
     weighted_excess,
 )
-from opsdc_kernels.rows import capped, slope_of, transform_
-from opsdc_kernels.rows_exact import divergence_and_gradient
+from opsdc_kernels.row_pass.eager import capped, slope_of, transform_
+from opsdc_kernels.row_pass.exact import divergence_and_gradient
 
 HEADER = ("tokens", "tokens with weight", "options", "student rows", "teacher rows", "chunk rows")
 HEADER_BYTES = 8 * len(HEADER)

@@ -33,7 +33,8 @@ from benchmarks.inputs import Shape, inputs
 from benchmarks.rollouts import Rollouts
 from opsdc.prompts import build_prompts
 from opsdc.tasks import Problem
-from opsdc_kernels import chunked, plan
+from opsdc_kernels import plan
+from opsdc_kernels.chunked import run as chunked
 from opsdc_kernels.testing import truth
 
 CPU = torch.device("cpu")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from opsdc_kernels.native import build
 from opsdc_kernels.problem import Problem
+from opsdc_kernels.row_pass import build
 
 
 @pytest.fixture(autouse=True)

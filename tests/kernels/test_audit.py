@@ -31,7 +31,7 @@ def test_every_kernel_of_each_target(case, target):
 
 
 def test_a_configuration_that_spills_fails():
-    from opsdc_kernels.triton.configs import Config
+    from opsdc_kernels.fused.configs import Config
 
     report = audit(QUICK[1], "sm_90", Config(256, 128, 32, 1, 16, 4, 2))
     assert report.spill_bytes > 0

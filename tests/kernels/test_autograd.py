@@ -5,7 +5,8 @@ import torch
 from torch import library
 from torch.utils.checkpoint import checkpoint
 
-from opsdc_kernels import chunked_op, linear_divergence
+from opsdc_kernels import linear_divergence
+from opsdc_kernels.chunked import op as chunked_op
 
 N, D, V = 9, 8, 33
 

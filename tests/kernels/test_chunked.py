@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from opsdc_kernels import chunked, linear_divergence, plan
+from opsdc_kernels import linear_divergence, plan
+from opsdc_kernels.chunked import run as chunked
 from opsdc_kernels.memory import PeakMemory
 
 N, D, E, V = 11, 6, 5, 37
@@ -172,7 +173,7 @@ def test_frozen_head_allocates_no_weight_gradient():
         seen.append(original(*args, **options))
         return seen[-1]
 
-    from opsdc_kernels import chunked_op
+    from opsdc_kernels.chunked import op as chunked_op
 
     patch = pytest.MonkeyPatch()
     with patch.context() as m:

@@ -5,8 +5,10 @@ import shutil
 import pytest
 import torch
 
-from opsdc_kernels import column_bound, column_sums
-from opsdc_kernels.native import build, columns, threads
+from opsdc_kernels.columns import bound as column_bound
+from opsdc_kernels.columns import compiled as columns
+from opsdc_kernels.columns import sums as column_sums
+from opsdc_kernels.row_pass import build, threads
 
 C, D, V = 23, 12, 2500
 """Two panels of the passes in C, and many blocks; neither full."""

@@ -6,17 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsdc_kernels import (
-    column_bound,
-    column_choice,
-    column_sums,
-    columns,
-    linear_divergence,
-    plan,
-    testing,
-)
-from opsdc_kernels.chunked import Needs, run_chunks
-from opsdc_kernels.columns import run_columns
+from opsdc_kernels import linear_divergence, plan, testing
+from opsdc_kernels.chunked.run import Needs, run_chunks
+from opsdc_kernels.columns import bound as column_bound
+from opsdc_kernels.columns import kept as columns
+from opsdc_kernels.columns import picker as column_choice
+from opsdc_kernels.columns import sums as column_sums
+from opsdc_kernels.columns.kept import run_columns
 from opsdc_kernels.memory import PeakMemory
 from opsdc_kernels.testing import Case
 

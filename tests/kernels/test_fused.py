@@ -119,8 +119,8 @@ def test_edge_shapes_with_peaked_logits(N, V, D, shared, divergence):
 @pytest.mark.parametrize("slices", [2, 4])
 def test_small_tiles_cut_into_slices(slices, divergence, monkeypatch):
     """Several row blocks, tiles per part and slices per tile, at the edges of each."""
-    from opsdc_kernels.triton import heads
-    from opsdc_kernels.triton.configs import Config
+    from opsdc_kernels.fused import heads
+    from opsdc_kernels.fused.configs import Config
 
     monkeypatch.setattr(heads, "INTERPRETER", Config(16, 16, 16, slices, 2, 1, 1))
     tensors = inputs(N=37, V=100, D=20, shared=slices == 2, scale=3.0)

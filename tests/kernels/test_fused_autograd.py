@@ -96,8 +96,8 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_frozen_head_allocates_no_weight_gradient(tensors, frozen):
-    from opsdc_kernels.triton.backward import backward
-    from opsdc_kernels.triton.heads import Heads
+    from opsdc_kernels.fused.backward import backward
+    from opsdc_kernels.fused.heads import Heads
 
     h, w, ht, wt = (x.detach() for x in tensors)
     heads = Heads.of(h, w, ht, wt, None, None, None, False, [1.0, 0.0, 1.0, 0.0])
@@ -164,7 +164,7 @@ def test_batch_of_sequences(tensors):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_opcheck(tensors, weighted):
-    from opsdc_kernels import fused as module
+    from opsdc_kernels.fused import op as module
 
     h, w, ht, wt = tensors
     weight = torch.tensor([0.0, 1, 1, 0, 2]) if weighted else None

@@ -60,7 +60,7 @@ def test_loss_is_exact_and_gradients_are_rounded_once(dtype, divergence, shared)
 @pytest.mark.parametrize("options", [{}, {"logit_softcap": 60.0}, {"vocab_size": 70}])
 def test_common_direction_of_the_head_costs_nothing(options, monkeypatch):
     """Without the residual correction the truncated bf16 tile is off by several times as much."""
-    from opsdc_kernels.triton import backward
+    from opsdc_kernels.fused import backward
 
     tensors = inputs(torch.bfloat16, common=30.0)
     if "vocab_size" in options:

@@ -11,11 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsdc_kernels import chunked, chunked_op, linear_divergence, rows, testing, tile
-from opsdc_kernels.chunked import run_chunks
-from opsdc_kernels.native import build
-from opsdc_kernels.native import rows as compiled_rows
+from opsdc_kernels import linear_divergence, testing, tile
+from opsdc_kernels.chunked import op as chunked_op
+from opsdc_kernels.chunked import run as chunked
+from opsdc_kernels.chunked.run import run_chunks
 from opsdc_kernels.problem import Problem, mean_factor
+from opsdc_kernels.row_pass import build
+from opsdc_kernels.row_pass import compiled as compiled_rows
+from opsdc_kernels.row_pass import eager as rows
 
 N, D, V = 9, 24, 205
 WEIGHT = torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0, 0.0, 0.3, 1.0, 0.0])

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from opsdc_kernels import linear_divergence, plan, testing
-from opsdc_kernels.native import build, rows, threads
+from opsdc_kernels.row_pass import build, threads
+from opsdc_kernels.row_pass import compiled as rows
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opsdc_kernels import plan
-from opsdc_kernels.native.threads import PANEL
+from opsdc_kernels.row_pass.threads import PANEL
 
 CPU = torch.device("cpu")
 

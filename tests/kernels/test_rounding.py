@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opsdc_kernels import testing
-from opsdc_kernels.chunked import Needs, run_chunks
+from opsdc_kernels.chunked.run import Needs, run_chunks
 from opsdc_kernels.tile import Tile, hidden_gradient, operand_scale, rounded_tile
 
 N, D, V = 24, 32, 4096
@@ -44,7 +44,7 @@ def test_correction_removes_the_error_of_a_common_row(monkeypatch, make_problem,
     corrected, dw = gradients(make_problem, case, dtype, **options)
     errors = {"corrected": relative(corrected, exact)}
     for name, variant in (("uncorrected", uncorrected), ("sum only", sum_only)):
-        monkeypatch.setattr("opsdc_kernels.chunked.hidden_gradient", variant)
+        monkeypatch.setattr("opsdc_kernels.chunked.run.hidden_gradient", variant)
         errors[name] = relative(gradients(make_problem, case, dtype, **options)[0], exact)
     assert errors["corrected"] <= 3e-3
     assert errors["uncorrected"] >= 2 * errors["corrected"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.rows import divergence_rows_ as torch_rows_
+from opsdc_kernels.row_pass.eager import divergence_rows_ as torch_rows_
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
@@ -63,7 +63,7 @@ def problem_of(B, V, divergence, variant, dtype):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("B", "V"), [(1, 1), (3, 130)])
 def test_equal_to_the_torch_rows(B, V, divergence, variant, dtype):
-    from opsdc_kernels.triton.rows import divergence_rows_
+    from opsdc_kernels.row_pass.kernels import divergence_rows_
 
     options = VARIANTS[variant]
     g = torch.Generator().manual_seed(B)
@@ -90,7 +90,7 @@ def test_equal_to_the_torch_rows(B, V, divergence, variant, dtype):
 
 
 def test_loss_only_leaves_the_logits():
-    from opsdc_kernels.triton.rows import divergence_rows_
+    from opsdc_kernels.row_pass.kernels import divergence_rows_
 
     s = torch.randn(2, 70, generator=torch.Generator().manual_seed(0))
     kept = s.clone()

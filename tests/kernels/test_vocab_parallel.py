@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from opsdc_kernels import chunked_op, linear_divergence, testing, vocab_parallel
-from opsdc_kernels.chunked import run_chunks
+from opsdc_kernels import linear_divergence, testing, vocab_parallel
+from opsdc_kernels.chunked import op as chunked_op
+from opsdc_kernels.chunked.run import run_chunks
 from opsdc_kernels.vocab_parallel import HEADER_BYTES, bytes_per_token
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
@@ -266,7 +267,8 @@ def with_rounded_tile(group, case, correct):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_op, "run_chunks", rounded)
         if not correct:
-            from opsdc_kernels import chunked, tile
+            from opsdc_kernels import tile
+            from opsdc_kernels.chunked import run as chunked
 
             patch.setattr(
                 chunked, "hidden_gradient",

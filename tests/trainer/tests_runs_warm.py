@@ -11,7 +11,7 @@ from transformers import GenerationMixin, Trainer
 import opsdc.cli
 import opsdc.report
 import opsdc.train
-import opsdc_kernels.chunked_op
+import opsdc_kernels.chunked.op
 
 torch.set_num_threads(1)
 byte_tokenizer()

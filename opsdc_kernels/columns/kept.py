@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opsdc_kernels import column_sums, gemm, plan
-from opsdc_kernels.chunked import (
+from opsdc_kernels import gemm, plan
+from opsdc_kernels.chunked.run import (
     Needs,
     Result,
     empty_result,
@@ -29,9 +29,10 @@ from opsdc_kernels.chunked import (
     run_chunks,
     weight_operand,
 )
-from opsdc_kernels.column_bound import SLACK, cuts_of, sums_at_cuts
-from opsdc_kernels.column_choice import TINY, Choice, Left, Tokens, gradient_rows, restricted
-from opsdc_kernels.column_sums import probabilities_
+from opsdc_kernels.columns import sums as column_sums
+from opsdc_kernels.columns.bound import SLACK, cuts_of, sums_at_cuts
+from opsdc_kernels.columns.picker import TINY, Choice, Left, Tokens, gradient_rows, restricted
+from opsdc_kernels.columns.sums import probabilities_
 from opsdc_kernels.layout import empty_logits, select_columns, two_tiles
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.tile import rounded_tile

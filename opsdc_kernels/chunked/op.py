@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, library
 
-from opsdc_kernels.chunked import Needs, run_chunks
-from opsdc_kernels.columns import exact, run_columns
+from opsdc_kernels.chunked.run import Needs, run_chunks
+from opsdc_kernels.columns.kept import exact, run_columns
 from opsdc_kernels.problem import Problem, mean_factor, reduce_tokens
 
 if TYPE_CHECKING:

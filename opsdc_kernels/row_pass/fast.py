@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opsdc_kernels.plan import exact_rows
 from opsdc_kernels.reference import log_mean_exp
-from opsdc_kernels.rows_exact import divergence_and_gradient
+from opsdc_kernels.row_pass.exact import divergence_and_gradient
 
 SERIES_RANGE = 0.3
 """|x| below which e^x − 1 − x is summed as a series, if expm1(x) − x would be too coarse."""

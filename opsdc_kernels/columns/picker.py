@@ -14,10 +14,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from opsdc_kernels import column_sums, gemm, plan
-from opsdc_kernels.chunked import Needs, Result, other_logits_into, row_passes
-from opsdc_kernels.column_bound import CUTS, SLACK, Heads, bounds, cuts_of, sums_at_cuts
-from opsdc_kernels.column_sums import probabilities_
+from opsdc_kernels import gemm, plan
+from opsdc_kernels.chunked.run import Needs, Result, other_logits_into, row_passes
+from opsdc_kernels.columns import sums as column_sums
+from opsdc_kernels.columns.bound import CUTS, SLACK, Heads, bounds, cuts_of, sums_at_cuts
+from opsdc_kernels.columns.sums import probabilities_
 from opsdc_kernels.layout import select_columns
 from opsdc_kernels.problem import Problem
 

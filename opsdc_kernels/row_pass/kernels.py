@@ -1,6 +1,6 @@
 """Row passes of a chunk of logits that is in memory: statistics, then the gradient in place.
 
-The Triton counterpart of `opsdc_kernels.rows`, with its contract, for fp32 buffers on a GPU. One
+The Triton counterpart of `opsdc_kernels.row_pass.eager`, with its contract, for fp32 buffers on a GPU. One
 program reads a row once for all statistics (twice for JSD) and once more to write the gradient.
 """
 
@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opsdc_kernels.fused.backward import logit_gradient
+from opsdc_kernels.fused.configs import ENABLE_FP_FUSION, ROWS
+from opsdc_kernels.fused.forward import RESULTS, jsd_terms, store_results
+from opsdc_kernels.fused.heads import INTERPRETED
+from opsdc_kernels.fused.logit_tiles import Side, logits
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.rows import Rows
-from opsdc_kernels.triton.backward import logit_gradient
-from opsdc_kernels.triton.configs import ENABLE_FP_FUSION, ROWS
-from opsdc_kernels.triton.forward import RESULTS, jsd_terms, store_results
-from opsdc_kernels.triton.heads import INTERPRETED
+from opsdc_kernels.row_pass.eager import Rows
 from opsdc_kernels.triton.scaling import gradient_scale
 from opsdc_kernels.triton.statistics import empty_statistics, merge, tile_statistics
-from opsdc_kernels.triton.tiles import Side, logits
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
@@ -135,7 +135,7 @@ def divergence_rows_(
     target_ids_B: Tensor | None = None,
     tile_dtype: torch.dtype = torch.float32,
 ) -> Rows:
-    """As `opsdc_kernels.rows.divergence_rows_`; `tile_dtype` is what the gradient will be rounded
+    """As `opsdc_kernels.row_pass.eager.divergence_rows_`; `tile_dtype` is what the gradient will be rounded
     to, for which the buffer is scaled by a power of two per row (`Rows.factor` undoes it)."""
     n_rows, V = student_BV.shape
     sides = [_side(problem, i) for i in (0, 1)]

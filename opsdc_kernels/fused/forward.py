@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opsdc_kernels.triton.configs import ENABLE_FP_FUSION, Config
-from opsdc_kernels.triton.heads import Heads
+from opsdc_kernels.fused.configs import ENABLE_FP_FUSION, Config
+from opsdc_kernels.fused.heads import Heads
+from opsdc_kernels.fused.logit_tiles import columns, load_factor, logits, product_tile, program_tile
 from opsdc_kernels.triton.numerics import log1p, log_ratios_to_mixture, psi
 from opsdc_kernels.triton.statistics import (
     Mass,
@@ -24,7 +25,6 @@ from opsdc_kernels.triton.statistics import (
     merge,
     tile_statistics,
 )
-from opsdc_kernels.triton.tiles import columns, load_factor, logits, product_tile, program_tile
 
 FIELDS = tl.constexpr(15)  # `Statistics`, flat, then both logits of the target token
 COMBINE_ROWS = 64

@@ -81,7 +81,7 @@ def _require_device(hidden: Tensor) -> None:
         )
     if importlib.util.find_spec("triton") is None:
         raise ImportError("backend='fused' needs triton; install it, or use backend='chunked'")
-    from opsdc_kernels.triton.heads import INTERPRETED
+    from opsdc_kernels.fused.heads import INTERPRETED
 
     if hidden.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
@@ -113,8 +113,8 @@ def _forward(
     Rows of weight 0 are dropped before any GEMM and are 0 in the results. Finding them is the one
     synchronization; the count stays on the CPU, so that backward needs none.
     """
-    from opsdc_kernels.triton.forward import forward
-    from opsdc_kernels.triton.heads import Heads
+    from opsdc_kernels.fused.forward import forward
+    from opsdc_kernels.fused.heads import Heads
     from opsdc_kernels.triton.scaling import gradient_scale
 
     N = student_hidden.shape[0]
@@ -170,8 +170,8 @@ def _backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dH, dW, db), each of its input's shape and dtype, or empty where not needed."""
-    from opsdc_kernels.triton.backward import backward
-    from opsdc_kernels.triton.heads import Heads
+    from opsdc_kernels.fused.backward import backward
+    from opsdc_kernels.fused.heads import Heads
 
     inputs = (student_hidden, student_weight, student_bias)
     rows = kept[: int(count)] if compacted else None

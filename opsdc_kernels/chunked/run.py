@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from opsdc_kernels import gemm, plan, rows
+from opsdc_kernels import gemm, plan
 from opsdc_kernels.layout import empty_logits
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.rows import Rows
+from opsdc_kernels.row_pass import eager as rows
+from opsdc_kernels.row_pass.eager import Rows
 from opsdc_kernels.tile import Tile, hidden_gradient, operand_scale, rounded_tile
 
 if TYPE_CHECKING:
@@ -285,11 +286,11 @@ def row_passes(
 def _row_function(s_CV: Tensor) -> tuple[Callable[..., Rows], int]:
     """The row pass for this device and dtype, and the rows it takes at once."""
     if s_CV.is_cuda and s_CV.dtype == torch.float32 and find_spec("triton"):
-        from opsdc_kernels.triton.rows import divergence_rows_ as in_triton
+        from opsdc_kernels.row_pass.kernels import divergence_rows_ as in_triton
 
         return in_triton, s_CV.shape[0]
     if plan.compiled_rows(s_CV.device, s_CV.dtype):
-        from opsdc_kernels.native.rows import divergence_rows_ as in_c
+        from opsdc_kernels.row_pass.compiled import divergence_rows_ as in_c
 
         return in_c, s_CV.shape[0]
     step = plan.block_rows(s_CV.shape[1], s_CV.device)

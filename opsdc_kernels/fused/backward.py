@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opsdc_kernels.fused.configs import Config
+from opsdc_kernels.fused.heads import Heads
+from opsdc_kernels.fused.logit_tiles import columns, load_factor, logits, product_tile, program_tile
 from opsdc_kernels.gemm import add_weight_gradient, hidden_gradient_into
-from opsdc_kernels.triton.configs import Config
-from opsdc_kernels.triton.heads import Heads
 from opsdc_kernels.triton.numerics import expm1, log_ratios_to_mixture
-from opsdc_kernels.triton.tiles import columns, load_factor, logits, product_tile, program_tile
 
 
 @triton.jit

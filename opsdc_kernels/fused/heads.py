@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opsdc_kernels.triton.configs import (
+from opsdc_kernels.fused.configs import (
     ENABLE_FP_FUSION,
     INTERPRETER,
     Config,
     config_for,
     target_of,
 )
+from opsdc_kernels.fused.logit_tiles import Side
 from opsdc_kernels.triton.scaling import power_of_two
-from opsdc_kernels.triton.tiles import Side
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,4 +1,4 @@
-"""`opsdc_kernels.column_sums` in C, for fp32 on a CPU and logits that lie tokens last; and the
+"""`opsdc_kernels.columns.sums` in C, for fp32 on a CPU and logits that lie tokens last; and the
 distances of `column_bound`."""
 
 from __future__ import annotations
@@ -7,12 +7,12 @@ import ctypes
 
 from torch import Tensor
 
-from opsdc_kernels.column_sums import Student
-from opsdc_kernels.native import threads
-from opsdc_kernels.native.build import native
-from opsdc_kernels.native.rows import Side, as_given, side
-from opsdc_kernels.native.threads import address
+from opsdc_kernels.columns.sums import Student
 from opsdc_kernels.problem import Problem
+from opsdc_kernels.row_pass import threads
+from opsdc_kernels.row_pass.build import native
+from opsdc_kernels.row_pass.compiled import Side, as_given, side
+from opsdc_kernels.row_pass.threads import address
 
 
 class ColumnJob(ctypes.Structure):

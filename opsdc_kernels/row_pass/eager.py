@@ -13,8 +13,8 @@ from torch import Tensor
 from opsdc_kernels import plan
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.reference import statistics_of_logits
-from opsdc_kernels.rows_cpu import fast_rows_
-from opsdc_kernels.rows_exact import divergence_and_gradient
+from opsdc_kernels.row_pass.exact import divergence_and_gradient
+from opsdc_kernels.row_pass.fast import fast_rows_
 
 SMALLEST = 2.0**-100
 

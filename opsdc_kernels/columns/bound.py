@@ -99,7 +99,7 @@ def _radius(weight: Tensor, dtype: torch.dtype, centred: bool) -> Tensor:
     centre = weight[::CENTRE_STEP].mean(0, dtype=dtype) * centred
     in_c = weight.dtype == torch.float32 and weight.stride(1) == 1
     if in_c and plan.compiled_rows(weight.device, weight.dtype):
-        from opsdc_kernels.native.columns import square_distances
+        from opsdc_kernels.columns.compiled import square_distances
 
         return square_distances(weight, centre).sqrt() * SLACK
     norm = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)

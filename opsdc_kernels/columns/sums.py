@@ -12,7 +12,7 @@ from torch import Tensor
 from opsdc_kernels import plan
 from opsdc_kernels.layout import tokens_last
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.rows import capped
+from opsdc_kernels.row_pass.eager import capped
 
 LOWEST = -70.0
 """Logits that are below the largest by more count as this, a mass of 4e-31: products with denormal
@@ -38,7 +38,7 @@ def student(
 ) -> Student:
     """Of raw products `x_CV` = h·Wᵀ, which stay."""
     if _in_c(x_CV):
-        from opsdc_kernels.native.columns import student as in_c
+        from opsdc_kernels.columns.compiled import student as in_c
 
         return in_c(problem, x_CV, square_V, along_C, apart_C)
     peak_V = torch.zeros_like(square_V)
@@ -66,7 +66,7 @@ def dropped(
 ) -> tuple[Tensor, Tensor]:
     """Σ q and Σ q·square over the columns that are not kept, each [C]."""
     if _in_c(x_CV):
-        from opsdc_kernels.native.columns import dropped as in_c
+        from opsdc_kernels.columns.compiled import dropped as in_c
 
         return in_c(problem, x_CV, lse_C, keeps_V, square_V)
     weights = torch.stack([torch.ones_like(square_V), square_V], 1).masked_fill_(

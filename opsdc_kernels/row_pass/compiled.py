@@ -1,4 +1,4 @@
-"""Row passes of a chunk of logits in C: the counterpart of `opsdc_kernels.rows`, with its contract,
+"""Row passes of a chunk of logits in C: the counterpart of `opsdc_kernels.row_pass.eager`, with its contract,
 for fp32 on a CPU and logits that lie tokens last. Rows that the C code leaves alone (infinite
 logits, log-ratios that overflow) go to `rows_exact`.
 """
@@ -10,11 +10,11 @@ import ctypes
 import torch
 from torch import Tensor
 
-from opsdc_kernels.native import threads
-from opsdc_kernels.native.build import native
-from opsdc_kernels.native.threads import address
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.rows import Rows, exact_rows_, transform_
+from opsdc_kernels.row_pass import threads
+from opsdc_kernels.row_pass.build import native
+from opsdc_kernels.row_pass.eager import Rows, exact_rows_, transform_
+from opsdc_kernels.row_pass.threads import address
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 FIELDS = 8
@@ -60,7 +60,7 @@ def divergence_rows_(
     gradient: bool,
     target_ids_B: Tensor | None = None,
 ) -> Rows:
-    """As `opsdc_kernels.rows.divergence_rows_`, of [B, V] with stride (1, any)."""
+    """As `opsdc_kernels.row_pass.eager.divergence_rows_`, of [B, V] with stride (1, any)."""
     results = _run(student_BV, other_BV, problem, gradient, target_ids_B)
     sign = -(1 - problem.beta) if problem.divergence == "jsd" else -1.0
     for row in results[0].isnan().nonzero().squeeze(1).tolist():
