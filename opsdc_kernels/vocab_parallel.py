@@ -28,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,15 +37,20 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from opsdc_kernels import plan
-from opsdc_kernels.problem import Problem
-from opsdc_kernels.reference import (
+from opsdc_kernels.maths import (
+    capped,
     excess,
     log_mean_exp,
     log_mixture,
+    slope_of,
     weighted_excess,
 )
-from opsdc_kernels.row_pass.eager import capped, slope_of, transform_
+from opsdc_kernels.problem import GradientsWanted, Problem
+from opsdc_kernels.products import Layout
+from opsdc_kernels.row_pass.choose import RowPass, in_torch
 from opsdc_kernels.row_pass.exact import divergence_and_gradient
+from opsdc_kernels.row_pass.result import RowResult, block_rows
+from opsdc_kernels.row_pass.transform import transform_
 
 HEADER = ("tokens", "tokens with weight", "options", "student rows", "teacher rows", "chunk rows")
 HEADER_BYTES = 8 * len(HEADER)
@@ -90,11 +96,18 @@ class Shard:
     chunk_rows: int
     """The most that fits every rank's workspace."""
 
+    @property
+    def row_pass(self) -> RowPass:
+        """The row pass of a chunk, of which this rank has some columns."""
+        run = partial(sharded_rows_, shard=self)
+        return RowPass(name="torch, vocabulary parallel", layout=Layout.BY_ROW, run=run)
+
     def localize(self, problem: Problem) -> Problem:
         """The same problem over this rank's columns; targets of others lie outside of them."""
         ids = problem.target_ids
         ids = None if ids is None else ids - self.first
-        return dataclasses.replace(problem, vocab_size=self.size, target_ids=ids)
+        options = dataclasses.replace(problem.options, vocab_size=self.size)
+        return dataclasses.replace(problem, target_ids=ids, options=options)
 
     def gather(self, ours: Tensor) -> Tensor:
         """[R, *ours.shape] in rank order, the same on all ranks."""
@@ -105,7 +118,7 @@ class Shard:
         dist.all_reduce(gradient, group=self.group)
 
 
-def agree(problem: Problem, needs: tuple[bool, ...]) -> tuple[Shard, Problem]:
+def agree(problem: Problem, wanted: GradientsWanted) -> tuple[Shard, Problem]:
     """This rank's shard, and the problem with `vocab_size` that of all shards together. With the
     device this synchronizes once.
 
@@ -113,57 +126,26 @@ def agree(problem: Problem, needs: tuple[bool, ...]) -> tuple[Shard, Problem]:
         ValueError: the ranks differ in tokens or options, student and teacher are cut at different
             columns, or `vocab_size` is more than all shards hold; on every rank alike.
     """
-    assert problem.process_group is not None
-    group = dist.distributed_c10d._resolve_process_group(problem.process_group)  # type: ignore[arg-type]
-    hidden, weight = problem.student_hidden, problem.token_weight
-    n_tokens, dim = hidden.shape
-    rows = problem.student_weight.shape[0]
-    dims = (dim, problem.teacher_hidden.shape[1])
-    options = (
-        dims, hidden.dtype, needs, problem.teacher_weight is None, problem.target_ids is None,
-        problem.student_bias is None, problem.teacher_bias is None, problem.divergence,
-        problem.beta, problem.temperature, problem.logit_scale, problem.logit_softcap,
-        problem.own_teacher_bias, problem.vocab_size, problem.reduction, problem.return_stats,
-    )  # fmt: skip
-    header = torch.tensor(
-        [
-            n_tokens,
-            n_tokens,
-            zlib.crc32(repr(options).encode()),
-            rows,
-            rows if problem.teacher_weight is None else problem.teacher_weight.shape[0],
-            plan.chunk_rows(
-                n_tokens,
-                max(rows, 1),
-                dims,
-                hidden.dtype,
-                hidden.device,
-                problem.workspace_bytes,
-                in_torch=True,
-            ),
-        ],
-        device=hidden.device,
-    )
-    if weight is not None:
-        header[1] = torch.count_nonzero(weight)
-    table = _gather(header, group).tolist()
-    columns = dict(zip(HEADER, zip(*table, strict=True), strict=True))
-    for what in ("tokens", "tokens with weight"):
-        if len(set(columns[what])) > 1:
+    group = dist.distributed_c10d._resolve_process_group(problem.options.process_group)  # type: ignore[arg-type]
+    table = _gather(_header(problem, wanted), group).tolist()
+    ranks = dict(zip(HEADER, zip(*table, strict=True), strict=True))
+    for name in ("tokens", "tokens with weight"):
+        if len(set(ranks[name])) > 1:
             raise ValueError(
-                f"process_group: the ranks hold {columns[what]} {what}; a vocabulary-parallel loss "
+                f"process_group: the ranks hold {ranks[name]} {name}; a vocabulary-parallel loss "
                 "needs the same tokens on all ranks (data-parallel ranks belong to other groups)"
             )
-    if len(set(columns["options"])) > 1:
+    if len(set(ranks["options"])) > 1:
         raise ValueError(
             "process_group: the ranks call with different options, dtypes, hidden sizes or "
             "gradients asked for; make the same call on all of them"
         )
-    total = min(sum(columns["student rows"]), sum(columns["teacher rows"]))
-    scored = problem.vocab_size or total
+    total = min(sum(ranks["student rows"]), sum(ranks["teacher rows"]))
+    asked = problem.options.vocab_size
+    scored = total if asked is None else asked
     if scored > total or total == 0:
         raise ValueError(f"vocab_size={scored} must be between 1 and {total}, that of all shards")
-    student, teacher = (_cuts(columns[f"{x} rows"], scored) for x in ("student", "teacher"))
+    student, teacher = (_cuts(ranks[f"{x} rows"], scored) for x in ("student", "teacher"))
     if student != teacher:
         raise ValueError(
             f"process_group: the student's head is cut at columns {student} and the teacher's at "
@@ -171,8 +153,41 @@ def agree(problem: Problem, needs: tuple[bool, ...]) -> tuple[Shard, Problem]:
         )
     rank = dist.get_rank(group)
     first, stop = student[rank], student[rank + 1]
-    shard = Shard(group, first, stop - first, min(columns["chunk rows"]))
-    return shard, dataclasses.replace(problem, vocab_size=scored)
+    shard = Shard(group, first, stop - first, min(ranks["chunk rows"]))
+    options = dataclasses.replace(problem.options, vocab_size=scored)
+    return shard, dataclasses.replace(problem, options=options)
+
+
+def _header(problem: Problem, wanted: GradientsWanted) -> Tensor:
+    """What `HEADER` names, of this rank, on the device."""
+    hidden, weight = problem.student_hidden, problem.token_weight
+    tokens, rows = hidden.shape[0], problem.student_weight.shape[0]
+    teacher_rows = rows if problem.teacher_weight is None else problem.teacher_weight.shape[0]
+    sizes = dataclasses.replace(
+        plan.Sizes.of(problem, in_torch(hidden.device)), vocab_size=max(rows, 1)
+    )
+    # Workspaces may differ, the smallest of all counts; and so may the group's name.
+    options = dataclasses.replace(problem.options, workspace_bytes=None, process_group=None)
+    optional = (
+        problem.teacher_weight,
+        problem.student_bias,
+        problem.teacher_bias,
+        problem.target_ids,
+    )
+    absent = [x is None for x in optional]
+    call = (sizes.dims, sizes.dtype, tuple(wanted), absent, options)
+    header = [
+        tokens,
+        tokens,
+        zlib.crc32(repr(call).encode()),
+        rows,
+        teacher_rows,
+        plan.chunk_rows(tokens, sizes, problem.options.workspace_bytes),
+    ]
+    header_H = torch.tensor(header, device=hidden.device)
+    if weight is not None:
+        header_H[1] = torch.count_nonzero(weight)
+    return header_H
 
 
 def _cuts(rows: tuple[int, ...], scored: int) -> list[int]:
@@ -181,9 +196,9 @@ def _cuts(rows: tuple[int, ...], scored: int) -> list[int]:
 
 
 def _gather(ours: Tensor, group: Any) -> Tensor:
-    everyone = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, ours, group=group)
-    return torch.stack(everyone)
+    gathered = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, ours, group=group)
+    return torch.stack(gathered)
 
 
 class Summary(NamedTuple):
@@ -206,7 +221,7 @@ class Summary(NamedTuple):
     """log Σ e^t where the student's logit is −inf."""
 
 
-class Whole(NamedTuple):
+class Merged(NamedTuple):
     """All columns of each row, float64 [C]."""
 
     inside: Tensor
@@ -225,7 +240,7 @@ class Whole(NamedTuple):
     """The divergence; of the JSD the part outside."""
 
 
-class Row(NamedTuple):
+class RowScalars(NamedTuple):
     """What the gradient pass needs beside s and c, per row [B, 1] in the dtype of the logits."""
 
     peak: Tensor
@@ -244,49 +259,65 @@ def sharded_rows_(
     s_CV: Tensor,
     other_CV: Tensor,
     problem: Problem,
-    shard: Shard,
     *,
+    shard: Shard,
     gradient: bool,
-    target_ids_C: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...], float]:
-    """As `rows.divergence_rows_`, of a whole chunk and this rank's columns: (divergence [C],
-    statistics [C] each, factor of the gradient left in `s_CV`). `problem` is the localized one."""
-    height, device, dtype = s_CV.shape[0], s_CV.device, s_CV.dtype
-    step = plan.block_rows(max(shard.size, 1), device)
+    target_ids_B: Tensor | None = None,
+) -> RowResult:
+    """As `row_pass.eager.divergence_rows_`, of a whole chunk and this rank's columns. `problem` is
+    the localized one."""
+    height, dtype, options = s_CV.shape[0], s_CV.dtype, problem.options
+    jsd, beta = options.divergence == "jsd", options.beta
+    step = block_rows(max(shard.size, 1), s_CV.device)
     blocks = [slice(start, min(start + step, height)) for start in range(0, height, step)]
-    found = [
-        _summarize_(
-            s_CV[block],
-            other_CV[block],
-            problem,
-            None if target_ids_C is None else target_ids_C[block],
-        )
-        for block in blocks
-    ]
-    peak = torch.cat([x[2] for x in found])
-    ours = torch.cat([torch.stack((*summary, *extra)) for summary, extra, _ in found], 1)
-    everyone = shard.gather(ours).unbind(1)
+
+    # 1. This shard's columns of each row, summed up; c = d − E_{q_g}[d] stays in `other_CV`.
+    summaries, extras, peaks = zip(
+        *(
+            _summarize_(
+                s_CV[block],
+                other_CV[block],
+                problem,
+                None if target_ids_B is None else target_ids_B[block],
+            )
+            for block in blocks
+        ),
+        strict=True,
+    )
+    ours = torch.cat(
+        [torch.stack((*x, *extra)) for x, extra in zip(summaries, extras, strict=True)], 1
+    )
+
+    # 2. Exchanged, and the same divergence and statistics put together on every rank.
+    gathered = shard.gather(ours).unbind(1)
     count = len(Summary._fields)
-    parts, extra = Summary(*everyone[:count]), everyone[count:]
-    whole = _merge(parts, problem)
-    statistics = _merge_statistics(parts, extra) if problem.return_stats else ()
-    value = whole.value
-    if gradient or problem.divergence == "jsd":
-        rows = _rows(whole, Summary(*ours[:count]), peak, dtype)
+    parts, extra = Summary(*gathered[:count]), gathered[count:]
+    merged = _merge(parts, problem)
+    value = merged.value
+    statistics = _merge_statistics(parts, extra) if options.return_stats else ()
+
+    # 3. The JSD's integrand needs both normalizers of all shards: its sums are exchanged now.
+    centre_C1, blockwise = None, []
+    if gradient or jsd:
+        scalars = _row_scalars(merged, Summary(*ours[:count]), torch.cat(peaks), dtype)
         blockwise = [
-            (s_CV[block], other_CV[block], Row(*(x[block] for x in rows))) for block in blocks
+            (s_CV[block], other_CV[block], RowScalars(*(x[block] for x in scalars)))
+            for block in blocks
         ]
-        if problem.divergence == "jsd":
-            sums = torch.cat([_jsd_sums_(*x, problem) for x in blockwise], 1)
-            from_student, from_teacher = shard.gather(sums).sum(0)
-            value = value + (1 - problem.beta) * from_student + problem.beta * from_teacher
-            centre = from_student + problem.beta * whole.outside_p
-            centre = centre + whole.outside_q * excess(_log_only_student(problem, centre))
-            centre = centre.to(dtype)[:, None]
-        if gradient:
-            for block, x in zip(blocks, blockwise, strict=True):
-                _gradient_(*x, problem, centre[block] if problem.divergence == "jsd" else None)
-    return value.to(dtype), tuple(x.to(dtype) for x in statistics), problem.logit_factor
+    if jsd:
+        sums = torch.cat([_jsd_sums_(*x, problem) for x in blockwise], 1)
+        from_student, from_teacher = shard.gather(sums).sum(0)
+        value = value + (1 - beta) * from_student + beta * from_teacher
+        centre = from_student + beta * merged.outside_p
+        centre = centre + merged.outside_q * excess(_log_only_student(problem, centre))
+        centre_C1 = centre.to(dtype)[:, None]
+
+    # 4. The gradient of this shard's logits, from c (KLs) or a (JSD) and the scalars of its rows.
+    if gradient:
+        for block, x in zip(blocks, blockwise, strict=True):
+            _gradient_(*x, problem, None if centre_C1 is None else centre_C1[block])
+    values = torch.stack([x.to(dtype) for x in (value, *statistics)])
+    return RowResult(values, torch.full_like(values[0], problem.logit_factor))
 
 
 def _summarize_(
@@ -296,6 +327,7 @@ def _summarize_(
     where only the student's logit is finite, and in `student_BV` what `_student_logits` takes."""
     s, t, d, _ = transform_(student_BV, other_BV, problem, None)
     t = s + d if t is None else t
+    # q_g over the columns inside, from the shard's own peak.
     no_student, no_teacher = torch.isneginf(s), torch.isneginf(t)
     outside = no_student | no_teacher
     inside = s.masked_fill(outside, -math.inf)
@@ -306,6 +338,7 @@ def _summarize_(
     total = below.exp().sum(1).masked_fill(absent, 1.0)
     log_q = below.sub_(total.log()[:, None])
     q = log_q.exp()
+    # c, and by it the two divergences of q_g and p_g.
     c, mean = d.masked_fill(outside, 0.0), torch.zeros_like(peak, dtype=torch.float64)
     for _ in range(2):  # the second mean removes the rounding error of the first
         rest = (q * c).sum(1)
@@ -313,10 +346,10 @@ def _summarize_(
         c = (c - rest[:, None]).masked_fill_(outside, 0.0)
     log_ratio = log_mean_exp(log_q, c, outside)
     forward = torch.zeros_like(peak)
-    if problem.divergence == "forward_kl":
+    if problem.options.divergence == "forward_kl":
         r = (c - log_ratio).masked_fill_(outside, 0.0)
         forward = weighted_excess(log_q + r, -r, log_q).sum(1)
-    extra = _statistics(s, t, target_ids_B) if problem.return_stats else []
+    extra = _statistics(s, t, target_ids_B) if problem.options.return_stats else []
     summary = Summary(
         inside=(peak.double() + total.double().log()).masked_fill(absent, -math.inf),
         mean=mean,
@@ -342,14 +375,14 @@ def _statistics(s: Tensor, t: Tensor, target_ids_B: Tensor | None) -> list[Tenso
     at_peak = nowhere
     if s.shape[1]:
         at_peak = t.gather(1, s.argmax(1, keepdim=True)).squeeze(1)
-    found = [_entropy(s), _entropy(t), _peak(s), at_peak, _peak(t)]
+    statistics = [_entropy(s), _entropy(t), _peak(s), at_peak, _peak(t)]
     if target_ids_B is not None:
         here = (target_ids_B >= 0) & (target_ids_B < s.shape[1])
         at = target_ids_B.clamp(0, max(s.shape[1] - 1, 0))[:, None]
         for logits in (s, t):
             taken = logits.gather(1, at).squeeze(1) if s.shape[1] else nowhere
-            found.append(torch.where(here, taken, nowhere))
-    return [x.double() for x in found]
+            statistics.append(torch.where(here, taken, nowhere))
+    return [x.double() for x in statistics]
 
 
 def _entropy(logits_BV: Tensor) -> Tensor:
@@ -362,7 +395,7 @@ def _entropy(logits_BV: Tensor) -> Tensor:
     return total.log() - (weight * below.masked_fill_(torch.isneginf(below), 0.0)).sum(1) / total
 
 
-def _merge(parts: Summary, problem: Problem) -> Whole:
+def _merge(parts: Summary, problem: Problem) -> Merged:
     """Equations (1) and (2), and the masses outside."""
     S = parts.inside.T
     D = (parts.mean + parts.reverse).T
@@ -375,22 +408,22 @@ def _merge(parts: Summary, problem: Problem) -> Whole:
     only_teacher = torch.logsumexp(parts.only_teacher, 0) - (inside + log_ratio)
     log_share_q, log_share_p = (logsigmoid(-x) for x in (only_student, only_teacher))
     outside_q, outside_p = torch.sigmoid(only_student), torch.sigmoid(only_teacher)
-    if problem.divergence == "reverse_kl":
+    if problem.options.divergence == "reverse_kl":
         value = reverse + (pi * parts.reverse.T).sum(1) - log_share_p
         value = value.masked_fill(outside_q > 0, math.inf)
-    elif problem.divergence == "forward_kl":
+    elif problem.options.divergence == "forward_kl":
         value = divergence_and_gradient(S, log_p, D, "forward_kl", 0.5, None)
         value = value + (rho * parts.forward.T).sum(1) - log_share_q
         value = value.masked_fill(outside_p > 0, math.inf)
     else:
-        beta = problem.beta
+        beta = problem.options.beta
         value = -(1 - beta) * math.log1p(-beta) * outside_q - beta * math.log(beta) * outside_p
     mean = (pi * parts.mean.T).sum(1)
-    return Whole(inside, mean, log_ratio, outside_q, outside_p, log_share_q, log_share_p, value)
+    return Merged(inside, mean, log_ratio, outside_q, outside_p, log_share_q, log_share_p, value)
 
 
 def _merge_statistics(parts: Summary, extra: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Equation (3); in the order of `DivergenceStats` after the divergence."""
+    """Equation (3); the rows of `Stat` after the divergence."""
     entropy_s, entropy_t, peak_s, t_at_peak, peak_t, *targets = extra
     log_s = torch.logaddexp(parts.inside, parts.only_student)
     log_t = torch.logaddexp(parts.inside + parts.mean + parts.reverse, parts.only_teacher)
@@ -404,41 +437,41 @@ def _merge_statistics(parts: Summary, extra: tuple[Tensor, ...]) -> tuple[Tensor
     # The first of equal peaks: as in a row that is not cut.
     at_peak = t_at_peak.gather(0, peak_s.argmax(0, keepdim=True)).squeeze(0)
     agreement = (at_peak == peak_t.amax(0)).double()
-    found = (lse_s, lse_t, entropy(log_s, entropy_s), entropy(log_t, entropy_t), agreement)
-    at_target = (x.amax(0) - lse for x, lse in zip(targets, (lse_s, lse_t), strict=False))
-    return (*found, *at_target)
+    entropies = entropy(log_s, entropy_s), entropy(log_t, entropy_t)
+    logprobs = (x.amax(0) - lse for x, lse in zip(targets, (lse_s, lse_t), strict=False))
+    return (lse_s, lse_t, *entropies, agreement, *logprobs)
 
 
-def _rows(whole: Whole, ours: Summary, peak: Tensor, dtype: torch.dtype) -> Row:
+def _row_scalars(merged: Merged, ours: Summary, peak: Tensor, dtype: torch.dtype) -> RowScalars:
     """Differences of float64 numbers, rounded once."""
-    log_peak_inside = peak.double() - whole.inside
-    shares = whole.log_share_q - whole.log_share_p
+    log_peak_inside = peak.double() - merged.inside
+    shares = merged.log_share_q - merged.log_share_p
     columns = (
         peak,
-        log_peak_inside + whole.log_share_q,
+        log_peak_inside + merged.log_share_q,
         log_peak_inside,
-        whole.mean - ours.mean,
-        whole.log_ratio - ours.mean + shares,
+        merged.mean - ours.mean,
+        merged.log_ratio - ours.mean + shares,
     )
-    return Row(*(x.to(dtype)[:, None] for x in columns))
+    return RowScalars(*(x.to(dtype)[:, None] for x in columns))
 
 
 def _student_logits(x_BV: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """(s, ds/dx up to scale/temperature), as `rows.transform_` made them."""
-    cap = problem.logit_softcap[0]
-    if cap is None:
+    """(s, ds/dx up to scale/temperature), as `transform_` made them."""
+    side = problem.side(0)
+    if side.cap is None:
         return x_BV, None
-    return capped(x_BV, cap, problem.temperature), slope_of(x_BV, cap)
+    return capped(x_BV, side.cap, side.temperature), slope_of(x_BV, side.cap)
 
 
 def _log_only_student(problem: Problem, like: Tensor) -> Tensor:
     """a = log(m̄/q) where the teacher has no mass."""
-    return torch.full_like(like, math.log1p(-problem.beta))
+    return torch.full_like(like, math.log1p(-problem.options.beta))
 
 
-def _jsd_sums_(student_BV: Tensor, c_BV: Tensor, row: Row, problem: Problem) -> Tensor:
+def _jsd_sums_(student_BV: Tensor, c_BV: Tensor, row: RowScalars, problem: Problem) -> Tensor:
     """Σ q·f(a) and Σ p·f(b) over the columns inside, float64 [2, B]; `c_BV` becomes a."""
-    beta = problem.beta
+    beta = problem.options.beta
     s, _ = _student_logits(student_BV, problem)
     no_student, no_teacher = torch.isneginf(s), torch.isneginf(c_BV)
     outside = no_student | no_teacher
@@ -454,17 +487,22 @@ def _jsd_sums_(student_BV: Tensor, c_BV: Tensor, row: Row, problem: Problem) -> 
 
 
 def _gradient_(
-    student_BV: Tensor, c_BV: Tensor, row: Row, problem: Problem, centre_B1: Tensor | None
+    student_BV: Tensor, c_BV: Tensor, row: RowScalars, problem: Problem, centre_B1: Tensor | None
 ) -> None:
     """Equations (8) to (10) of `reference`; dZ goes to `student_BV`. For the JSD `c_BV` is a."""
     s, slope = _student_logits(student_BV, problem)
     log_q = s - row.peak
     if centre_B1 is not None:
-        dz = log_q.add_(row.log_peak).exp_().mul_(c_BV.add_(centre_B1)).mul_(problem.beta - 1)
+        dz = (
+            log_q.add_(row.log_peak)
+            .exp_()
+            .mul_(c_BV.add_(centre_B1))
+            .mul_(problem.options.beta - 1)
+        )
     else:
         no_teacher = torch.isneginf(c_BV)
         outside = no_teacher | torch.isneginf(s)
-        if problem.divergence == "reverse_kl":
+        if problem.options.divergence == "reverse_kl":
             c = c_BV.sub_(row.to_mean).masked_fill_(outside, 0.0)
             q = log_q.add_(row.log_peak_inside).masked_fill_(outside, -math.inf).exp_()
             dz = q.mul_(c).neg_()

@@ -1,7 +1,7 @@
 """Token chunks with full vocabulary rows resident, and the gradient computed in the forward pass.
 
 Per chunk of C tokens: the student's and the teacher's logits (2 GEMMs; one of twice the height
-where the head is shared and rows lie one after the other), row passes that turn the student's
+where the head is shared and rows lie one after the other), a row pass that turns the student's
 logits into their own gradient in place, then dH and dW from that tile (1 GEMM each). Nothing is
 recomputed: 4 units of 2·N·V·D flop with a trainable head, 3 with a frozen one, 2 without gradients,
 and 8 bytes of scratch per logit of a chunk.
@@ -9,59 +9,58 @@ and 8 bytes of scratch per logit of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from opsdc_kernels import gemm, plan
-from opsdc_kernels.layout import empty_logits
-from opsdc_kernels.problem import Problem
-from opsdc_kernels.row_pass import eager as rows
-from opsdc_kernels.row_pass.eager import Rows
-from opsdc_kernels.tile import Tile, hidden_gradient, operand_scale, rounded_tile
+from opsdc_kernels import plan, products
+from opsdc_kernels.problem import GradientsWanted, Problem, Stat
+from opsdc_kernels.row_pass.choose import RowPass, choose
+from opsdc_kernels.vocab_parallel import Shard
 
-if TYPE_CHECKING:
-    from opsdc_kernels.vocab_parallel import Shard
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """The gradients to compute."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
+Tokens = slice | Tensor
 
 
 @dataclass(slots=True)
 class Result:
-    """Per-token values, zero at dropped rows, and gradients of Σ row_weight·divergence."""
+    """Values per token, zero where they are dropped, and gradients of Σ row_weight·divergence; all
+    in the statistics' dtype."""
 
-    per_token: Tensor
-    """[N]"""
-    statistics: tuple[Tensor, ...]
-    """[N] each; empty unless asked for."""
+    values: Tensor
+    """[`Problem.stat_rows`, N]: the first rows of `Stat`."""
     hidden_gradient: Tensor | None
-    """[N, D] in the statistics' dtype."""
+    """[N, D]"""
     weight_gradient: Tensor | None
-    """[V, D] in the statistics' dtype."""
+    """[V, D]"""
     bias_gradient: Tensor | None
-    """[V] in the statistics' dtype."""
+    """[V]"""
+
+    @classmethod
+    def empty(cls, problem: Problem, wanted: GradientsWanted) -> Result:
+        """All zero but dW, which is not initialized."""
+        new = problem.student_hidden.new_zeros(0, dtype=problem.dtype)
+        (tokens, dim), size = problem.student_hidden.shape, problem.student_weight.shape[0]
+        return cls(
+            values=new.new_zeros(problem.stat_rows, tokens),
+            hidden_gradient=new.new_zeros(tokens, dim) if wanted.hidden else None,
+            weight_gradient=new.new_empty(size, dim) if wanted.weight else None,
+            bias_gradient=new.new_zeros(size) if wanted.bias else None,
+        )
+
+    @property
+    def per_token(self) -> Tensor:
+        """The divergence [N]."""
+        return self.values[Stat.DIVERGENCE]
 
 
 def run_chunks(
     problem: Problem,
-    needs: Needs,
+    wanted: GradientsWanted,
     row_weight_N: Tensor | None,
     kept_K: Tensor | None,
+    *,
     tile_dtype: torch.dtype | None = None,
     shard: Shard | None = None,
     onto: Result | None = None,
@@ -72,152 +71,101 @@ def run_chunks(
     dtype of the gradient tile that enters the GEMMs; None: the operands' own. `onto`: what other
     tokens gave, to add to.
     """
+    row_pass = choose(problem.student_hidden.device, problem.dtype)
     if shard is not None:
-        problem = shard.localize(problem)
-    student, size, dtype = problem.student_hidden, problem.vocab_size, problem.dtype
-    weight = problem.student_weight.detach()[:size]
-    n_tokens, dim = student.shape
-    result = empty_result(problem, needs) if onto is None else onto
-    kept = n_tokens if kept_K is None else kept_K.shape[0]
+        problem, row_pass = shard.localize(problem), shard.row_pass
+    size, count = problem.vocab_size, token_count(problem, kept_K)
+    result = Result.empty(problem, wanted) if onto is None else onto
     if result.weight_gradient is not None and onto is None:
-        result.weight_gradient[size if kept else 0 :].zero_()  # the first chunk writes the rest
-    if kept == 0:
+        result.weight_gradient[size if count else 0 :].zero_()  # the first chunk writes the rest
+    if count == 0:
         return result
-    operand = gemm.operand_dtype(weight, dtype)
-    tile_dtype = tile_dtype or operand
-    rounds = tile_dtype != dtype
-    mean_row = gemm.mean_row(weight, dtype) if rounds and needs.hidden else None
-    lift = lift_of(problem, needs, row_weight_N, kept_K, tile_dtype)
-    if onto is not None and lift is not None and result.weight_gradient is not None:
-        result.weight_gradient.mul_(lift)
+    gradients = Gradients(problem, wanted, result, row_weight_N, kept_K, tile_dtype)
+    if onto is not None:
+        gradients.lift_()
     if shard is None:
         height = plan.chunk_rows(
-            kept,
-            size,
-            (dim, problem.teacher_hidden.shape[1]),
-            student.dtype,
-            student.device,
-            problem.workspace_bytes,
+            count, plan.Sizes.of(problem, row_pass), problem.options.workspace_bytes
         )
     else:
-        height = plan.equal_rows(kept, shard.chunk_rows)
-    buffers = empty_logits(student, 2, height, size, dtype, in_torch=shard is not None)
-
-    for start in range(0, kept, height):
-        stop = min(start + height, kept)
-        tokens = slice(start, stop) if kept_K is None else kept_K[start:stop]
-        s_CV, other_CV = both_2CV = buffers[:, : stop - start]
-        _logits_into(both_2CV, problem, weight, tokens, operand)
-        scale_C1 = row_passes(problem, s_CV, other_CV, tokens, bool(needs), result, shard)
-        if not needs or size == 0:
-            continue
-        if row_weight_N is not None:
-            scale_C1 = scale_C1 * row_weight_N[tokens, None]
-        if result.bias_gradient is not None:
-            result.bias_gradient[:size].addmv_(s_CV.T, scale_C1.squeeze(1))
-        if result.hidden_gradient is None and result.weight_gradient is None:
-            continue
-        out_VD = None if result.weight_gradient is None else result.weight_gradient[:size]
-        gradient_CD = multiply_back(
-            rounded_tile(s_CV, other_CV, tile_dtype),
-            scale_C1,
-            student[tokens],
-            weight,
-            mean_row=mean_row,
-            hidden=result.hidden_gradient is not None,
-            out_VD=out_VD,
-            lift=lift,
-            first=start == 0 and onto is None,
-        )
-        if gradient_CD is not None and result.hidden_gradient is not None:
-            result.hidden_gradient[tokens] = gradient_CD
-    if lift is not None and result.weight_gradient is not None:
-        result.weight_gradient.div_(lift)
+        height = plan.equal_rows(count, shard.chunk_rows)
+    buffers = products.empty_logits(
+        problem.student_hidden, 2, height, size, problem.dtype, row_pass.layout
+    )
+    for start in range(0, count, height):
+        tokens = chunk_of(kept_K, start, min(start + height, count))
+        s_CV, other_CV = both_2CV = buffers[:, : min(height, count - start)]
+        both_logits_into(both_2CV, problem, tokens)
+        scale_C1 = run_rows(row_pass, s_CV, other_CV, problem, tokens, bool(wanted), result)
+        if wanted and size:
+            first = start == 0 and onto is None
+            gradients.add(tokens, s_CV, other_CV, scale_C1, first=first)
+    gradients.undo_lift_()
     if shard is not None and result.hidden_gradient is not None:
         shard.add_up_(result.hidden_gradient)
     return result
 
 
-def empty_result(problem: Problem, needs: Needs) -> Result:
-    """All zero but dW, which is not initialized."""
-    student, dtype = problem.student_hidden, problem.dtype
-    (n_tokens, dim), full_size = student.shape, problem.student_weight.shape[0]
-    return Result(
-        per_token=student.new_zeros(n_tokens, dtype=dtype),
-        statistics=_empty_statistics(problem),
-        hidden_gradient=student.new_zeros(n_tokens, dim, dtype=dtype) if needs.hidden else None,
-        weight_gradient=student.new_empty(full_size, dim, dtype=dtype) if needs.weight else None,
-        bias_gradient=student.new_zeros(full_size, dtype=dtype) if needs.bias else None,
-    )
+def token_count(problem: Problem, kept_K: Tensor | None) -> int:
+    return len(problem.student_hidden if kept_K is None else kept_K)
 
 
-def lift_of(
+def chunk_of(kept_K: Tensor | None, start: int, stop: int) -> Tokens:
+    """The tokens from `start` to `stop` of those kept."""
+    return slice(start, stop) if kept_K is None else kept_K[start:stop]
+
+
+def run_rows(
+    row_pass: RowPass,
+    s_CV: Tensor,
+    other_CV: Tensor,
     problem: Problem,
-    needs: Needs,
-    row_weight_N: Tensor | None,
-    kept_K: Tensor | None,
-    tile_dtype: torch.dtype,
-) -> Tensor | None:
-    """The factor that dW is accumulated with where its operands are fp16."""
-    if tile_dtype != torch.float16 or not needs.weight:
-        return None
-    every = slice(None) if kept_K is None else kept_K
-    weights = None if row_weight_N is None else row_weight_N[every]
-    return operand_scale(problem.student_hidden[every], weights, problem.logit_factor)
-
-
-def multiply_back(
-    tile: Tile,
-    scale_C1: Tensor,
-    hidden_CD: Tensor,
-    weight_VD: Tensor,
-    *,
-    mean_row: Tensor | None,
-    hidden: bool,
-    out_VD: Tensor | None,
-    lift: Tensor | None,
-    first: bool,
-    columns: Tensor | None = None,
-) -> Tensor | None:
-    """dH [C, D] of a tile where `hidden` asks for it; dW is added to `out_VD`, `first`: written.
-    `columns`: the tile's, of the weight."""
-    if tile.row_scale is not None:
-        scale_C1 = scale_C1 * tile.row_scale
-    gradient_CD = None
-    if hidden:
-        gradient_CD = hidden_gradient(tile, weight_VD, mean_row, columns).mul_(scale_C1)
-    if out_VD is not None:
-        operand_CD = weight_operand(tile, scale_C1, hidden_CD, out_VD.dtype, lift)
-        gemm.add_weight_gradient(out_VD, tile.values, operand_CD, first=first)
-    return gradient_CD
-
-
-def weight_operand(
-    tile: Tile, scale_C1: Tensor, hidden_CD: Tensor, dtype: torch.dtype, lift: Tensor | None
+    tokens: Tokens,
+    gradient: bool,
+    result: Result,
 ) -> Tensor:
-    """What the tile's values are multiplied with for dW: hidden states with all that scales."""
-    factor = scale_C1 if lift is None else scale_C1 * lift
-    return hidden_CD.to(dtype).mul(factor).to(tile.values.dtype)
+    """Fill in the values of these tokens; leave dZ in `s_CV`, up to the factor returned [C, 1]."""
+    targets = None if problem.target_ids is None else problem.target_ids[tokens]
+    rows = row_pass.over(s_CV, other_CV, problem, gradient=gradient, target_ids_C=targets)
+    result.values[:, tokens] = rows.values
+    return rows.factor[:, None]
 
 
-def _logits_into(
-    out_2CV: Tensor,
-    problem: Problem,
-    weight: Tensor,
-    tokens: slice | Tensor,
-    operand: torch.dtype,
-) -> None:
-    """The student's raw logits, and the teacher's or the difference's."""
-    student_CD = problem.student_hidden.detach()[tokens].to(operand)
+def both_logits_into(out_2CV: Tensor, problem: Problem, tokens: Tokens) -> None:
+    """The student's raw products, and the teacher's or the difference's."""
     if problem.shared_logits and out_2CV.is_contiguous():
-        both_CD = torch.cat([student_CD, _other_operand(problem, tokens, operand)])
-        gemm.logits_into(out_2CV.flatten(0, 1), both_CD, weight)
+        operands = _student_operand(problem, tokens), _other_operand(problem, tokens)
+        products.logits_into(out_2CV.flatten(0, 1), torch.cat(operands), _scored_weight(problem))
         return
-    gemm.logits_into(out_2CV[0], student_CD, weight)
-    other_logits_into(out_2CV[1], problem, weight, tokens, operand)
+    student_logits_into(out_2CV[0], problem, tokens)
+    other_logits_into(out_2CV[1], problem, tokens)
 
 
-def _other_operand(problem: Problem, tokens: slice | Tensor, operand: torch.dtype) -> Tensor:
+def student_logits_into(out_CV: Tensor, problem: Problem, tokens: Tokens) -> None:
+    """The student's raw products."""
+    products.logits_into(out_CV, _student_operand(problem, tokens), _scored_weight(problem))
+
+
+def other_logits_into(
+    out_CV: Tensor, problem: Problem, tokens: Tokens, columns: Tensor | None = None
+) -> None:
+    """The teacher's raw products, or the difference's where one head gives both; `columns`: those
+    alone."""
+    weight = problem.teacher_weight
+    weight = _scored_weight(problem) if weight is None else weight[: problem.vocab_size]
+    products.logits_into(out_CV, _other_operand(problem, tokens), weight, columns)
+
+
+def _scored_weight(problem: Problem) -> Tensor:
+    return problem.student_weight.detach()[: problem.vocab_size]
+
+
+def _student_operand(problem: Problem, tokens: Tokens) -> Tensor:
+    dtype = products.operand_dtype(problem.student_weight, problem.dtype)
+    return problem.student_hidden.detach()[tokens].to(dtype)
+
+
+def _other_operand(problem: Problem, tokens: Tokens) -> Tensor:
     """The teacher's hidden states, or the difference of both where one head gives both logits."""
     teacher = problem.teacher_hidden[tokens]
     if problem.shared_logits:
@@ -225,81 +173,85 @@ def _other_operand(problem: Problem, tokens: slice | Tensor, operand: torch.dtyp
         # 16-bit hidden states mostly have exact differences.
         student = problem.student_hidden.detach()[tokens]
         teacher = teacher.to(problem.dtype) - student.to(problem.dtype)
-    return teacher.to(operand)
+    return teacher.to(products.operand_dtype(problem.student_weight, problem.dtype))
 
 
-def other_logits_into(
-    out_CV: Tensor,
-    problem: Problem,
-    weight: Tensor,
-    tokens: slice | Tensor,
-    operand: torch.dtype,
-    columns: Tensor | None = None,
-) -> None:
-    """The teacher's raw logits, or the difference's where one head gives both; `columns`: those
-    alone."""
-    if problem.teacher_weight is not None:
-        weight = problem.teacher_weight[: problem.vocab_size]
-    gemm.logits_into(out_CV, _other_operand(problem, tokens, operand), weight, columns)
+class Gradients:
+    """The gradient products of a call's chunks, and what they share."""
 
-
-def row_passes(
-    problem: Problem,
-    s_CV: Tensor,
-    other_CV: Tensor,
-    tokens: slice | Tensor,
-    gradient: bool,
-    result: Result,
-    shard: Shard | None,
-) -> Tensor:
-    """Fills in the values of these tokens; leaves dZ in s_CV, up to the factor returned [C, 1]."""
-    targets = None if problem.target_ids is None else problem.target_ids[tokens]
-    if shard is not None:
-        from opsdc_kernels.vocab_parallel import sharded_rows_
-
-        value, statistics, factor = sharded_rows_(
-            s_CV, other_CV, problem, shard, gradient=gradient, target_ids_C=targets
-        )
-        result.per_token[tokens] = value
-        for statistic, found in zip(result.statistics, statistics, strict=True):
-            statistic[tokens] = found
-        return torch.full_like(value, factor)[:, None]
-    row_function, step = _row_function(s_CV)
-    blocks: list[Rows] = []
-    for start in range(0, s_CV.shape[0], step):
-        block = slice(start, start + step)
-        blocks.append(
-            row_function(
-                s_CV[block],
-                other_CV[block],
-                problem,
-                gradient=gradient,
-                target_ids_B=None if targets is None else targets[block],
+    def __init__(
+        self,
+        problem: Problem,
+        wanted: GradientsWanted,
+        result: Result,
+        row_weight_N: Tensor | None,
+        kept_K: Tensor | None,
+        tile_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.problem, self.wanted, self.result = problem, wanted, result
+        self.row_weight_N = row_weight_N
+        self.weight = _scored_weight(problem)
+        self.tile_dtype = tile_dtype or products.operand_dtype(self.weight, problem.dtype)
+        self.corrects = wanted.hidden and self.tile_dtype != problem.dtype
+        self.lift: Tensor | None = None
+        """The factor that dW is accumulated with where its operands are fp16."""
+        if self.tile_dtype == torch.float16 and wanted.weight:
+            tokens = slice(None) if kept_K is None else kept_K
+            weights = None if row_weight_N is None else row_weight_N[tokens]
+            self.lift = products.operand_scale(
+                problem.student_hidden[tokens], weights, problem.logit_factor
             )
-        )
-    result.per_token[tokens] = torch.cat([found.divergence for found in blocks])
-    for i, statistic in enumerate(result.statistics if problem.return_stats else ()):
-        statistic[tokens] = torch.cat([found.statistics[i] for found in blocks if found.statistics])
-    return torch.cat([found.factor for found in blocks])[:, None]
 
+    def lift_(self) -> None:
+        """Scale what other tokens have added to dW as `add` will scale what it adds."""
+        if self.lift is not None and self.result.weight_gradient is not None:
+            self.result.weight_gradient.mul_(self.lift)
 
-def _row_function(s_CV: Tensor) -> tuple[Callable[..., Rows], int]:
-    """The row pass for this device and dtype, and the rows it takes at once."""
-    if s_CV.is_cuda and s_CV.dtype == torch.float32 and find_spec("triton"):
-        from opsdc_kernels.row_pass.kernels import divergence_rows_ as in_triton
+    def undo_lift_(self) -> None:
+        if self.lift is not None and self.result.weight_gradient is not None:
+            self.result.weight_gradient.div_(self.lift)
 
-        return in_triton, s_CV.shape[0]
-    if plan.compiled_rows(s_CV.device, s_CV.dtype):
-        from opsdc_kernels.row_pass.compiled import divergence_rows_ as in_c
+    @cached_property
+    def _mean_row(self) -> Tensor:
+        return products.mean_row(self.weight, self.problem.dtype)
 
-        return in_c, s_CV.shape[0]
-    step = plan.block_rows(s_CV.shape[1], s_CV.device)
-    buffers = s_CV.new_empty(plan.CPU_BUFFERS, min(step, s_CV.shape[0]), s_CV.shape[1])
-    return partial(rows.divergence_rows_, buffers=buffers), step
-
-
-def _empty_statistics(problem: Problem) -> tuple[Tensor, ...]:
-    count = 0 if not problem.return_stats else 5 if problem.target_ids is None else 7
-    n_tokens = problem.student_hidden.shape[0]
-    zeros = problem.student_hidden.new_zeros(count, n_tokens, dtype=problem.dtype)
-    return tuple(zeros)
+    def add(
+        self,
+        tokens: Tokens,
+        dz_CK: Tensor,
+        scratch_CK: Tensor,
+        scale_C1: Tensor,
+        *,
+        first: bool,
+        columns: Tensor | None = None,
+    ) -> None:
+        """Add what the logit gradients `scale_C1`·`dz_CK` of some tokens give; both tiles are
+        overwritten. `first`: dW is not initialized. `columns`: those of the tile, None for all; a
+        bias gradient is of all."""
+        result, size = self.result, len(self.weight)
+        if self.row_weight_N is not None:
+            scale_C1 = scale_C1 * self.row_weight_N[tokens, None]
+        if self.wanted.bias and result.bias_gradient is not None:
+            result.bias_gradient[:size].addmv_(dz_CK.T, scale_C1.squeeze(1))
+        if result.hidden_gradient is None and result.weight_gradient is None:
+            return
+        # dH: the tile as it is, scaled afterwards, in fp32.
+        tile = products.rounded_tile(dz_CK, scratch_CK, self.tile_dtype)
+        if tile.row_scale is not None:
+            scale_C1 = scale_C1 * tile.row_scale
+        if result.hidden_gradient is not None:
+            mean_row = self._mean_row if self.corrects and columns is None else None
+            if self.corrects and columns is not None:
+                mean_row = products.mean_row(self.weight, self.problem.dtype, columns)
+            gradient_CD = products.hidden_gradient(tile, self.weight, mean_row, columns)
+            result.hidden_gradient[tokens] = gradient_CD.mul_(scale_C1)
+        # dW: everything that scales goes into the hidden states.
+        if result.weight_gradient is not None:
+            out_VD = result.weight_gradient[:size]
+            factor_C1 = scale_C1 if self.lift is None else scale_C1 * self.lift
+            hidden_CD = self.problem.student_hidden.detach()[tokens].to(out_VD.dtype)
+            operand_CD = hidden_CD.mul(factor_C1).to(tile.values.dtype)
+            if columns is None:
+                products.add_weight_gradient(out_VD, tile.values, operand_CD, first=first)
+            else:
+                products.scatter_weight_gradient(out_VD, tile.values, operand_CD, columns)

@@ -1,4 +1,4 @@
-r"""How much the gradient of the reverse KL can lack when vocabulary columns are left out.
+r"""A bound of what the reverse KL's gradient lacks when vocabulary columns are left out.
 
 Letters as in `reference`. A chunk of tokens keeps the columns K and drops D. On K the gradient is
 −q·c̃ with c̃ = d − m̃, m̃ = E_q[d | K]: what (8) becomes when the teacher is not asked about D. It
@@ -34,26 +34,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsdc_kernels import plan
-from opsdc_kernels.gemm import logits_into, operand_dtype
+from opsdc_kernels.columns import compiled
 from opsdc_kernels.problem import Problem
+from opsdc_kernels.products import logits_into, operand_dtype
 
 CUTS = 16
 CUT_RATIO = 2.5
 """Cuts are this far apart: the choice is within it of the best one."""
 LARGEST_CUT = 1e-4
-"""Of the largest probability; the smallest cut is at 1e-10."""
+"""The largest cut, in shares of the largest probability; the smallest is at 1e-10."""
 SLACK = 1.001
-"""Rounding of the sums: all terms are positive."""
+"""Covers the rounding of the sums: all terms are positive."""
 CENTRE_STEP = 16
 """The mean of every 16th row is as good a centre, and any is right."""
 ROWS = 1024
-"""Of a head at once."""
+"""Rows of a head that are compared at once."""
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
-    """What the bound knows of the heads."""
+class Geometry:
+    """Distances in and between the heads, which the bound is made of."""
 
     radius_V: Tensor
     """ρ [V]"""
@@ -65,27 +65,27 @@ class Heads:
     """Heads of different sizes."""
 
     @classmethod
-    def of(cls, problem: Problem) -> Heads:
+    def of(cls, problem: Problem) -> Geometry:
         size, dtype = problem.vocab_size, problem.dtype
         weight = problem.student_weight.detach()[:size]
-        other = problem.teacher_weight
-        centred = problem.logit_softcap[0] is None
+        teacher = problem.teacher_weight
+        centred = problem.side(0).cap is None
         radius = _radius(weight, dtype, centred)
         drift = radius.new_zeros(())
-        stacked = other is not None and other.shape[1] != weight.shape[1]
-        if other is not None:
-            other = other[:size]
+        stacked = teacher is not None and teacher.shape[1] != weight.shape[1]
+        if teacher is not None:
+            teacher = teacher[:size]
             if stacked:
-                radius = torch.hypot(radius, _radius(other, dtype, centred))
+                radius = torch.hypot(radius, _radius(teacher, dtype, centred))
             else:
-                drift = _largest_difference(weight, other, dtype)
+                drift = _largest_difference(weight, teacher, dtype)
         return cls(radius, drift, _offset(problem).to(radius), stacked)
 
     def slopes(self, problem: Problem, tokens: slice | Tensor) -> tuple[Tensor, Tensor]:
         """(η, ν), each [C]."""
-        own, other = (scale / problem.temperature for scale in problem.logit_scale)
-        student = problem.student_hidden.detach()[tokens].to(problem.dtype) * own
-        teacher = problem.teacher_hidden[tokens].to(problem.dtype) * other
+        factors = [side.scale / side.temperature for side in (problem.side(0), problem.side(1))]
+        student = problem.student_hidden.detach()[tokens].to(problem.dtype) * factors[0]
+        teacher = problem.teacher_hidden[tokens].to(problem.dtype) * factors[1]
         size = torch.linalg.vector_norm(teacher, dim=1)
         if self.stacked:
             eta = torch.hypot(size, torch.linalg.vector_norm(student, dim=1))
@@ -97,11 +97,8 @@ class Heads:
 def _radius(weight: Tensor, dtype: torch.dtype, centred: bool) -> Tensor:
     """‖row − mean of some rows‖, or ‖row‖, [V]."""
     centre = weight[::CENTRE_STEP].mean(0, dtype=dtype) * centred
-    in_c = weight.dtype == torch.float32 and weight.stride(1) == 1
-    if in_c and plan.compiled_rows(weight.device, weight.dtype):
-        from opsdc_kernels.columns.compiled import square_distances
-
-        return square_distances(weight, centre).sqrt() * SLACK
+    if weight.stride(1) == 1 and compiled.serves(weight):
+        return compiled.square_distances(weight, centre).sqrt() * SLACK
     norm = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
     if not centred:
         return norm
@@ -113,35 +110,37 @@ def _radius(weight: Tensor, dtype: torch.dtype, centred: bool) -> Tensor:
 
 
 def _times(weight: Tensor, vector: Tensor) -> Tensor:
+    """weight · vector [V]."""
     out = vector.new_empty(weight.shape[0], 1)
     logits_into(out.T, vector[None].to(operand_dtype(weight, vector.dtype)), weight)
     return out.squeeze(1)
 
 
-def _largest_difference(weight: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """max ‖row − other's row‖, 0-dim."""
-    found = [
-        torch.linalg.vector_norm(own.to(dtype) - its.to(dtype), dim=1).amax()
-        for own, its in zip(weight.split(ROWS), other.split(ROWS), strict=True)
+def _largest_difference(weight: Tensor, teacher: Tensor, dtype: torch.dtype) -> Tensor:
+    """max ‖row − teacher's row‖, 0-dim."""
+    largest = [
+        torch.linalg.vector_norm(a.to(dtype) - b.to(dtype), dim=1).amax()
+        for a, b in zip(weight.split(ROWS), teacher.split(ROWS), strict=True)
     ]
-    return torch.stack(found).amax()
+    return torch.stack(largest).amax()
 
 
 def _offset(problem: Problem) -> Tensor:
+    """max |β|, 0-dim."""
     zero = problem.student_weight.new_zeros((), dtype=problem.dtype)
     if problem.shared_logits:
         return zero
-    biases = (problem.student_bias, problem.teacher_bias)
-    own, other = (
-        zero if bias is None else bias.detach()[: problem.vocab_size].to(problem.dtype) * scale
-        for bias, scale in zip(biases, problem.logit_scale, strict=True)
+    student, teacher = (
+        zero if side.bias is None else side.bias.to(problem.dtype) * side.scale
+        for side in (problem.side(0), problem.side(1))
     )
     # −inf on both sides: no such column.
-    return ((other - own).nan_to_num(0.0, torch.inf, -torch.inf) / problem.temperature).abs().amax()
+    difference = (teacher - student).nan_to_num(0.0, torch.inf, -torch.inf)
+    return (difference / problem.options.temperature).abs().amax()
 
 
 class Bounds(NamedTuple):
-    """Of a chunk's tokens [C], or of them at every cut [C, CUTS]."""
+    """Bounds of a chunk's tokens [C], or of them at every cut [C, CUTS]."""
 
     hidden: Tensor
     """Largest ‖dH̃ − dH‖ of each token, unweighted."""
@@ -160,7 +159,7 @@ def bounds(
 
 
 def cuts_of(peak_V: Tensor, forced: Tensor) -> Tensor:
-    """The first cut that drops the column [V] int64: those go whose largest probability (or other
+    """The first cut that drops each column [V] int64: those go whose largest probability (or other
     mass) in the chunk is below it. `CUTS` where none does, as of `forced` columns."""
     steps = torch.arange(CUTS - 1, -1, -1, device=peak_V.device, dtype=peak_V.dtype)
     edges = peak_V.amax() * LARGEST_CUT * CUT_RATIO**-steps  # rising

@@ -1,25 +1,38 @@
-"""`opsdc_kernels.columns.sums` in C, for fp32 on a CPU and logits that lie tokens last; and the
-distances of `column_bound`."""
+"""`columns.sums` in C, for fp32 on a CPU and logits that lie by column; and the distances of
+`columns.bound`."""
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from opsdc_kernels.columns.sums import Student
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.row_pass import threads
-from opsdc_kernels.row_pass.build import native
-from opsdc_kernels.row_pass.compiled import Side, as_given, side
+from opsdc_kernels.row_pass import build, threads
+from opsdc_kernels.row_pass.compiled import SideOfC, for_c
 from opsdc_kernels.row_pass.threads import address
+
+SOURCE = Path(__file__).with_name("columns.c")
+
+
+def native() -> build.Build:
+    """`columns.c` as a library, or why there is none. Compiles in the first call that needs to."""
+    return build.built(SOURCE)
+
+
+def serves(x: Tensor) -> bool:
+    """True for tensors that the passes here can read."""
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return on_cpu and native().dll is not None
 
 
 class ColumnJob(ctypes.Structure):
-    """As `ColumnJob` in rows.c."""
+    """As `ColumnJob` in columns.c."""
 
     _fields_ = (
-        ("student", Side),
+        ("student", SideOfC),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("square", ctypes.c_void_p),
@@ -37,31 +50,8 @@ class ColumnJob(ctypes.Structure):
     )
 
 
-def student(
-    problem: Problem, x_CV: Tensor, square_V: Tensor, along_C: Tensor, apart_C: Tensor
-) -> Student:
-    rows = x_CV.new_empty(3, len(x_CV))
-    columns = x_CV.new_empty(len(threads.parts(x_CV)), 3, x_CV.shape[1])  # one of each per thread
-    rowwise = {"along": along_C, "apart": apart_C, **_named(("lse", "entropy", "spread"), rows)}
-    columnwise = [{"square": square_V, **_named(("peak", "slope", "rest"), own)} for own in columns]
-    _run("opsdc_student", problem, x_CV, rowwise, columnwise)
-    lse_C, entropy_C, spread_C = rows
-    slope_V, rest_V = columns[:, 1:].sum(0)
-    return Student(lse_C, entropy_C, spread_C, columns[:, 0].amax(0), slope_V, rest_V)
-
-
-def dropped(
-    problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
-) -> tuple[Tensor, Tensor]:
-    mass_C, product_C = rows = x_CV.new_empty(2, len(x_CV))
-    rowwise = {"lse": lse_C, **_named(("mass", "product"), rows)}
-    columnwise = {"square": square_V, "keeps": keeps_V.to(x_CV.dtype)}
-    _run("opsdc_dropped", problem, x_CV, rowwise, [columnwise] * len(threads.parts(x_CV)))
-    return mass_C, product_C
-
-
 class DistanceJob(ctypes.Structure):
-    """As `DistanceJob` in rows.c."""
+    """As `DistanceJob` in columns.c."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
@@ -73,12 +63,33 @@ class DistanceJob(ctypes.Structure):
     )
 
 
+def student_sums(
+    problem: Problem, x_CV: Tensor, square_V: Tensor, along_C: Tensor, apart_C: Tensor
+) -> tuple[Tensor, ...]:
+    """The fields of `sums.StudentSums`."""
+    rows = x_CV.new_empty(3, len(x_CV))
+    columns = x_CV.new_empty(len(threads.parts(x_CV)), 3, x_CV.shape[1])  # of every thread
+    rowwise = {"along": along_C, "apart": apart_C, **_named(("lse", "entropy", "spread"), rows)}
+    columnwise = [{"square": square_V, **_named(("peak", "slope", "rest"), x)} for x in columns]
+    _run("opsdc_student", problem, x_CV, rowwise, columnwise)
+    return (*rows, columns[:, 0].amax(0), *columns[:, 1:].sum(0))
+
+
+def dropped_sums(
+    problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `sums.dropped_sums`."""
+    mass_C, product_C = rows = x_CV.new_empty(2, len(x_CV))
+    rowwise = {"lse": lse_C, **_named(("mass", "product"), rows)}
+    columnwise = {"square": square_V, "keeps": keeps_V.to(x_CV.dtype)}
+    _run("opsdc_dropped", problem, x_CV, rowwise, [columnwise] * len(threads.parts(x_CV)))
+    return mass_C, product_C
+
+
 def square_distances(weight_VD: Tensor, centre_D: Tensor) -> Tensor:
     """‖row − centre‖² of every row [V]."""
-    library = native().dll
-    assert library is not None
     (size, dim), stride = weight_VD.shape, weight_VD.stride(0)
-    centre_D, found_V = centre_D.contiguous(), weight_VD.new_empty(size)
+    centre_D, out_V = centre_D.contiguous(), weight_VD.new_empty(size)
     jobs = [
         DistanceJob(
             weight=address(weight_VD, start * stride),
@@ -86,12 +97,12 @@ def square_distances(weight_VD: Tensor, centre_D: Tensor) -> Tensor:
             columns=dim,
             stride=stride,
             centre=address(centre_D),
-            out=address(found_V, start),
+            out=address(out_V, start),
         )
         for start, stop in threads.parts(weight_VD)
     ]
-    threads.run(library, "opsdc_distances", jobs)
-    return found_V
+    threads.run(native(), "opsdc_distances", jobs)
+    return out_V
 
 
 def _named(names: tuple[str, ...], rows: Tensor) -> dict[str, Tensor]:
@@ -106,20 +117,16 @@ def _run(
     columnwise: list[dict[str, Tensor]],
 ) -> None:
     """`columnwise`: for every thread."""
-    library = native().dll
-    assert library is not None
-    size = x_CV.shape[1]
-    bias = as_given(problem.student_bias, size)
+    student = for_c(problem.side(0))
     rowwise = {name: x.contiguous() for name, x in rowwise.items()}
-
     jobs = [
         ColumnJob(
-            student=side(x_CV[start:], problem, 0, bias),
+            student=SideOfC.of(x_CV[start:], student),
             rows=stop - start,
-            columns=size,
+            columns=x_CV.shape[1],
             **{name: address(x, start) for name, x in rowwise.items()},
-            **{name: address(x) for name, x in own.items()},
+            **{name: address(x) for name, x in of_thread.items()},
         )
-        for (start, stop), own in zip(threads.parts(x_CV), columnwise, strict=True)
+        for (start, stop), of_thread in zip(threads.parts(x_CV), columnwise, strict=True)
     ]
-    threads.run(library, function, jobs)
+    threads.run(native(), function, jobs)

@@ -1,5 +1,5 @@
-"""What choosing columns needs of the student's probabilities q: sums over tokens and over columns,
-from the raw products of a chunk, without a tile of q. In torch here, in C in `native.columns`.
+"""Sums of the student's probabilities q, over tokens and over columns, that choosing columns needs:
+from the raw products of a chunk, without a tile of q. In torch here, in C in `columns.compiled`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsdc_kernels import plan
-from opsdc_kernels.layout import tokens_last
+from opsdc_kernels.columns import compiled
+from opsdc_kernels.maths import capped
+from opsdc_kernels.plan import column_block_rows
 from opsdc_kernels.problem import Problem
-from opsdc_kernels.row_pass.eager import capped
+from opsdc_kernels.products import by_column
 
 LOWEST = -70.0
 """Logits that are below the largest by more count as this, a mass of 4e-31: products with denormal
 ones take a CPU a hundred times as long."""
 
 
-class Student(NamedTuple):
+class StudentSums(NamedTuple):
+    """Sums of a chunk's q; `square`, `along` and `apart` are what `student_sums` was given."""
+
     lse_C: Tensor
     """Log-normalizer [C]."""
     entropy_C: Tensor
@@ -33,14 +36,12 @@ class Student(NamedTuple):
     """Σ_C (along·√spread + apart)·q [V]."""
 
 
-def student(
+def student_sums(
     problem: Problem, x_CV: Tensor, square_V: Tensor, along_C: Tensor, apart_C: Tensor
-) -> Student:
-    """Of raw products `x_CV` = h·Wᵀ, which stay."""
+) -> StudentSums:
+    """The sums of a chunk from its raw products `x_CV` = h·Wᵀ, which stay."""
     if _in_c(x_CV):
-        from opsdc_kernels.columns.compiled import student as in_c
-
-        return in_c(problem, x_CV, square_V, along_C, apart_C)
+        return StudentSums(*compiled.student_sums(problem, x_CV, square_V, along_C, apart_C))
     peak_V = torch.zeros_like(square_V)
     sums_2V = square_V.new_zeros(2, len(square_V))
     rows = []
@@ -58,25 +59,23 @@ def student(
         rows.append(torch.stack([(top + total.log()).squeeze(1), entropy.squeeze(1), spread]))
     lse_C, entropy_C, spread_C = torch.cat(rows, 1)
     slope_V, rest_V = sums_2V
-    return Student(lse_C, entropy_C, spread_C, peak_V, slope_V, rest_V)
+    return StudentSums(lse_C, entropy_C, spread_C, peak_V, slope_V, rest_V)
 
 
-def dropped(
+def dropped_sums(
     problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Σ q and Σ q·square over the columns that are not kept, each [C]."""
     if _in_c(x_CV):
-        from opsdc_kernels.columns.compiled import dropped as in_c
-
-        return in_c(problem, x_CV, lse_C, keeps_V, square_V)
+        return compiled.dropped_sums(problem, x_CV, lse_C, keeps_V, square_V)
     weights = torch.stack([torch.ones_like(square_V), square_V], 1).masked_fill_(
         keeps_V[:, None], 0
     )
-    found = [
+    sums = [
         probabilities_(problem, x_CV[block].clone(), lse_C[block]) @ weights
         for block in _blocks(x_CV)
     ]
-    return torch.cat(found).unbind(1)  # type: ignore[return-value]
+    return torch.cat(sums).unbind(1)  # type: ignore[return-value]
 
 
 def probabilities_(problem: Problem, x_CK: Tensor, lse_C: Tensor) -> Tensor:
@@ -89,18 +88,20 @@ def probabilities_(problem: Problem, x_CK: Tensor, lse_C: Tensor) -> Tensor:
 
 def _logits_(problem: Problem, x_CK: Tensor) -> Tensor:
     """The student's z of eq. (1) in `reference`; overwrites raw products."""
-    bias, (scale, _), (cap, _) = problem.student_bias, problem.logit_scale, problem.logit_softcap
-    if bias is not None:
-        x_CK.add_(bias.detach()[: x_CK.shape[1]])
-    return capped(x_CK if scale == 1.0 else x_CK.mul_(scale), cap, problem.temperature)
+    side = problem.side(0)
+    if side.bias is not None:
+        x_CK.add_(side.bias)
+    if side.scale != 1.0:
+        x_CK.mul_(side.scale)
+    return capped(x_CK, side.cap, side.temperature)
 
 
 def _in_c(x_CV: Tensor) -> bool:
-    return tokens_last(x_CV) and plan.compiled_rows(x_CV.device, x_CV.dtype)
+    return by_column(x_CV) and compiled.serves(x_CV)
 
 
 def _blocks(x_CV: Tensor) -> list[slice]:
-    """Of rows that passes in torch take at once."""
+    """Blocks of rows that passes in torch take at once."""
     height, size = x_CV.shape
-    step = plan.column_block_rows(size, x_CV.device)
+    step = column_block_rows(size, x_CV.device)
     return [slice(i, min(i + step, height)) for i in range(0, height, step)]

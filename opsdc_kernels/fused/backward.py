@@ -8,8 +8,6 @@ part of the error that all rows of the weight share, and the launcher subtracts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -17,36 +15,10 @@ from torch import Tensor
 
 from opsdc_kernels.fused.configs import Config
 from opsdc_kernels.fused.heads import Heads
-from opsdc_kernels.fused.logit_tiles import columns, load_factor, logits, product_tile, program_tile
-from opsdc_kernels.gemm import add_weight_gradient, hidden_gradient_into
-from opsdc_kernels.triton.numerics import expm1, log_ratios_to_mixture
-
-
-@triton.jit
-def logit_gradient(
-    s, t, d, normalizer, anchor, offset, mean, beta, DIVERGENCE: tl.constexpr, MASKED: tl.constexpr
-):
-    """Gradient with respect to s, without the factors that are constant in a row.
-
-    reverse KL -q (d - E_q[d]); forward KL q - p = -q expm1(r), r = log(p / q); JSD, without its
-    1 - beta, -q (a - E_q[a]), a = log(mixture / q). Nothing flows through an infinite logit s.
-    """
-    q = tl.exp(s - normalizer[:, None])
-    c = (d - anchor[:, None]) - offset[:, None]
-    if DIVERGENCE == 1:
-        far = tl.exp(tl.minimum(s - normalizer[:, None] + c, 0.0)) - q
-        c = tl.where(c < 20, q * expm1(tl.minimum(c, 20.0)), far)
-    else:
-        if DIVERGENCE == 2:
-            c, _ = log_ratios_to_mixture(c, beta)
-            a_anchor, _ = log_ratios_to_mixture(-offset, beta)
-            c = (c - a_anchor[:, None]) - mean[:, None]
-        c = q * c
-    if MASKED:
-        c = tl.where(s == float("-inf"), 0.0, c)
-        if DIVERGENCE == 0:
-            c = tl.where(t == float("-inf"), 0.0, c)
-    return -c
+from opsdc_kernels.fused.logit_tiles import load_factor, product_tile, program_tile, slices
+from opsdc_kernels.problem import GradientsWanted, Options
+from opsdc_kernels.products import add_weight_gradient, hidden_gradient_into
+from opsdc_kernels.triton.logits import logit_gradient, logits
 
 
 @triton.jit
@@ -100,7 +72,7 @@ def gradient_kernel(
     acc, acc_t = product_tile(
         student, teacher, row0, tile * BN, row_end, V, SHARED, BM, BN, BK, EVEN, UPCAST
     )
-    acc, acc_t = columns(acc, SLICES), columns(acc_t, SLICES)
+    acc, acc_t = slices(acc, SLICES), slices(acc_t, SLICES)
     residual = tl.zeros_like(anchor)
     for i in tl.static_range(SLICES):
         cols = tile * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
@@ -125,31 +97,31 @@ def backward(
     heads: Heads,
     saved: Tensor,
     coefficient_K: Tensor,
-    divergence: int,
-    beta: float,
+    options: Options,
     vocab_size: int,
-    needs: Sequence[bool],
+    wanted: GradientsWanted,
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """fp32 gradients of the kept hidden states [K, D], of the weight and of the bias, or None.
 
-    saved: each row's normalizer, anchor, offset, mean and power-of-two scale; coefficient: the
-    factor of the row's scaled logit gradient. It is applied to dH in fp32; in dW to the hidden
+    `saved`: each row's normalizer, anchor, offset, mean and power-of-two scale. `coefficient_K`:
+    the factor of the row's scaled logit gradient. It is applied to dH in fp32; in dW to the hidden
     states, divided by the largest of them, so that rows of equal weight get powers of two and
     round nothing.
     """
     hidden, full_weight = heads.student.hidden, heads.student.weight
     n_rows, weight = hidden.shape[0], full_weight[:vocab_size]
-    need_hidden, need_weight, need_bias = needs
-    config = heads.config("jsd" if divergence == 2 else "gradient", extras=need_bias)
-    single = coefficient_K.new_zeros
-    dh_KD = single(hidden.shape) if need_hidden else None
-    dw_VD = single(full_weight.shape) if need_weight else None
-    dbias_V = single(full_weight.shape[0]) if need_bias else None
+    # The three gradients, and what is needed for them beside the tile.
+    dh_KD = coefficient_K.new_zeros(hidden.shape) if wanted.hidden else None
+    dw_VD = coefficient_K.new_zeros(full_weight.shape) if wanted.weight else None
+    dbias_V = coefficient_K.new_zeros(full_weight.shape[0]) if wanted.bias else None
     largest = coefficient_K.abs().amax()
     share_K1 = (coefficient_K / torch.where(largest > 0, largest, 1.0))[:, None]
     rounded = hidden.dtype != torch.float32
-    mean_row_D = weight.mean(0, dtype=torch.float32) if rounded and need_hidden else None
+    mean_row_D = weight.mean(0, dtype=torch.float32) if rounded and wanted.hidden else None
+    # Chunks of whole row blocks whose gradient tile [C, V] fits the workspace.
+    kernel = "jsd" if options.divergence == "jsd" else "gradient"
+    config = heads.config(kernel, extras=wanted.bias)
     height = workspace_bytes // (vocab_size * hidden.element_size()) // config.BM
     height = min(max(height, 1) * config.BM, n_rows)
     buffer = hidden.new_empty((height, vocab_size))
@@ -157,8 +129,8 @@ def backward(
         rows = slice(start, min(start + height, n_rows))
         dz_CV = buffer[: rows.stop - rows.start]
         residual_C, dbias = _gradient_tile(
-            heads, config, saved, coefficient_K, rows, dz_CV, mean_row_D is not None, need_bias,
-            divergence, beta,
+            heads, config, options, saved, coefficient_K, rows, dz_CV,
+            residual=mean_row_D is not None, bias=wanted.bias,
         )  # fmt: skip
         if dh_KD is not None:
             hidden_gradient_into(dh_KD[rows], dz_CV, weight)
@@ -179,24 +151,24 @@ def backward(
 def _gradient_tile(
     heads: Heads,
     config: Config,
+    options: Options,
     saved: Tensor,
     coefficient_K: Tensor,
     rows: slice,
     dz_CV: Tensor,
+    *,
     residual: bool,
     bias: bool,
-    divergence: int,
-    beta: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fills `dz_CV` for `rows`; returns the rounding's row sums [C] and the bias gradient [V]."""
+    """Fill `dz_CV` for `rows`; the rounding's row sums [C] and the bias gradient [V], if wanted."""
     n_rows, V = dz_CV.shape
     blocks, tiles = triton.cdiv(n_rows, config.BM), triton.cdiv(V, config.BN)
     residuals = saved.new_empty((tiles, n_rows)) if residual else None
     dbias = saved.new_empty((blocks, V)) if bias else None
     gradient_kernel[(blocks * tiles,)](
-        heads.student, heads.teacher, *saved, coefficient_K, dz_CV, residuals, dbias, beta,
-        rows.start, rows.stop, V, tiles,
-        DIVERGENCE=divergence, MASKED=heads.masked, **heads.launch_options(config),
+        heads.student, heads.teacher, *saved, coefficient_K, dz_CV, residuals, dbias,
+        options.beta, rows.start, rows.stop, V, tiles,
+        DIVERGENCE=options.kind, MASKED=heads.masked, **heads.launch_options(config),
     )  # fmt: skip
     return (
         None if residuals is None else residuals.sum(0),

@@ -24,17 +24,9 @@ class Config(NamedTuple):
     SLICES: int
     """Column slices in which a tile turns into statistics or gradients, to spare registers."""
     GROUP: int
-    """Row blocks that share a weight tile in L2, see `tiles.program_tile`."""
+    """Row blocks that share a weight tile in L2, see `logit_tiles.program_tile`."""
     num_warps: int
     num_stages: int
-
-
-class RowsConfig(NamedTuple):
-    """Launch configuration of the row passes, which read logits from memory."""
-
-    BV: int
-    """Columns per step."""
-    num_warps: int
 
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -49,10 +41,7 @@ SHARED_MEMORY_LIMIT = {
 """Bytes per block, from the vendors' programming guides."""
 
 INTERPRETER = Config(16, 64, 32, 1, 2, 1, 1)
-
-# Contraction of a multiply and an add would turn t - s into fma(h, pre, -s): not 0 where teacher
-# and student are equal.
-ENABLE_FP_FUSION = False
+"""Small, so that small tests have several tiles."""
 
 SEPARATE = {
     "sm_80": Config(128, 64, 64, 1, 16, 8, 3),
@@ -89,9 +78,6 @@ SINGLE = {target: Config(64, 32, 32, 1, 16, 8, 2) for target in TARGETS} | {
 }
 """fp32 inputs: exact fp32 products on the ordinary units (AMD: matrix units)."""
 
-ROWS = RowsConfig(512, 4)
-"""Every target."""
-
 
 def target_of(device: torch.device) -> str:
     """The entry of `TARGETS` whose configurations run on this device."""
@@ -105,8 +91,11 @@ def target_of(device: torch.device) -> str:
 
 
 def config_for(kernel: str, target: str, dtype: str, *, shared: bool, extras: bool) -> Config:
-    """`kernel`: statistics | jsd (its gradient too) | gradient (of the KLs); `dtype`: fp32 or a
-    16-bit one; `extras`: soft-cap, bias, targets, or a bias gradient."""
+    """The shipped configuration.
+
+    `kernel`: statistics | jsd (its gradient too) | gradient (of the KLs); `dtype`: fp32 or a 16-bit
+    one; `extras`: soft-cap, bias, targets, or a bias gradient.
+    """
     if dtype == "fp32":
         return SINGLE[target]
     if extras or (kernel == "jsd" and target == "sm_80"):

@@ -13,22 +13,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opsdc_kernels.fused.configs import ENABLE_FP_FUSION, Config
+from opsdc_kernels.fused.configs import Config
 from opsdc_kernels.fused.heads import Heads
-from opsdc_kernels.fused.logit_tiles import columns, load_factor, logits, product_tile, program_tile
-from opsdc_kernels.triton.numerics import log1p, log_ratios_to_mixture, psi
+from opsdc_kernels.fused.logit_tiles import load_factor, product_tile, program_tile, slices
+from opsdc_kernels.problem import Options, Stat
+from opsdc_kernels.triton.launch import ENABLE_FP_FUSION
+from opsdc_kernels.triton.logits import logits
 from opsdc_kernels.triton.statistics import (
+    FOR_GRADIENT,
+    RESULTS,
     Mass,
     Statistics,
+    at_target,
     empty_statistics,
-    log_mass,
+    jsd_terms,
     merge,
+    store_results,
     tile_statistics,
 )
 
-FIELDS = tl.constexpr(15)  # `Statistics`, flat, then both logits of the target token
+FIELDS = tl.constexpr(15)
+"""`Statistics`, flat, then both logits of the target token."""
 COMBINE_ROWS = 64
-RESULTS = 12  # rows of `store_results`
 
 
 @triton.jit
@@ -68,14 +74,13 @@ def statistics_kernel(
         acc, acc_t = product_tile(
             student, teacher, row0, tile * BN, N, V, SHARED, BM, BN, BK, EVEN, UPCAST
         )
-        acc, acc_t = columns(acc, SLICES), columns(acc_t, SLICES)
+        acc, acc_t = slices(acc, SLICES), slices(acc_t, SLICES)
         for i in tl.static_range(SLICES):
             cols = tile * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
             s, t, d, _ = logits(student, teacher, acc[i], acc_t[i], factor, cols, V, SHARED)
             if target_ptr is not None:
-                hit = cols[None, :] == target[:, None]
-                s_target = tl.maximum(s_target, tl.max(tl.where(hit, s, float("-inf")), 1))
-                t_target = tl.maximum(t_target, tl.max(tl.where(hit, t, float("-inf")), 1))
+                s_target = at_target(s_target, s, cols, target)
+                t_target = at_target(t_target, t, cols, target)
             new = tile_statistics(s, t, d, cols, V, BASE_TEACHER, MASKED)
             stats = merge(stats, new, BASE_TEACHER, MASKED)
     out = state_ptr + tl.cast(part, tl.int64) * FIELDS * N + rows
@@ -109,58 +114,6 @@ def load_mass(state, N, inside):
 
 
 @triton.jit
-def logsumexp_and_entropy(mass):
-    total = mass.joint + mass.outside
-    entropy = tl.log(total) - mass.moment / total
-    return mass.peak + tl.log(total), tl.maximum(entropy, 0.0)
-
-
-@triton.jit
-def store_results(stats, s_target, t_target, out, N, inside, DIVERGENCE: tl.constexpr):
-    """out[field, row]: divergence, logsumexp, entropy and target log-probability of student and
-    teacher (interleaved), agreement; then for the gradient: its normalizer, anchor and offset,
-    (d - anchor) - offset being d - E_q[d] or log(p / q), and the kl over the columns finite on
-    both sides.
-
-    Mass outside those columns enters as log1p(outside / joint): exact, and 0 where there is none. A
-    column that the base has and the other side excludes makes the divergence infinite.
-    """
-    student = stats.student
-    teacher = stats.teacher
-    lse_s, entropy_s = logsumexp_and_entropy(student)
-    lse_t, entropy_t = logsumexp_and_entropy(teacher)
-    outside_s = log1p(student.outside / student.joint)
-    outside_t = log1p(teacher.outside / teacher.joint)
-    normalizer = lse_s
-    anchor = stats.anchor
-    if DIVERGENCE == 0:
-        value = tl.where(student.outside > 0, float("inf"), stats.kl + outside_t)
-        normalizer = log_mass(student)
-        offset = stats.mean
-    elif DIVERGENCE == 1:
-        value = tl.where(teacher.outside > 0, float("inf"), stats.kl + outside_s)
-        anchor = -anchor
-        offset = outside_t - outside_s - (stats.mean + stats.kl)
-    else:
-        value = stats.kl
-        offset = outside_t - outside_s + (stats.mean + stats.kl)
-    agreement = (student.argmax == teacher.argmax).to(tl.float32)
-    tl.store(out, value, mask=inside)
-    tl.store(out + N, lse_s, mask=inside)
-    tl.store(out + 2 * N, lse_t, mask=inside)
-    tl.store(out + 3 * N, entropy_s, mask=inside)
-    tl.store(out + 4 * N, entropy_t, mask=inside)
-    tl.store(out + 5 * N, agreement, mask=inside)
-    tl.store(out + 6 * N, s_target - lse_s, mask=inside)
-    tl.store(out + 7 * N, t_target - lse_t, mask=inside)
-    tl.store(out + 8 * N, normalizer, mask=inside)
-    tl.store(out + 9 * N, anchor, mask=inside)
-    tl.store(out + 10 * N, offset, mask=inside)
-    tl.store(out + 11 * N, stats.kl, mask=inside)
-    return lse_s, lse_t, anchor, offset
-
-
-@triton.jit
 def combine_kernel(state_ptr, out_ptr, N, PARTS, DIVERGENCE: tl.constexpr, BM: tl.constexpr):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = rows < N
@@ -180,26 +133,6 @@ def combine_kernel(state_ptr, out_ptr, N, PARTS, DIVERGENCE: tl.constexpr, BM: t
         s_target = tl.maximum(s_target, tl.load(state + 13 * N, mask=inside, other=0.0))
         t_target = tl.maximum(t_target, tl.load(state + 14 * N, mask=inside, other=0.0))
     store_results(stats, s_target, t_target, out_ptr + rows, N, inside, DIVERGENCE)
-
-
-@triton.jit
-def jsd_terms(s, t, d, lse_s, lse_t, anchor, offset, beta):
-    """Sums over the columns of the JSD's terms, each >= 0, and of q (a - a at the anchor).
-
-    With a = log(mixture / q), b = log(mixture / p) a column's term is (1 - beta) q psi(a) +
-    beta p psi(b); past 2 the exponentials are the mixture itself and cannot overflow.
-    """
-    q = tl.exp(s - lse_s[:, None])
-    p = tl.exp(t - lse_t[:, None])
-    a, b = log_ratios_to_mixture((d - anchor[:, None]) - offset[:, None], beta)
-    a_anchor, _ = log_ratios_to_mixture(-offset, beta)
-    mixture = (1 - beta) * q + beta * p
-    far_q = mixture - tl.where(q > 0, q * (1 + a), 0.0)
-    far_p = mixture - tl.where(p > 0, p * (1 + b), 0.0)
-    from_q = tl.where(a < 2, q * psi(tl.minimum(a, 2.0)), far_q)
-    from_p = tl.where(b < 2, p * psi(tl.minimum(b, 2.0)), far_p)
-    value = tl.sum((1 - beta) * from_q + beta * from_p, 1)
-    return value, tl.sum(tl.where(q > 0, q * (a - a_anchor[:, None]), 0.0), 1)
 
 
 @triton.jit
@@ -243,7 +176,7 @@ def jsd_kernel(
         acc, acc_t = product_tile(
             student, teacher, row0, tile * BN, N, V, SHARED, BM, BN, BK, EVEN, UPCAST
         )
-        acc, acc_t = columns(acc, SLICES), columns(acc_t, SLICES)
+        acc, acc_t = slices(acc, SLICES), slices(acc_t, SLICES)
         for i in tl.static_range(SLICES):
             cols = tile * BN + i * (BN // SLICES) + tl.arange(0, BN // SLICES)
             s, t, d, _ = logits(student, teacher, acc[i], acc_t[i], factor, cols, V, SHARED)
@@ -256,10 +189,10 @@ def jsd_kernel(
 
 
 def forward(
-    heads: Heads, target_ids_N: Tensor | None, divergence: int, beta: float, vocab_size: int
+    heads: Heads, target_ids_N: Tensor | None, options: Options, vocab_size: int
 ) -> tuple[Tensor, Tensor]:
     """Results [RESULTS, N] fp32 (see `store_results`) and, for JSD, the mean of `jsd_terms` [N]."""
-    student, teacher = heads.student, heads.teacher
+    student, teacher, kind = heads.student, heads.teacher, options.kind
     n_rows, V = student.hidden.shape[0], vocab_size
     single = torch.empty((), dtype=torch.float32, device=student.hidden.device).new_empty
     config = heads.config("statistics", extras=target_ids_N is not None)
@@ -267,23 +200,26 @@ def forward(
     state, results = single((parts, FIELDS.value, n_rows)), single((RESULTS, n_rows))
     statistics_kernel[(triton.cdiv(n_rows, config.BM) * parts,)](
         student, teacher, target_ids_N, state, n_rows, V, tiles_per_part, parts,
-        BASE_TEACHER=divergence == 1, MASKED=heads.masked, **heads.launch_options(config),
+        BASE_TEACHER=options.divergence == "forward_kl", MASKED=heads.masked,
+        **heads.launch_options(config),
     )  # fmt: skip
     combine_kernel[(triton.cdiv(n_rows, COMBINE_ROWS),)](
         state, results, n_rows, parts,
-        DIVERGENCE=divergence, BM=COMBINE_ROWS, num_warps=1, enable_fp_fusion=ENABLE_FP_FUSION,
+        DIVERGENCE=kind, BM=COMBINE_ROWS, num_warps=1, enable_fp_fusion=ENABLE_FP_FUSION,
     )  # fmt: skip
-    if divergence != 2:
+    if options.divergence != "jsd":
         return results, torch.zeros_like(results[0])
     config = heads.config("jsd")
     tiles_per_part, parts = vocabulary_parts(n_rows, V, config, heads.processors)
     sums = single((2, parts, n_rows))
+    normalizers = results[Stat.STUDENT_LOGSUMEXP], results[Stat.TEACHER_LOGSUMEXP]
+    _, anchor, offset = results[FOR_GRADIENT]
     jsd_kernel[(triton.cdiv(n_rows, config.BM) * parts,)](
-        student, teacher, results[1], results[2], results[9], results[10], sums, beta,
+        student, teacher, *normalizers, anchor, offset, sums, options.beta,
         n_rows, V, tiles_per_part, parts, **heads.launch_options(config),
     )  # fmt: skip
     value, mean = sums.sum(1)
-    results[0] = value
+    results[Stat.DIVERGENCE] = value
     return results, mean
 
 

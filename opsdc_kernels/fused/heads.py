@@ -2,65 +2,48 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from opsdc_kernels.fused.configs import (
-    ENABLE_FP_FUSION,
-    INTERPRETER,
-    Config,
-    config_for,
-    target_of,
-)
-from opsdc_kernels.fused.logit_tiles import Side
+from opsdc_kernels.fused.configs import INTERPRETER, Config, config_for, target_of
+from opsdc_kernels.problem import Problem, Side
+from opsdc_kernels.triton.launch import ENABLE_FP_FUSION, INTERPRETED
+from opsdc_kernels.triton.logits import SideOfTriton
 from opsdc_kernels.triton.scaling import power_of_two
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heads:
-    student: Side
-    teacher: Side
+    student: SideOfTriton
+    teacher: SideOfTriton
     """With a shared head its hidden states are the difference, teacher − student."""
     shared: bool
     masked: bool
     """A logit may be -inf on one side only: through a bias, where no soft-cap bounds it."""
 
     @classmethod
-    def of(
-        cls,
-        student_hidden: Tensor,
-        student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor | None,
-        student_bias: Tensor | None,
-        teacher_bias: Tensor | None,
-        rows: Tensor | None,
-        shared: bool,
-        transform: Sequence[float],
-    ) -> Heads:
-        """`rows`: the rows kept, or None for all; `transform`: see `fused.folded_transform`."""
+    def of(cls, problem: Problem, rows: Tensor | None) -> Heads:
+        """`rows`: those kept, or None for all."""
+        student_hidden, teacher_hidden = problem.student_hidden, problem.teacher_hidden
         if rows is not None:
             student_hidden, teacher_hidden = student_hidden[rows], teacher_hidden[rows]
-        student = side(student_hidden, student_weight, student_bias, *transform[:2])
-        if shared:
+        student = side(student_hidden, problem.student_weight, problem.side(0))
+        if problem.shared_logits:
             high, low, factor = split_difference(student_hidden, teacher_hidden)
-            teacher = side(high, student_weight, None, *transform[:2])
+            teacher = side(high, problem.student_weight, problem.side(1))
             teacher = teacher._replace(low=low, factor=factor)
         else:
-            weight = student_weight if teacher_weight is None else teacher_weight
-            teacher = side(teacher_hidden, weight, teacher_bias, *transform[2:])
+            weight = problem.teacher_weight
+            weight = problem.student_weight if weight is None else weight
+            teacher = side(teacher_hidden, weight, problem.side(1))
         open_ended = [x.bias is not None and x.post is None for x in (student, teacher)]
         return cls(
             student=student,
             teacher=teacher,
-            shared=shared,
-            masked=any(open_ended) and not shared,
+            shared=problem.shared_logits,
+            masked=any(open_ended) and not problem.shared_logits,
         )
 
     @property
@@ -93,23 +76,21 @@ class Heads:
         }
 
 
-def side(hidden: Tensor, weight: Tensor, bias: Tensor | None, pre: float, post: float) -> Side:
+def side(hidden: Tensor, weight: Tensor, its: Side) -> SideOfTriton:
     """Rows may lie apart, but within the int32 offsets of a tile; other layouts are copied."""
     hidden, weight = (
         x if x.stride(1) == 1 and 0 < x.stride(0) < 1 << 22 else x.contiguous()
         for x in (hidden, weight)
     )
-    return Side(
+    return SideOfTriton(
+        bias=None if its.bias is None else its.bias.contiguous(),
+        pre=its.pre,
+        post=its.post,
         hidden=hidden,
-        low=None,
-        factor=None,
         weight=weight,
-        bias=None if bias is None else bias.contiguous(),
         hidden_stride=hidden.stride(0),
         weight_stride=weight.stride(0),
         D=hidden.shape[1],
-        pre=pre,
-        post=post or None,
     )
 
 

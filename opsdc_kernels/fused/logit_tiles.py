@@ -1,32 +1,12 @@
-"""Tiles of both heads' logits, from hidden states and weights, in fp32.
+"""Tiles of both heads' products, from hidden states and weights, in fp32.
 
-Letters: N rows, V vocabulary, D hidden size; s student logits, t teacher logits, d = t - s.
+Letters: N rows, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
-
-from opsdc_kernels.triton.numerics import tanh
-
-
-class Side(NamedTuple):
-    """One model's head as the kernels read it: z = post * tanh(pre * (h W' + b)), or without post
-    z = pre * (h W' + b); scale, soft-cap and temperature are folded into `pre` and `post`."""
-
-    hidden: Any  # [N, D], or for a shared head the high part of the hidden difference
-    low: Any  # [N, D] its low part, None where one part is exact (fp32)
-    factor: Any  # [N] power of two of the row of a hidden difference, or None
-    weight: Any  # [V, D]
-    bias: Any  # [V] or None
-    hidden_stride: Any
-    weight_stride: Any
-    D: Any
-    pre: Any
-    post: Any  # None without soft-cap
 
 
 @triton.jit
@@ -128,19 +108,6 @@ def shared_gemm_tile(
 
 
 @triton.jit
-def logit(acc, side, cols, V):
-    """(z, u, x): the side's logit; under soft-cap z = post * u and u = tanh(x)."""
-    if side.bias is not None:
-        acc += tl.load(side.bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    x = acc * tl.cast(side.pre, tl.float32)
-    if side.post is not None:
-        u = tanh(x)
-        return u * tl.cast(side.post, tl.float32), u, x
-    else:
-        return x, x, x
-
-
-@triton.jit
 def product_tile(
     student,
     teacher,
@@ -169,14 +136,14 @@ def product_tile(
 
 
 @triton.jit
-def columns(x, SLICES: tl.constexpr):
+def slices(x, SLICES: tl.constexpr):
     """x cut along its columns into a tuple. Passes over slices hold fewer registers than over x."""
     if SLICES == 1:
         return (x,)
     else:
         halves = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
         left, right = tl.split(tl.permute(halves, (0, 2, 1)))
-        return columns(left, SLICES // 2) + columns(right, SLICES // 2)
+        return slices(left, SLICES // 2) + slices(right, SLICES // 2)
 
 
 @triton.jit
@@ -185,27 +152,3 @@ def load_factor(teacher, row0, N, BM: tl.constexpr):
         return tl.load(teacher.factor + tl.minimum(row0 + tl.arange(0, BM), N - 1))
     else:
         return tl.full([BM], 1.0, tl.float32)
-
-
-@triton.jit
-def logits(student, teacher, acc, acc_t, factor, cols, V, SHARED: tl.constexpr):
-    """(s, t, d, u) from products: -inf past the vocabulary; d = 0 where both are -inf.
-
-    With a shared head the difference is a product of its own, and under soft-cap
-    tanh(x + y) - tanh(x) = tanh(y) (1 - tanh(x) tanh(x + y)): its rounding error shrinks with the
-    difference of the models. Under soft-cap ds/dx is proportional to 1 - u^2.
-    """
-    inside = (cols < V)[None, :]
-    s, u, x = logit(acc, student, cols, V)
-    s = tl.where(inside, s, float("-inf"))
-    if SHARED:
-        d = acc_t * tl.cast(teacher.pre, tl.float32) * factor[:, None]
-        if teacher.post is not None:
-            d = tl.cast(teacher.post, tl.float32) * tanh(d) * (1 - u * tanh(x + d))
-        d = tl.where(inside, d, 0.0)
-        t = s + d
-    else:
-        t, _, _ = logit(acc_t, teacher, cols, V)
-        t = tl.where(inside, t, float("-inf"))
-        d = tl.where((s == float("-inf")) & (t == float("-inf")), 0.0, t - s)
-    return s, t, d, u

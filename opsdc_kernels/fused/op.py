@@ -1,7 +1,7 @@
 """The `fused` backend: Triton kernels that never write a logit.
 
 Forward: one kernel computes tiles of both heads' logits and the statistics of both distributions
-(`triton.forward`). Backward recomputes the tiles, writes the gradient of a chunk of rows in 16 bits
+(`fused.forward`). Backward recomputes the tiles, writes the gradient of a chunk of rows in 16 bits
 [C, V] (fp32 for fp32 inputs) and multiplies it by the head and by the hidden states. Rows are never
 added atomically: results repeat bit for bit.
 
@@ -15,16 +15,24 @@ Scratch: nothing of size V in forward; in backward the [C, V] tile, beside the f
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from opsdc_kernels.plan import default_workspace_bytes
-from opsdc_kernels.problem import Problem, reduce_tokens
+from opsdc_kernels.memory import default_workspace_bytes
+from opsdc_kernels.problem import (
+    SCHEMA,
+    TENSORS,
+    TRAINED,
+    GradientsWanted,
+    Problem,
+    Stat,
+    named,
+    reduce_tokens,
+)
+from opsdc_kernels.triton.launch import INTERPRETED
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NO_DOUBLE_BACKWARD = (
     "the gradient of the fused backend cannot be differentiated again; "
@@ -32,7 +40,7 @@ NO_DOUBLE_BACKWARD = (
 )
 
 
-def fused_divergence(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+def fused_divergence(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and, if asked for, the tensors of `DivergenceStats`.
 
     Raises:
@@ -41,36 +49,9 @@ def fused_divergence(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...] | Non
         ImportError: triton is not installed.
     """
     _require_device(problem.student_hidden)
-    value_N, statistics, *_ = _forward(
-        problem.student_hidden,
-        problem.student_weight,
-        problem.teacher_hidden,
-        problem.teacher_weight,
-        problem.student_bias,
-        problem.teacher_bias,
-        problem.token_weight,
-        problem.target_ids,
-        problem.shared_logits,
-        problem.vocab_size,
-        problem.divergence,
-        problem.beta,
-        folded_transform(problem),
-        problem.workspace_bytes,
-    )
-    loss = reduce_tokens(value_N, problem.token_weight, problem.reduction)
-    if not problem.return_stats:
-        return loss, None
-    kept = 5 if problem.target_ids is None else 7
-    return loss, (value_N.detach(), *statistics.detach()[:kept].unbind(0))
-
-
-def folded_transform(problem: Problem) -> list[float]:
-    """(pre, post) of student, then teacher: a logit is post * tanh(pre * x), or where post is 0
-    (no soft-cap) pre * x, x being h W' + b."""
-    folded = []
-    for scale, cap in zip(problem.logit_scale, problem.logit_softcap, strict=True):
-        folded += [scale / (cap or problem.temperature), (cap or 0.0) / problem.temperature]
-    return folded
+    per_token_N, values, *_ = _forward(*problem.arguments)
+    loss = reduce_tokens(per_token_N, problem.token_weight, problem.options.reduction)
+    return loss, named(values[: problem.stat_rows]) if problem.options.return_stats else {}
 
 
 def _require_device(hidden: Tensor) -> None:
@@ -81,8 +62,6 @@ def _require_device(hidden: Tensor) -> None:
         )
     if importlib.util.find_spec("triton") is None:
         raise ImportError("backend='fused' needs triton; install it, or use backend='chunked'")
-    from opsdc_kernels.fused.heads import INTERPRETED
-
     if hidden.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"backend='fused' needs a GPU, but student_hidden is on {hidden.device}; move the "
@@ -91,24 +70,14 @@ def _require_device(hidden: Tensor) -> None:
         )
 
 
-@library.custom_op("opsdc_kernels::fused_forward", mutates_args=())
-def _forward(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    token_weight: Tensor | None,
-    target_ids: Tensor | None,
-    shared: bool,
-    vocab_size: int,
-    divergence: str,
-    beta: float,
-    transform: Sequence[float],
-    workspace_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """value [N], statistics [7, N], rows saved for backward [5, N], kept rows [N] and their count.
+@library.custom_op(
+    "opsdc_kernels::fused_forward",
+    mutates_args=(),
+    schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Divergence [N], every `Stat` [8, N], rows saved for backward [5, N], kept rows [N] and their
+    count.
 
     Rows of weight 0 are dropped before any GEMM and are 0 in the results. Finding them is the one
     synchronization; the count stays on the CPU, so that backward needs none.
@@ -116,117 +85,112 @@ def _forward(
     from opsdc_kernels.fused.forward import forward
     from opsdc_kernels.fused.heads import Heads
     from opsdc_kernels.triton.scaling import gradient_scale
+    from opsdc_kernels.triton.statistics import FOR_GRADIENT, JOINT_KL
 
-    N = student_hidden.shape[0]
-    rows = None if token_weight is None else torch.nonzero(token_weight).squeeze(1)
+    problem = Problem.of(arguments)
+    N, weight = problem.student_hidden.shape[0], problem.token_weight
+    rows = None if weight is None else torch.nonzero(weight).squeeze(1)
     count = N if rows is None else rows.shape[0]
-    out = student_hidden.new_zeros((13, N), dtype=torch.float32)
+    values = problem.student_hidden.new_zeros((len(Stat), N), dtype=torch.float32)
+    saved = values.new_zeros((FOR_GRADIENT.stop - FOR_GRADIENT.start + 2, N))
     if count > 0:
-        heads = Heads.of(
-            student_hidden, student_weight, teacher_hidden, teacher_weight,
-            student_bias, teacher_bias, rows, shared, transform,
-        )  # fmt: skip
-        if target_ids is not None and rows is not None:
-            target_ids = target_ids[rows]
-        kind = DIVERGENCES.index(divergence)
-        results, mean = forward(heads, target_ids, kind, beta, vocab_size)
-        scale = gradient_scale(results[0], results[11], divergence, beta, student_weight.dtype)
-        found = torch.cat([results[:11], torch.stack([mean, scale])])
-        out = found if rows is None else out.index_copy_(1, rows, found)
-    kept = out.new_zeros(0 if rows is None else N, dtype=torch.int64)
+        targets = problem.target_ids
+        if targets is not None and rows is not None:
+            targets = targets[rows]
+        results, mean = forward(
+            Heads.of(problem, rows), targets, problem.options, problem.vocab_size
+        )
+        divergence, dtype = results[Stat.DIVERGENCE], problem.student_weight.dtype
+        scale = gradient_scale(divergence, results[JOINT_KL], problem.options, dtype)
+        every = slice(None) if rows is None else rows
+        values[:, every] = results[: len(Stat)]
+        saved[:, every] = torch.cat([results[FOR_GRADIENT], mean[None], scale[None]])
+    kept = values.new_zeros(0 if rows is None else N, dtype=torch.int64)
     if rows is not None:
         kept[:count] = rows
-    return out[0].clone(), out[1:8].clone(), out[8:].clone(), kept, torch.tensor(count)
+    return values[Stat.DIVERGENCE].clone(), values, saved, kept, torch.tensor(count)
 
 
 @_forward.register_fake
-def _forward_fake(student_hidden: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    N, token_weight = student_hidden.shape[0], inputs[5]
-    single = student_hidden.new_empty((), dtype=torch.float32)
-    kept = single.new_empty(0 if token_weight is None else N, dtype=torch.int64)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = Problem.of(arguments)
+    N = problem.student_hidden.shape[0]
+    single = problem.student_hidden.new_empty((), dtype=torch.float32)
+    kept = single.new_empty(0 if problem.token_weight is None else N, dtype=torch.int64)
     count = torch.empty((), dtype=torch.int64, device="cpu")
-    return single.new_empty(N), single.new_empty(7, N), single.new_empty(5, N), kept, count
+    return single.new_empty(N), single.new_empty(len(Stat), N), single.new_empty(5, N), kept, count
 
 
-@library.custom_op("opsdc_kernels::fused_backward", mutates_args=())
+@library.custom_op(
+    "opsdc_kernels::fused_backward",
+    mutates_args=(),
+    schema=f"(Tensor upstream, Tensor saved, Tensor kept, Tensor count, {SCHEMA}, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
+)
 def _backward(
-    upstream: Tensor,
-    saved: Tensor,
-    kept: Tensor,
-    count: Tensor,
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    compacted: bool,
-    shared: bool,
-    vocab_size: int,
-    divergence: str,
-    beta: float,
-    transform: Sequence[float],
-    workspace_bytes: int | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+    upstream: Tensor, saved: Tensor, kept: Tensor, count: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
     """(dH, dW, db), each of its input's shape and dtype, or empty where not needed."""
     from opsdc_kernels.fused.backward import backward
     from opsdc_kernels.fused.heads import Heads
 
-    inputs = (student_hidden, student_weight, student_bias)
-    rows = kept[: int(count)] if compacted else None
-    if int(count) == 0:
-        found: tuple[Tensor | None, ...] = (None, None, None)
-    else:
-        heads = Heads.of(
-            student_hidden, student_weight, teacher_hidden, teacher_weight,
-            student_bias, teacher_bias, rows, shared, transform,
-        )  # fmt: skip
+    problem, wanted = Problem.of(inputs[:-1]), GradientsWanted(*inputs[-1])
+    options, beta = problem.options, problem.options.beta
+    jsd = options.divergence == "jsd"
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if int(count) > 0:
+        rows = None if problem.token_weight is None else kept[: int(count)]
+        heads = Heads.of(problem, rows)
         if rows is not None:
             saved, upstream = saved[:, rows].contiguous(), upstream[rows]
-        slope = transform[0] * (transform[1] or 1.0) * (1 - beta if divergence == "jsd" else 1)
-        budget = default_workspace_bytes(saved.device)
-        budget = budget if workspace_bytes is None else workspace_bytes
-        kind, coefficient = DIVERGENCES.index(divergence), upstream.float() * slope / saved[4]
+        student = problem.side(0)
+        slope = student.pre * (student.post or 1.0) * (1 - beta if jsd else 1)
+        budget = options.workspace_bytes
+        budget = default_workspace_bytes(saved.device) if budget is None else budget
+        coefficient_K = upstream.float() * slope / saved[4]
         with torch.autocast(saved.device.type, enabled=False):
-            found = backward(heads, saved, coefficient, kind, beta, vocab_size, needs, budget)
-        if rows is not None and found[0] is not None:
-            dh = found[0].new_zeros(student_hidden.shape).index_copy_(0, rows, found[0])
-            found = (dh, *found[1:])
-    return tuple(  # type: ignore[return-value]
+            gradients = backward(
+                heads, saved, coefficient_K, options, problem.vocab_size, wanted, budget
+            )
+        if rows is not None and gradients[0] is not None:
+            dh = gradients[0].new_zeros(problem.student_hidden.shape)
+            gradients = (dh.index_copy_(0, rows, gradients[0]), *gradients[1:])
+    trained = (inputs[position] for position in TRAINED)
+    return tuple(
         upstream.new_empty(0)
         if not need or x is None
         else torch.zeros_like(x, memory_format=torch.contiguous_format)
         if gradient is None
         else gradient.to(x.dtype)
-        for x, gradient, need in zip(inputs, found, needs, strict=True)
+        for x, gradient, need in zip(trained, gradients, wanted, strict=True)
     )
 
 
 @_backward.register_fake
-def _backward_fake(upstream: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+def _backward_fake(
+    upstream: Tensor, saved: Tensor, kept: Tensor, count: Tensor, *inputs: Any
+) -> tuple[Tensor, ...]:
     return tuple(
-        torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+        torch.empty_like(inputs[position], memory_format=torch.contiguous_format)
         if need
         else upstream.new_empty(0)
-        for i, need in zip((3, 4, 7), inputs[-1], strict=True)
+        for position, need in zip(TRAINED, inputs[-1], strict=True)
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:], *inputs[:6])
-    ctx.options = (inputs[6] is not None, *inputs[8:])
-    ctx.n_inputs = len(inputs)
+    ctx.save_for_backward(*output[2:], *inputs[: len(TENSORS)])
+    ctx.options = inputs[len(TENSORS) :]
 
 
 def _propagate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.n_inputs
+    gradients: list[Tensor | None] = [None] * (len(TENSORS) + len(ctx.options))
     if upstream is None:
         return tuple(gradients)
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    found = _backward(upstream, *ctx.saved_tensors, *ctx.options, needs)
-    for position, gradient, need in zip((0, 1, 4), found, needs, strict=True):
+    wanted = [ctx.needs_input_grad[position] for position in TRAINED]
+    results = _backward(upstream, *ctx.saved_tensors, *ctx.options, wanted)
+    for position, gradient, need in zip(TRAINED, results, wanted, strict=True):
         if need:
             gradients[position] = gradient
     return tuple(gradients)

@@ -1,1 +1,1 @@
-"""Row passes in C, compiled on first use, for CPUs with a C compiler."""
+"""Raw products of some rows to divergence, statistics and logit gradient: in C, Triton or torch."""

@@ -1,8 +1,8 @@
-"""Compiles `rows.c` for this processor on first use, and keeps the library in the user's cache.
+"""Compiles C for this processor on first use, and keeps the libraries in the user's cache.
 
-The library's name is a hash of source, compiler, flags and processor, so that nothing stale is
-loaded. It is built aside and renamed, so that processes may start together. It is loaded only from
-a directory of mode 0700 that is ours, below directories that others cannot write to.
+A library's name is a hash of source, headers, compiler, flags and processor, so that nothing stale
+is loaded. It is built aside and renamed, so that processes may start together. It is loaded only
+from a directory of mode 0700 that is ours, below directories that others cannot write to.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -19,9 +20,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("rows.c")
 SWITCH = "OPSDC_NATIVE"
-"""Environment variable: 0 leaves the row passes to torch."""
+"""Environment variable: 0 leaves everything to torch."""
 TIMEOUT_S = 120
 
 
@@ -32,20 +32,20 @@ class Build:
     """What runs the row passes and, where not this library, why."""
 
 
-def native() -> Build:
-    """The compiled row passes, or why there are none. Compiles in the first call that needs to."""
+def built(source: Path) -> Build:
+    """`source` as a library, or why there is none. Compiles in the first call that needs to."""
     if os.environ.get(SWITCH, "1") == "0":
         return Build(None, f"torch ({SWITCH}=0)")
-    return _built(os.environ.get("CC"), os.environ.get("XDG_CACHE_HOME"))
+    return _built(source, os.environ.get("CC"), os.environ.get("XDG_CACHE_HOME"))
 
 
 @functools.cache
-def _built(chosen: str | None, cache: str | None) -> Build:
+def _built(source: Path, chosen: str | None, cache: str | None) -> Build:
     compiler = shutil.which(chosen) if chosen else _first_compiler()
     if compiler is None:
         return Build(None, f"torch (no C compiler: {chosen or 'cc, gcc, clang'} not found)")
     try:
-        library = load(compiler, SOURCE, Path(cache or "~/.cache").expanduser() / "opsdc_kernels")
+        library = load(compiler, source, Path(cache or "~/.cache").expanduser() / "opsdc_kernels")
     except (OSError, subprocess.SubprocessError) as error:
         return Build(None, f"torch ({compiler} or its cache failed: {_reason(error)})")
     return Build(library, f"compiled by {compiler}")
@@ -68,7 +68,7 @@ def load(compiler: str, source: Path, directory: Path) -> ctypes.CDLL:
         subprocess.SubprocessError: the compiler failed.
     """
     flags = _flags()
-    identity = (source.read_bytes(), _version(compiler).encode(), repr(flags).encode(), _cpu())
+    identity = (_with_headers(source), _version(compiler).encode(), repr(flags).encode(), _cpu())
     name = hashlib.sha256(b"\0".join(identity)).hexdigest()[:32]
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(directory)
@@ -81,6 +81,13 @@ def load(compiler: str, source: Path, directory: Path) -> ctypes.CDLL:
             made.replace(path)
     _check_owned(path.lstat(), path)
     return ctypes.CDLL(str(path))
+
+
+def _with_headers(source: Path) -> bytes:
+    """Its text and that of every header of ours that it includes."""
+    text = source.read_bytes()
+    names = re.findall(rb'^#include "(.+)"', text, re.MULTILINE)
+    return b"".join([text, *(_with_headers(source.parent / name.decode()) for name in names)])
 
 
 def _flags() -> tuple[str, ...]:

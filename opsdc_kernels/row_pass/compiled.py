@@ -1,28 +1,33 @@
-"""Row passes of a chunk of logits in C: the counterpart of `opsdc_kernels.row_pass.eager`, with its contract,
-for fp32 on a CPU and logits that lie tokens last. Rows that the C code leaves alone (infinite
-logits, log-ratios that overflow) go to `rows_exact`.
+"""The row pass in C, for fp32 on a CPU and logits that lie by column: the counterpart of `eager`,
+with its contract. Rows that the C code leaves alone (infinite logits, log-ratios that overflow) go
+to `exact`.
 """
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opsdc_kernels.problem import Problem
-from opsdc_kernels.row_pass import threads
-from opsdc_kernels.row_pass.build import native
-from opsdc_kernels.row_pass.eager import Rows, exact_rows_, transform_
+from opsdc_kernels.problem import Problem, Side, Stat
+from opsdc_kernels.row_pass import build, threads
+from opsdc_kernels.row_pass.exact import exact_rows_
+from opsdc_kernels.row_pass.result import RowResult
 from opsdc_kernels.row_pass.threads import address
+from opsdc_kernels.row_pass.transform import transform_
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
-FIELDS = 8
-"""Divergence, the five statistics, the two log-probabilities of targets."""
+SOURCE = Path(__file__).with_name("rows.c")
 
 
-class Side(ctypes.Structure):
-    """As `Side` in rows.c."""
+def native() -> build.Build:
+    """`rows.c` as a library, or why there is none. Compiles in the first call that needs to."""
+    return build.built(SOURCE)
+
+
+class SideOfC(ctypes.Structure):
+    """As `Side` in common.h."""
 
     _fields_ = (
         ("x", ctypes.c_void_p),
@@ -32,13 +37,24 @@ class Side(ctypes.Structure):
         ("range", ctypes.c_float),
     )
 
+    @classmethod
+    def of(cls, x_BV: Tensor, side: Side) -> SideOfC:
+        """The tensors must be kept alive as long as this; the bias as `for_c` gives it."""
+        return cls(
+            x=address(x_BV),
+            stride=x_BV.stride(1),
+            bias=address(side.bias),
+            factor=side.pre,
+            range=side.post or 0.0,
+        )
+
 
 class Job(ctypes.Structure):
     """As `Job` in rows.c."""
 
     _fields_ = (
-        ("student", Side),
-        ("other", Side),
+        ("student", SideOfC),
+        ("other", SideOfC),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("shared", ctypes.c_int32),
@@ -59,45 +75,28 @@ def divergence_rows_(
     *,
     gradient: bool,
     target_ids_B: Tensor | None = None,
-) -> Rows:
-    """As `opsdc_kernels.row_pass.eager.divergence_rows_`, of [B, V] with stride (1, any)."""
-    results = _run(student_BV, other_BV, problem, gradient, target_ids_B)
-    sign = -(1 - problem.beta) if problem.divergence == "jsd" else -1.0
-    for row in results[0].isnan().nonzero().squeeze(1).tolist():
-        block = slice(row, row + 1)
-        x, other = student_BV[block].clone(), other_BV[block].clone()
+) -> RowResult:
+    """As `eager.divergence_rows_`, of [B, V] with stride (1, any)."""
+    values = _run(student_BV, other_BV, problem, gradient, target_ids_B)
+    options = problem.options
+    sign = -(1 - options.beta) if options.divergence == "jsd" else -1.0
+    for row in values[Stat.DIVERGENCE].isnan().nonzero().squeeze(1).tolist():
+        only = slice(row, row + 1)
+        x, other = student_BV[only].clone(), other_BV[only].clone()
         s, t, d, slope = transform_(x, other, problem, None)
-        targets = None if target_ids_B is None else target_ids_B[block]
+        targets = None if target_ids_B is None else target_ids_B[only]
         t = s + d if t is None else t
-        value, statistics = exact_rows_(s, t, d, problem, gradient, targets)
+        values[: problem.stat_rows, only] = exact_rows_(s, t, d, problem, gradient, targets)
         if gradient:
-            student_BV[block] = (s if slope is None else s.mul_(slope)) / sign
-        results[0, block] = value
-        for field, found in zip(results[1:], statistics or (), strict=False):
-            field[block] = found
-    statistics = None
-    if problem.return_stats:
-        statistics = tuple(results[1 : 6 if target_ids_B is None else FIELDS])
-    return Rows(results[0], torch.full_like(results[0], sign * problem.logit_factor), statistics)
+            student_BV[only] = (s if slope is None else s.mul_(slope)) / sign
+    factor = torch.full_like(values[0], sign * problem.logit_factor)
+    return RowResult(values[: problem.stat_rows], factor)
 
 
-def side(x_BV: Tensor, problem: Problem, which: int, bias_V: Tensor | None) -> Side:
-    """The logits of the student (0) or of the other (1); `bias_V` contiguous fp32, to keep alive
-    as long as this."""
-    cap = problem.logit_softcap[which]
-    scale = problem.logit_scale[which]
-    return Side(
-        x=address(x_BV),
-        stride=x_BV.stride(1),
-        bias=address(bias_V),
-        factor=scale / (problem.temperature if cap is None else cap),
-        range=0.0 if cap is None else cap / problem.temperature,
-    )
-
-
-def as_given(bias: Tensor | None, columns: int) -> Tensor | None:
-    """A bias as `side` wants it."""
-    return None if bias is None else bias.detach()[:columns].float().contiguous()
+def for_c(side: Side) -> Side:
+    """The same with a bias as C reads it: contiguous, fp32."""
+    bias = None if side.bias is None else side.bias.float().contiguous()
+    return Side(side.scale, side.cap, side.temperature, bias)
 
 
 def _run(
@@ -107,31 +106,27 @@ def _run(
     gradient: bool,
     target_ids: Tensor | None,
 ) -> Tensor:
-    """[FIELDS, B]; NaN in the first for rows left alone."""
-    library = native().dll
-    assert library is not None
+    """[every Stat, B]; NaN in the first for rows left alone."""
     rows, columns = student_BV.shape
-    results = student_BV.new_empty(FIELDS, rows)
-    shared = problem.shared_logits
-    own = as_given(problem.student_bias, columns)
-    other = None if shared else as_given(problem.teacher_bias, columns)
+    values = student_BV.new_empty(len(Stat), rows)
+    student, other = for_c(problem.side(0)), for_c(problem.side(1))
     targets = None if target_ids is None else target_ids.contiguous()
     jobs = [
         Job(
-            student=side(student_BV[start:], problem, 0, own),
-            other=side(other_BV[start:], problem, 1, other),
+            student=SideOfC.of(student_BV[start:], student),
+            other=SideOfC.of(other_BV[start:], other),
             rows=stop - start,
             columns=columns,
-            shared=shared,
-            divergence=DIVERGENCES.index(problem.divergence),
+            shared=problem.shared_logits,
+            divergence=problem.options.kind,
             gradient=gradient,
-            statistics=problem.return_stats,
-            beta=problem.beta,
+            statistics=problem.options.return_stats,
+            beta=problem.options.beta,
             targets=address(targets, start),
-            out=address(results, start),
+            out=address(values, start),
             out_stride=rows,
         )
         for start, stop in threads.parts(student_BV)
     ]
-    threads.run(library, "opsdc_rows", jobs)
-    return results
+    threads.run(native(), "opsdc_rows", jobs)
+    return values

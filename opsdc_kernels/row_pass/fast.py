@@ -1,6 +1,6 @@
 """Row passes for a block that stays in a CPU's cache: few passes over it, most of them in place.
 
-Every logit must be finite; a block with infinite ones goes to `rows_exact`, and so do single rows
+Every logit must be finite; a block with infinite ones goes to `exact`, and so do single rows
 for which the shorter formulas here would lose accuracy. Numbers in brackets are the equations of
 `reference`. One heavy function (expm1) for the reverse KL, two for the forward KL, three for JSD.
 Block-sized results go to buffers allocated once: fresh pages cost more than the arithmetic.
@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsdc_kernels.plan import exact_rows
-from opsdc_kernels.reference import log_mean_exp
+from opsdc_kernels.maths import log_mean_exp
+from opsdc_kernels.problem import Problem
 from opsdc_kernels.row_pass.exact import divergence_and_gradient
+from opsdc_kernels.row_pass.result import RowResult, exact_rows
 
 SERIES_RANGE = 0.3
 """|x| below which e^x − 1 − x is summed as a series, if expm1(x) − x would be too coarse."""
@@ -50,54 +51,49 @@ class Block(NamedTuple):
     """[B]: expm1(c) − c is too coarse for this row's value."""
 
 
-class FastRows(NamedTuple):
-    """Gradient in the buffer of s, up to the factor per row."""
-
-    divergence: Tensor
-    factor: Tensor
-    """[B]: sign and β over Σ q, which torch's softmax misses 1 by: 4e-5 at V 151,936."""
-    statistics: tuple[Tensor, ...] | None
-
-
 def fast_rows_(
     s_BV: Tensor,
     d_BV: Tensor,
-    divergence: str,
-    beta: float,
+    problem: Problem,
     *,
     gradient: bool,
-    statistics: bool,
     target_ids_B: Tensor | None,
     free: list[Tensor],
-) -> FastRows | None:
+) -> RowResult | None:
     """Consumes s and d = t − s; None, with both untouched, if a logit is infinite or NaN.
 
-    `free`: five buffers [B, V] to write to.
+    The gradient goes to the buffer of s, up to the result's factor: sign and β over Σ q, which
+    torch's softmax misses 1 by (4e-5 at V 151,936). `free`: five buffers [B, V] to write to.
     """
-    reverse = divergence == "reverse_kl"
+    kind, beta, statistics = (
+        problem.options.divergence,
+        problem.options.beta,
+        problem.options.return_stats,
+    )
+    reverse = kind == "reverse_kl"
     q, weighted, *free = free
     in_place = reverse and gradient and not statistics  # else s is still needed
     weighted = s_BV if in_place else weighted
     block = _centred(s_BV, d_BV, q, weighted, free, needs_weighted=reverse and gradient)
     if block is None:
         return None
-    found = _statistics(s_BV, block, target_ids_B) if statistics else None
+    # Statistics first: what follows overwrites c and the free buffers.
+    others = _statistics(s_BV, block, target_ids_B) if statistics else ()
     if reverse:
-        if gradient and not in_place:
-            s_BV.copy_(block.weighted)
-        return FastRows(block.kl, -1 / block.total, found)
-    if divergence == "forward_kl":
-        value, dz, doubtful, factor = (*_forward_kl(block), -1 / block.total)
+        value, dz, factor = block.kl, block.weighted, -1 / block.total
     else:
-        value, dz, doubtful, factor = (*_jsd(block, beta), (beta - 1) / block.total)
-    for rows in few_at_once(doubtful):
-        s, c = s_BV[rows], block.c[rows]
-        # A shift of all logits of a row changes nothing, so c may stand for d, and s + c for t.
-        value[rows] = divergence_and_gradient(s, s + c, c, divergence, beta, s)
-        dz[rows] = s.div_(factor[rows, None])
-    if gradient:
+        if kind == "forward_kl":
+            value, dz, doubtful, factor = (*_forward_kl(block), -1 / block.total)
+        else:
+            value, dz, doubtful, factor = (*_jsd(block, beta), (beta - 1) / block.total)
+        for rows in few_at_once(doubtful):
+            s, c = s_BV[rows], block.c[rows]
+            # A shift of all logits of a row changes nothing, so c may stand for d, and s + c for t.
+            value[rows] = divergence_and_gradient(s, s + c, c, kind, beta, s)
+            dz[rows] = s.div_(factor[rows, None])
+    if gradient and not in_place:
         s_BV.copy_(dz)
-    return FastRows(value, factor, found)
+    return RowResult(torch.stack([value, *others]), factor)
 
 
 def _centred(
@@ -192,7 +188,7 @@ def _jsd(block: Block, beta: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _statistics(s: Tensor, block: Block, target_ids: Tensor | None) -> tuple[Tensor, ...]:
-    """As `reference.statistics_of_logits`, from what is there already."""
+    """As `exact.statistics_of_logits`, from what is there already."""
     t = torch.add(s, block.c, out=block.y)  # up to the shift `mean`
     peak_s, at = s.max(1, keepdim=True)
     peak_t = t.amax(1, keepdim=True)
@@ -208,12 +204,12 @@ def _statistics(s: Tensor, block: Block, target_ids: Tensor | None) -> tuple[Ten
     entropy_t = excess_t - _dot(p, below_t, block.x).div_(total_t)
     lse_s = peak_s.squeeze(1) + excess_s
     lse_t = lse_s + block.kl  # of the shifted t
-    found = (lse_s, lse_t + block.mean, entropy_s, entropy_t, agreement)
+    statistics = (lse_s, lse_t + block.mean, entropy_s, entropy_t, agreement)
     if target_ids is None:
-        return found
+        return statistics
     target = target_ids[:, None]
     return (
-        *found,
+        *statistics,
         s.gather(1, target).squeeze(1) - lse_s,
         t.gather(1, target).squeeze(1) - lse_t,
     )

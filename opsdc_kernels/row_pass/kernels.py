@@ -1,7 +1,7 @@
-"""Row passes of a chunk of logits that is in memory: statistics, then the gradient in place.
+"""The row pass in Triton, for fp32 logits on a GPU: statistics, then the gradient in place.
 
-The Triton counterpart of `opsdc_kernels.row_pass.eager`, with its contract, for fp32 buffers on a GPU. One
-program reads a row once for all statistics (twice for JSD) and once more to write the gradient.
+The counterpart of `row_pass.eager`, with its contract. One program reads a row once for all
+statistics (twice for JSD) and once more to write the gradient.
 """
 
 from __future__ import annotations
@@ -11,17 +11,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from opsdc_kernels.fused.backward import logit_gradient
-from opsdc_kernels.fused.configs import ENABLE_FP_FUSION, ROWS
-from opsdc_kernels.fused.forward import RESULTS, jsd_terms, store_results
-from opsdc_kernels.fused.heads import INTERPRETED
-from opsdc_kernels.fused.logit_tiles import Side, logits
-from opsdc_kernels.problem import Problem
-from opsdc_kernels.row_pass.eager import Rows
+from opsdc_kernels.problem import Problem, Stat
+from opsdc_kernels.row_pass.result import RowResult
+from opsdc_kernels.triton.launch import ENABLE_FP_FUSION, INTERPRETED, ROWS
+from opsdc_kernels.triton.logits import SideOfTriton, logit_gradient, logits
 from opsdc_kernels.triton.scaling import gradient_scale
-from opsdc_kernels.triton.statistics import empty_statistics, merge, tile_statistics
-
-DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+from opsdc_kernels.triton.statistics import (
+    FOR_GRADIENT,
+    JOINT_KL,
+    RESULTS,
+    at_target,
+    empty_statistics,
+    jsd_terms,
+    merge,
+    store_results,
+    tile_statistics,
+)
 
 
 @triton.jit
@@ -51,8 +56,8 @@ def rows_statistics_kernel(
     MASKED: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """out[field, row] as `forward.store_results`; for JSD also value[row] and mean[row], the sums
-    of `forward.jsd_terms`."""
+    """out[field, row] as `store_results`; for JSD also value[row] and mean[row], the sums of
+    `jsd_terms`."""
     row = tl.program_id(0)
     rows = row + tl.arange(0, 1)
     one = tl.full([1], 1.0, tl.float32)
@@ -66,9 +71,8 @@ def rows_statistics_kernel(
         acc, other = load_products(student_ptr, other_ptr, row, stride, cols, V)
         s, t, d, _ = logits(student, teacher, acc, other, one, cols, V, SHARED)
         if target_ptr is not None:
-            hit = cols[None, :] == target[:, None]
-            s_target = tl.maximum(s_target, tl.max(tl.where(hit, s, float("-inf")), 1))
-            t_target = tl.maximum(t_target, tl.max(tl.where(hit, t, float("-inf")), 1))
+            s_target = at_target(s_target, s, cols, target)
+            t_target = at_target(t_target, t, cols, target)
         new = tile_statistics(s, t, d, cols, V, DIVERGENCE == 1, MASKED)
         stats = merge(stats, new, DIVERGENCE == 1, MASKED)
     lse_s, lse_t, anchor, offset = store_results(
@@ -134,19 +138,21 @@ def divergence_rows_(
     gradient: bool,
     target_ids_B: Tensor | None = None,
     tile_dtype: torch.dtype = torch.float32,
-) -> Rows:
-    """As `opsdc_kernels.row_pass.eager.divergence_rows_`; `tile_dtype` is what the gradient will be rounded
-    to, for which the buffer is scaled by a power of two per row (`Rows.factor` undoes it)."""
+) -> RowResult:
+    """As `eager.divergence_rows_`; `tile_dtype` is what the gradient will be rounded to, for which
+    the buffer is scaled by a power of two per row (the result's factor undoes it)."""
     n_rows, V = student_BV.shape
-    sides = [_side(problem, i) for i in (0, 1)]
+    sides = [
+        SideOfTriton(bias=side.bias, pre=side.pre, post=side.post)
+        for side in (problem.side(0), problem.side(1))
+    ]
     open_ended = [side.bias is not None and side.post is None for side in sides]
-    kind = DIVERGENCES.index(problem.divergence)
-    single = student_BV.new_empty
-    results, mean = single((RESULTS, n_rows)), student_BV.new_zeros(n_rows)
-    value = single(n_rows) if problem.divergence == "jsd" else results[0]
-    options = {
+    jsd, beta = problem.options.divergence == "jsd", problem.options.beta
+    results, mean = student_BV.new_empty((RESULTS, n_rows)), student_BV.new_zeros(n_rows)
+    value = student_BV.new_empty(n_rows) if jsd else results[Stat.DIVERGENCE]
+    launch = {
         "SHARED": problem.shared_logits,
-        "DIVERGENCE": kind,
+        "DIVERGENCE": problem.options.kind,
         "MASKED": any(open_ended) and not problem.shared_logits,
         "BV": 64 if INTERPRETED else ROWS.BV,
         "num_warps": ROWS.num_warps,
@@ -154,35 +160,15 @@ def divergence_rows_(
     }
     stride = student_BV.stride(0)
     rows_statistics_kernel[(n_rows,)](
-        student_BV, other_BV, *sides, target_ids_B, results, mean, value,
-        problem.beta, n_rows, V, stride, **options,
+        student_BV, other_BV, *sides, target_ids_B, results, mean, value, beta, n_rows, V, stride,
+        **launch,
     )  # fmt: skip
-    slope = sides[0].pre * (sides[0].post or 1.0)
-    slope *= 1 - problem.beta if problem.divergence == "jsd" else 1.0
-    scale = gradient_scale(value, results[11], problem.divergence, problem.beta, tile_dtype)
+    slope = sides[0].pre * (sides[0].post or 1.0) * (1 - beta if jsd else 1.0)
+    scale = gradient_scale(value, results[JOINT_KL], problem.options, tile_dtype)
     if gradient:
-        rows_gradient_kernel[(n_rows, triton.cdiv(V, options["BV"]))](
-            student_BV, other_BV, *sides, *results[8:11], mean, scale,
-            problem.beta, V, stride, **options,
+        rows_gradient_kernel[(n_rows, triton.cdiv(V, launch["BV"]))](
+            student_BV, other_BV, *sides, *results[FOR_GRADIENT], mean, scale, beta, V, stride,
+            **launch,
         )  # fmt: skip
-    statistics = None
-    if problem.return_stats:
-        statistics = tuple(results[1 : 6 if target_ids_B is None else 8])
-    return Rows(value, slope / scale, statistics)
-
-
-def _side(problem: Problem, i: int) -> Side:
-    scale, cap = problem.logit_scale[i], problem.logit_softcap[i]
-    bias = (problem.student_bias, problem.teacher_bias)[i]
-    return Side(
-        hidden=None,
-        low=None,
-        factor=None,
-        weight=None,
-        bias=None if problem.shared_logits and i == 1 else bias,
-        hidden_stride=0,
-        weight_stride=0,
-        D=0,
-        pre=scale / (cap or problem.temperature),
-        post=None if cap is None else cap / problem.temperature,
-    )
+    results[Stat.DIVERGENCE] = value
+    return RowResult(results[: problem.stat_rows], slope / scale)

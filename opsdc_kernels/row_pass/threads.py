@@ -1,4 +1,4 @@
-"""Passes of `rows.c` over the rows of a tensor, on the threads that torch computes with."""
+"""Passes in C over the rows of a tensor, on the threads that torch computes with."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from opsdc_kernels.row_pass.build import Build
+
 PANEL = 16
-"""`W` in rows.c."""
+"""`W` in common.h."""
 THREAD_LOGITS = 1 << 17
 """Fewer logits per thread than this (0.2 ms) are not worth waking one."""
 
 
 class Queue(ctypes.Structure):
-    """As `Queue` in rows.c."""
+    """As `Queue` in common.h."""
 
     _fields_ = (
         ("work", ctypes.c_void_p),
@@ -38,8 +40,10 @@ def parts(x_BV: Tensor) -> list[tuple[int, int]]:
     return list(itertools.pairwise(cuts))
 
 
-def run(library: ctypes.CDLL, name: str, jobs: Sequence[ctypes.Structure]) -> None:
-    """The pass `name` of every job, a thread each."""
+def run(build: Build, name: str, jobs: Sequence[ctypes.Structure]) -> None:
+    """Run the pass `name` of every job, a thread each."""
+    library = build.dll
+    assert library is not None
     if len(jobs) == 1:
         getattr(library, name)(ctypes.byref(jobs[0]))
         return
@@ -70,5 +74,5 @@ def _openmp() -> Callable[..., object] | None:
 
 
 def address(x: Tensor | None, offset: int = 0) -> int | None:
-    """Of the element `offset`."""
+    """Address of the element `offset`."""
     return None if x is None else x.data_ptr() + offset * x.element_size()

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from opsdc_kernels.audit import CASES, DEVICES, QUICK, TENSOR_INSTRUCTIONS, audit, main
+from opsdc_kernels.audit import CASES, DEVICES, QUICK, audit, main
+from opsdc_kernels.fused.audit import TENSOR_INSTRUCTIONS
 
 
 def check(report):

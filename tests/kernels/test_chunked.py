@@ -6,9 +6,12 @@ import math
 import pytest
 import torch
 
-from opsdc_kernels import linear_divergence, plan
+from opsdc_kernels import linear_divergence, plan, products
 from opsdc_kernels.chunked import run as chunked
 from opsdc_kernels.memory import PeakMemory
+from opsdc_kernels.problem import GradientsWanted
+from opsdc_kernels.row_pass.choose import choose
+from opsdc_kernels.row_pass.result import block_rows
 
 N, D, E, V = 11, 6, 5, 37
 
@@ -36,7 +39,13 @@ def run(tensors, upstream=1.0, train=(True, True, True), **options):
 
 
 def budget_of(rows, dims=(D, D), dtype=torch.float64, v=V):
-    return plan.scratch_bytes(rows, v, dims, dtype, torch.device("cpu"))
+    return plan.scratch_bytes(rows, sizes_of(dims, dtype, v))
+
+
+def sizes_of(dims=(D, D), dtype=torch.float64, v=V):
+    device = torch.device("cpu")
+    row_pass = choose(device, dtype)
+    return plan.Sizes(vocab_size=v, dims=dims, dtype=dtype, device=device, row_pass=row_pass)
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "jsd"])
@@ -77,9 +86,7 @@ def test_equals_reference(divergence, reduction, shared):
 def test_chunk_size_changes_nothing_beyond_rounding(rows):
     want = run(inputs(False), backend="reference")
     got = run(inputs(False), backend="chunked", workspace_bytes=budget_of(rows, (D, E)))
-    assert plan.chunk_rows(
-        N, V, (D, E), torch.float64, torch.device("cpu"), budget_of(rows, (D, E))
-    ) <= max(rows, 1)
+    assert plan.chunk_rows(N, sizes_of((D, E)), budget_of(rows, (D, E))) <= max(rows, 1)
     for a, b in zip(got, want, strict=True):
         if b is not None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
@@ -114,7 +121,7 @@ def count_gemms(monkeypatch):
     """Head GEMM units by N·V·D of what `gemm` is asked for."""
     units = []
     original = {
-        name: getattr(chunked.gemm, name)
+        name: getattr(products, name)
         for name in ("logits_into", "hidden_gradient_into", "add_weight_gradient")
     }
 
@@ -125,9 +132,9 @@ def count_gemms(monkeypatch):
 
         return f
 
-    monkeypatch.setattr(chunked.gemm, "logits_into", counted("logits_into", lambda a: len(a[0])))
+    monkeypatch.setattr(products, "logits_into", counted("logits_into", lambda a: len(a[0])))
     for name in ("hidden_gradient_into", "add_weight_gradient"):
-        monkeypatch.setattr(chunked.gemm, name, counted(name, lambda a: len(a[1])))
+        monkeypatch.setattr(products, name, counted(name, lambda a: len(a[1])))
     return units
 
 
@@ -185,7 +192,7 @@ def test_frozen_head_allocates_no_weight_gradient():
 
 def test_16_bit_heads_are_upcast_in_blocks_on_a_cpu(monkeypatch, make_problem):
     """No 16-bit product on a CPU, and the blocks' seams are right."""
-    monkeypatch.setattr(chunked.gemm, "UPCAST_BLOCK_BYTES", 7 * 4 * D)
+    monkeypatch.setattr(products, "UPCAST_BLOCK_BYTES", 7 * 4 * D)
     tensors = inputs(True, torch.bfloat16)
     wide = tuple(None if x is None else x.double() for x in tensors)
     _, dh, dw, _, per_token, *_ = run(wide, reduction="sum", backend="reference")
@@ -199,7 +206,7 @@ def test_16_bit_heads_are_upcast_in_blocks_on_a_cpu(monkeypatch, make_problem):
 
     with Spy():
         got = chunked.run_chunks(
-            make_problem(*tensors), chunked.Needs(True, True, False), None, None
+            make_problem(*tensors), GradientsWanted(True, True, False), None, None
         )
     assert seen == {torch.float32}
     for a, b in (
@@ -240,7 +247,7 @@ def test_long_rows_in_short_blocks():
     v = 500_000
     h, ht = torch.randn(3, 4), torch.randn(3, 4)
     w = torch.randn(v, 4)
-    assert plan.block_rows(v, torch.device("cpu")) == 1
+    assert block_rows(v, torch.device("cpu")) == 1
     got = linear_divergence(h, w, ht, backend="chunked")
     want = linear_divergence(h.double(), w.double(), ht.double(), backend="reference")
     assert math.isclose(float(got), float(want), rel_tol=1e-5)

@@ -1,12 +1,10 @@
 """Sums of the student's probabilities: against float64, in torch and in C, and wrong C refused."""
 
-import shutil
-
 import pytest
 import torch
 
 from opsdc_kernels.columns import bound as column_bound
-from opsdc_kernels.columns import compiled as columns
+from opsdc_kernels.columns import compiled
 from opsdc_kernels.columns import sums as column_sums
 from opsdc_kernels.row_pass import build, threads
 
@@ -34,8 +32,8 @@ def gate(make_problem):
         around = along * spread.sqrt() + apart
         left = q * ~keeps
         want = (lse, entropy, spread, q.amax(0), along.double() @ q, around @ q)
-        got = column_sums.student(problem, x.clone(), square, along, apart)
-        sums = column_sums.dropped(problem, x, lse.float(), keeps, square)
+        got = column_sums.student_sums(problem, x.clone(), square, along, apart)
+        sums = column_sums.dropped_sums(problem, x, lse.float(), keeps, square)
         for a, b in zip((*got, *sums), (*want, left.sum(1), left @ square.double()), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=3e-5, atol=1e-25)
         found = column_sums.probabilities_(problem, x.clone(), lse.float())
@@ -48,11 +46,11 @@ def gate(make_problem):
 
 def probabilities(problem, x):
     """Of float64, with log-normalizer and entropy; logits have a floor as those of the code."""
-    z = x.double() * problem.logit_scale[0]
+    z = x.double() * problem.options.logit_scale[0]
     if problem.student_bias is not None:
-        z = z + problem.student_bias * problem.logit_scale[0]
-    cap = problem.logit_softcap[0]
-    z = (z if cap is None else cap * torch.tanh(z / cap)) / problem.temperature
+        z = z + problem.student_bias * problem.options.logit_scale[0]
+    cap = problem.options.logit_softcap[0]
+    z = (z if cap is None else cap * torch.tanh(z / cap)) / problem.options.temperature
     log_q = z.log_softmax(1)
     return log_q.exp(), z.logsumexp(1), -(log_q.exp() * log_q).sum(1)
 
@@ -67,27 +65,29 @@ def test_masked_columns_have_no_mass(row_passes, make_problem):
     h, w = torch.randn(C, D), torch.randn(V, D)
     problem = make_problem(h, w, h, student_bias=bias)
     one = torch.ones(V)
-    found = column_sums.student(problem, (w @ h.T).T, one, torch.ones(C), torch.ones(C))
-    assert float(found.peak_V[::3].max()) < 1e-30
-    assert all(bool(torch.isfinite(x).all()) for x in found)
+    sums = column_sums.student_sums(problem, (w @ h.T).T, one, torch.ones(C), torch.ones(C))
+    assert float(sums.peak_V[::3].max()) < 1e-30
+    assert all(bool(torch.isfinite(x).all()) for x in sums)
 
 
 def test_threads_agree(monkeypatch, make_problem):
     monkeypatch.setenv(build.SWITCH, "1")
-    if build.native().dll is None:
-        pytest.skip(f"row passes run in {build.native().description}")
+    if compiled.native().dll is None:
+        pytest.skip(f"row passes run in {compiled.native().description}")
     monkeypatch.setattr(threads, "THREAD_LOGITS", 1)
     h, w = torch.randn(C, D), torch.randn(V, D)
     problem, some = make_problem(h, w, h), torch.rand(V)
     found = []
     for count in (1, 3):
         torch.set_num_threads(count)
-        found.append(columns.student(problem, (w @ h.T).T, some, torch.ones(C), torch.ones(C)))
+        found.append(
+            compiled.student_sums(problem, (w @ h.T).T, some, torch.ones(C), torch.ones(C))
+        )
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
 
 
-# (what is in rows.c, what stands there in the mutant)
+# (what is in columns.c or common.h, what stands there in the mutant)
 COMPILED = {
     "last columns dropped": ("start < job->columns;", "start + BLOCK <= job->columns;"),
     "last rows dropped": ("token < job->rows;", "token + W <= job->rows;"),
@@ -112,16 +112,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_mutant_is_killed(monkeypatch, tmp_path, name, make_problem):
-    monkeypatch.setenv(build.SWITCH, "1")
-    if build.native().dll is None:
-        pytest.skip(f"row passes run in {build.native().description}")
-    old, new = COMPILED[name]
-    text = build.SOURCE.read_text("utf-8")
-    assert old in text
-    source = tmp_path / "rows.c"
-    source.write_text(text.replace(old, new))
-    library = build.load(shutil.which("cc"), source, tmp_path)
-    monkeypatch.setattr(columns, "native", lambda: build.Build(library, "mutant"))
+def test_compiled_mutant_is_killed(compiled_mutant, make_problem, name):
+    compiled_mutant(compiled, *COMPILED[name])
     with pytest.raises(AssertionError):
         gate(make_problem)

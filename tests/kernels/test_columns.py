@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from opsdc_kernels import linear_divergence, plan, testing
-from opsdc_kernels.chunked.run import Needs, run_chunks
+from opsdc_kernels.chunked.run import run_chunks
 from opsdc_kernels.columns import bound as column_bound
 from opsdc_kernels.columns import kept as columns
 from opsdc_kernels.columns import picker as column_choice
-from opsdc_kernels.columns import sums as column_sums
 from opsdc_kernels.columns.kept import run_columns
 from opsdc_kernels.memory import PeakMemory
+from opsdc_kernels.problem import OPTIONS, GradientsWanted, Options, Problem
 from opsdc_kernels.testing import Case
 
 TOLERANCES = (1e-2, 1e-3, 1e-4)
@@ -150,53 +150,54 @@ def test_narrower_dtypes(dtype):
 def test_frozen_head_and_units():
     """1 + 2·share with a frozen head, 1 + 3·share else, beside the pilot's 1/64."""
     case = language_case(temperature=0.3)
-    for needs, backward in ((Needs(True, False, False), 2), (Needs(True, True, False), 3)):
+    for needs, backward in (
+        (GradientsWanted(True, False, False), 2),
+        (GradientsWanted(True, True, False), 3),
+    ):
         problem = problem_of(case)
-        _, found = run_columns(problem, needs, None, None, tolerance=1e-3, exact_value=False)
+        _, found = run_columns(problem, needs, None, None)
         share = float(found.kept_share)
         assert share < 0.2
         assert 1 + backward * share <= float(found.gemm_units) < 1 + backward * (share + 0.04)
 
 
-def problem_of(case, **options):
-    from opsdc_kernels.problem import Problem
-
+def problem_of(case, **given):
+    options = {name: given.pop(name) for name in OPTIONS if name in given}
     absent = dict.fromkeys(("student_bias", "teacher_bias", "token_weight", "target_ids"))
     return Problem(
         student_hidden=case.student_hidden, student_weight=case.student_weight,
         teacher_hidden=case.teacher_hidden, teacher_weight=case.teacher_weight,
-        divergence="reverse_kl", beta=0.5, temperature=1.0, logit_scale=(1.0, 1.0),
-        logit_softcap=(None, None), own_teacher_bias=False,
-        vocab_size=len(case.student_weight), reduction="sum", return_stats=True,
-        workspace_bytes=None, **absent, **options,
+        **{**absent, **given},
+        options=Options(
+            **{"reduction": "sum", "return_stats": True, "skip_tolerance": 1e-3, **options}
+        ),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("exact_value", [False, True])
 def test_the_next_chunks_logits_ahead_change_nothing(exact_value):
     case = language_case(temperature=0.4)
-    problem = replace(problem_of(case), workspace_bytes=64 * 8 * V * 2)
+    problem = problem_of(case, workspace_bytes=64 * 8 * V * 2, exact_value=exact_value)
     kept = torch.arange(0, N, 2)
     for rows in (None, kept):
         found = [
-            run_columns(problem, Needs(True, True, False), None, rows,
-                        tolerance=1e-3, exact_value=exact_value, ahead=ahead)
+            run_columns(problem, GradientsWanted(True, True, False), None, rows, ahead=ahead)
             for ahead in (False, True)
         ]  # fmt: skip
         (a, bound_a), (b, bound_b) = found
         for name in ("per_token", "hidden_gradient", "weight_gradient"):
             assert torch.equal(getattr(a, name), getattr(b, name))
-        assert float(bound_a.hidden_bound) == float(bound_b.hidden_bound)
+        assert float(bound_a.hidden_gradient_bound) == float(bound_b.hidden_gradient_bound)
 
 
 def test_flat_rows_take_every_column_and_are_exact():
     """Where few columns would go: the numbers of the exact pass, for one look at some tokens."""
     case = testing.make_case(tokens=128, dim=32, vocab_size=2000, entropy=6.0, kl=1e-2)
-    problem, needs = problem_of(case), Needs(True, True, False)
+    problem, needs = problem_of(case), GradientsWanted(True, True, False)
     exact = run_chunks(problem, needs, None, None)
-    got, found = run_columns(problem, needs, None, None, tolerance=1e-3, exact_value=False)
+    got, found = run_columns(problem, needs, None, None)
     assert float(found.kept_share) == 1
-    assert float(found.hidden_bound) == float(found.weight_bound) == 0
+    assert float(found.hidden_gradient_bound) == float(found.weight_gradient_bound) == 0
     assert float(found.gemm_units) < 4.05
     torch.testing.assert_close(got.hidden_gradient, exact.hidden_gradient, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(got.weight_gradient, exact.weight_gradient, rtol=1e-5, atol=1e-7)
@@ -261,15 +262,15 @@ def test_chunks_whose_gradients_cancel_are_done_again_with_all_columns(monkeypat
         half.student_hidden.repeat(2, 1), half.student_weight,
         torch.cat([half.student_hidden + step, half.student_hidden - step]), None,
     )  # fmt: skip
-    problem = replace(problem_of(case), reduction="sum")
-    needs = Needs(True, True, False)
-    got, found = run_columns(problem, needs, None, None, tolerance=1e-2, exact_value=False)
-    assert float(found.weight_bound) == float(found.hidden_bound) == 0
+    problem = problem_of(case, skip_tolerance=1e-2)
+    needs = GradientsWanted(True, True, False)
+    got, found = run_columns(problem, needs, None, None)
+    assert float(found.weight_gradient_bound) == float(found.hidden_gradient_bound) == 0
     assert float(found.kept_share) == 1
     assert float(found.gemm_units) > 5
     exact = run_chunks(problem, needs, None, None)
     torch.testing.assert_close(got.weight_gradient, exact.weight_gradient)
-    _, kept = run_columns(problem_of(half), needs, None, None, tolerance=1e-2, exact_value=False)
+    _, kept = run_columns(problem_of(half, skip_tolerance=1e-2), needs, None, None)
     assert float(kept.kept_share) < 0.5
 
 
@@ -286,8 +287,8 @@ def test_a_look_hands_a_flat_call_over(tokens):
     case = testing.make_case(tokens=32, dim=32, vocab_size=2000, entropy=6.0, kl=1e-2)
     case = Case(case.student_hidden.repeat(10, 1)[:tokens], case.student_weight,
                 case.teacher_hidden.repeat(10, 1)[:tokens], None)  # fmt: skip
-    problem, needs = problem_of(case), Needs(True, True, False)
-    got, found = run_columns(problem, needs, None, None, tolerance=1e-3, exact_value=False)
+    problem, needs = problem_of(case), GradientsWanted(True, True, False)
+    got, found = run_columns(problem, needs, None, None)
     exact = run_chunks(problem, needs, None, None)
     assert float(found.gemm_units) < 4 + 1.2 * columns.LOOK_ROWS / tokens
     for name in ("per_token", "hidden_gradient", "weight_gradient"):
@@ -304,10 +305,10 @@ def test_chunks_after_a_dense_one_are_dense(monkeypatch, kept, dtype):
     hidden[50:100] = flat
     teacher[50:100] = flat + 1e-1 * torch.randn(flat.shape, generator=torch.manual_seed(0))
     case = Case(hidden, case.student_weight, teacher, None).to(dtype)
-    problem, needs = problem_of(case), Needs(True, True, True)
-    problem = replace(problem, student_bias=torch.zeros(V, dtype=dtype))
+    problem = problem_of(case, skip_tolerance=1e-2, student_bias=torch.zeros(V, dtype=dtype))
+    needs = GradientsWanted(True, True, True)
     monkeypatch.setattr(columns.plan, "column_chunk_rows", lambda *_: 50)
-    got, found = run_columns(problem, needs, None, kept, tolerance=1e-2, exact_value=False)
+    got, found = run_columns(problem, needs, None, kept)
     exact = run_chunks(problem, needs, None, kept)
     assert 0.6 < float(found.kept_share) < 0.95
     for name in ("hidden_gradient", "weight_gradient", "bias_gradient"):
@@ -366,7 +367,7 @@ def changed(owner, name, change):
 
 def unchecked(mutant):
     """What was realised is held against the tolerance; here it is not."""
-    return {**mutant, (columns, "_holds"): lambda *_: True}
+    return {**mutant, (columns.Realised, "holds"): lambda *_: True}
 
 
 def bounds_by(hidden, shift):
@@ -383,29 +384,29 @@ def no_bound_of_weights():
 
     return {
         **bounds_by(torch.clone, torch.zeros_like),
-        **changed(column_sums, "student", change),
+        **changed(column_choice, "student_sums", change),
     }
 
 
 def drift_ignored():
-    original = column_bound.Heads.slopes
+    original = column_bound.Geometry.slopes
 
     def mutant(self, *args):
         eta, nu = original(self, *args)
         return eta, 0 * nu
 
-    return {(column_bound.Heads, "slopes"): mutant}
+    return {(column_bound.Geometry, "slopes"): mutant}
 
 
 def renormalized():
     """The gradient divided by the mass that was kept."""
-    original = column_choice.Choice.left
+    original = column_choice.ColumnPicker.dropped
 
     def mutant(self, *args):
         found = original(self, *args)
         return replace(found, mass_C=torch.zeros_like(found.mass_C))
 
-    return {(column_choice.Choice, "left"): mutant}
+    return {(column_choice.ColumnPicker, "dropped"): mutant}
 
 
 def columns_scattered_wrongly():
@@ -416,9 +417,9 @@ def columns_scattered_wrongly():
 def teacher_of_other_columns():
     original = column_choice.other_logits_into
 
-    def mutant(out, problem, weight, tokens, operand, chosen=None):
+    def mutant(out, problem, tokens, chosen=None):
         chosen = None if chosen is None else chosen.roll(1)
-        original(out, problem, weight, tokens, operand, chosen)
+        original(out, problem, tokens, chosen)
 
     return {(column_choice, "other_logits_into"): mutant}
 

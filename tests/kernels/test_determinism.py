@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from opsdc_kernels import linear_divergence
-from opsdc_kernels.plan import estimate, scratch_bytes
+from opsdc_kernels.plan import Sizes, estimate, scratch_bytes
+from opsdc_kernels.row_pass.choose import choose
 
 N, D, V = 48, 72, 4099
 # Three chunks, so that sums across chunks are among what repeats, whatever the row passes take.
@@ -31,7 +32,10 @@ def inputs(dtype, shared):
 
 
 def workspace(dtype):
-    return scratch_bytes(ROWS, V, (D, D), dtype, torch.device("cpu"))
+    device = torch.device("cpu")
+    row_pass = choose(device, dtype)
+    sizes = Sizes(vocab_size=V, dims=(D, D), dtype=dtype, device=device, row_pass=row_pass)
+    return scratch_bytes(ROWS, sizes)
 
 
 def results(tensors, reduction):

@@ -11,6 +11,7 @@ from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsdc_kernels import linear_divergence
+from opsdc_kernels.problem import GradientsWanted
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
@@ -95,16 +96,15 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_head_allocates_no_weight_gradient(tensors, frozen):
+def test_frozen_head_allocates_no_weight_gradient(tensors, make_problem, frozen):
     from opsdc_kernels.fused.backward import backward
     from opsdc_kernels.fused.heads import Heads
 
     h, w, ht, wt = (x.detach() for x in tensors)
-    heads = Heads.of(h, w, ht, wt, None, None, None, False, [1.0, 0.0, 1.0, 0.0])
+    problem = make_problem(h, w, ht, wt)
+    heads, wanted = Heads.of(problem, None), GradientsWanted(True, not frozen, False)
     with Allocations() as seen:
-        out = backward(
-            heads, torch.ones(5, N), torch.ones(N), 0, 0.5, V, (True, not frozen, False), 1 << 20
-        )
+        out = backward(heads, torch.ones(5, N), torch.ones(N), problem.options, V, wanted, 1 << 20)
     assert (out[1] is None) == frozen
     assert (V * D in seen.sizes) != frozen
     loss = fused(tensors[0], w, ht, wt)
@@ -163,17 +163,15 @@ def test_batch_of_sequences(tensors):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_opcheck(tensors, weighted):
+def test_opcheck(tensors, make_problem, weighted):
     from opsdc_kernels.fused import op as module
 
     h, w, ht, wt = tensors
     weight = torch.tensor([0.0, 1, 1, 0, 2]) if weighted else None
-    arguments = (
-        h, w, ht, wt, None, None, weight, None, False, V, "jsd", 0.4, [1.0, 0.0, 1.0, 0.0], None,
-    )  # fmt: skip
-    every = ("test_schema", "test_autograd_registration", "test_faketensor")
-    every += ("test_aot_dispatch_dynamic",) if weighted else ()
-    library.opcheck(module._forward, arguments, test_utils=every)
+    problem = make_problem(h, w, ht, wt, token_weight=weight, divergence="jsd", beta=0.4)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    utilities += ("test_aot_dispatch_dynamic",) if weighted else ()
+    library.opcheck(module._forward, problem.arguments, test_utils=utilities)
 
 
 def test_compiles_in_one_graph(tensors):

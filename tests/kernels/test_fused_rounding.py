@@ -69,8 +69,8 @@ def test_common_direction_of_the_head_costs_nothing(options, monkeypatch):
     corrected = relative(run("fused", tensors, **options)[1], truth[1])
     original = backward._gradient_tile
 
-    def without(*arguments):
-        residual, dbias = original(*arguments)
+    def without(*arguments, **options):
+        residual, dbias = original(*arguments, **options)
         return torch.zeros_like(residual), dbias
 
     monkeypatch.setattr(backward, "_gradient_tile", without)
@@ -111,6 +111,7 @@ def test_fp16_neither_underflows_nor_overflows(near, divergence):
 
 def test_scale_bounds_the_gradient():
     """Scaled gradients stay at most 2**14, and not far below it where one column holds the mass."""
+    from opsdc_kernels.problem import Options
     from opsdc_kernels.reference import divergence_of_logits
     from opsdc_kernels.triton.scaling import GRADIENT_LIMIT_LOG2, gradient_scale
 
@@ -126,7 +127,8 @@ def test_scale_bounds_the_gradient():
                 (dz,) = torch.autograd.grad(value.sum(), s)
                 dz = dz / 0.6 if divergence == "jsd" else dz
                 value = value.detach().float()
-                scale = gradient_scale(value, value, divergence, 0.4, torch.float16)
+                options = Options(divergence=divergence, beta=0.4)
+                scale = gradient_scale(value, value, options, torch.float16)
                 assert torch.equal(torch.frexp(scale).mantissa, torch.full((200,), 0.5))
                 scaled = (dz.abs().amax(1) * scale).max()
                 assert 2**6 <= scaled <= 2**GRADIENT_LIMIT_LOG2

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from opsdc_kernels import testing
-from opsdc_kernels.chunked.run import Needs, run_chunks
-from opsdc_kernels.tile import Tile, hidden_gradient, operand_scale, rounded_tile
+from opsdc_kernels.chunked.run import run_chunks
+from opsdc_kernels.problem import GradientsWanted
+from opsdc_kernels.products import Tile, hidden_gradient, operand_scale, rounded_tile
 
 N, D, V = 24, 32, 4096
 
@@ -17,7 +18,8 @@ def case_with_common_row(common_mode=6.0, kl=1e-3, entropy=2.0):
 
 def gradients(make_problem, case, tile_dtype, **options):
     problem = make_problem(case.student_hidden, case.student_weight, case.teacher_hidden, **options)
-    found = run_chunks(problem, Needs(True, True, False), None, None, tile_dtype)
+    wanted = GradientsWanted(True, True, False)
+    found = run_chunks(problem, wanted, None, None, tile_dtype=tile_dtype)
     return found.hidden_gradient.double(), found.weight_gradient.double()
 
 
@@ -44,7 +46,7 @@ def test_correction_removes_the_error_of_a_common_row(monkeypatch, make_problem,
     corrected, dw = gradients(make_problem, case, dtype, **options)
     errors = {"corrected": relative(corrected, exact)}
     for name, variant in (("uncorrected", uncorrected), ("sum only", sum_only)):
-        monkeypatch.setattr("opsdc_kernels.chunked.run.hidden_gradient", variant)
+        monkeypatch.setattr("opsdc_kernels.products.hidden_gradient", variant)
         errors[name] = relative(gradients(make_problem, case, dtype, **options)[0], exact)
     assert errors["corrected"] <= 3e-3
     assert errors["uncorrected"] >= 2 * errors["corrected"]

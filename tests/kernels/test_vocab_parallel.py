@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from opsdc_kernels import linear_divergence, testing, vocab_parallel
+from opsdc_kernels import linear_divergence, products, testing, vocab_parallel
 from opsdc_kernels.chunked import op as chunked_op
 from opsdc_kernels.chunked.run import run_chunks
 from opsdc_kernels.vocab_parallel import HEADER_BYTES, bytes_per_token
@@ -267,12 +267,10 @@ def with_rounded_tile(group, case, correct):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked_op, "run_chunks", rounded)
         if not correct:
-            from opsdc_kernels import tile
-            from opsdc_kernels.chunked import run as chunked
-
+            right = products.hidden_gradient
             patch.setattr(
-                chunked, "hidden_gradient",
-                lambda t, w, mean, kept=None: tile.hidden_gradient(
+                products, "hidden_gradient",
+                lambda t, w, mean, kept=None: right(
                     dataclasses.replace(t, residual=torch.zeros_like(t.residual)), w, mean
                 ),
             )  # fmt: skip
@@ -294,7 +292,8 @@ def test_rounded_tile_is_corrected_on_shards(ranks):
 
 @contextlib.contextmanager
 def mutated(name):
-    merge, gather, rows = vocab_parallel._merge, vocab_parallel._gather, vocab_parallel._rows
+    merge, gather = vocab_parallel._merge, vocab_parallel._gather
+    scalars = vocab_parallel._row_scalars
 
     def without_last(parts, problem):
         gone = torch.full_like(parts.inside[-1:], -math.inf)
@@ -310,10 +309,10 @@ def mutated(name):
         "a shard is dropped": ("_merge", without_last),
         "dH is not added up": ("Shard.add_up_", lambda shard, gradient: None),
         "each shard has its own mean": (
-            "_rows", lambda *a: (r := rows(*a))._replace(to_mean=0 * r.to_mean)
+            "_row_scalars", lambda *a: (r := scalars(*a))._replace(to_mean=0 * r.to_mean)
         ),
         "each shard has its own normalizers": (
-            "_rows", lambda *a: (r := rows(*a))._replace(to_log_ratio=0 * r.to_log_ratio)
+            "_row_scalars", lambda *a: (r := scalars(*a))._replace(to_log_ratio=0 * r.to_log_ratio)
         ),
         "the JSD's sums are local": ("_gather", only_own_sums),
         "the divergence within shards is dropped": (
@@ -324,7 +323,9 @@ def mutated(name):
         ),
         "targets are not shifted": (
             "Shard.localize",
-            lambda shard, problem: dataclasses.replace(problem, vocab_size=shard.size),
+            lambda shard, problem: dataclasses.replace(
+                problem, options=dataclasses.replace(problem.options, vocab_size=shard.size)
+            ),
         ),
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
