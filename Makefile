@@ -8,7 +8,7 @@ VLLM_NEEDS := aiohttp cachetools cbor2 cloudpickle compressed-tensors einops fas
 	pyzmq uvloop xgrammar
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu chaos fuzz check format bench clean
+.PHONY: help install demo test test-slow test-gpu chaos fuzz check format bench recipes clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,15 @@ $(PEERS): benchmarks/peers.txt $(STAMP)
 
 bench: $(PEERS)  ## the loss against its peers: time, memory, error (~5 min; see benchmarks/)
 	$(BIN)/python -m benchmarks --quick
+
+recipes: $(STAMP)  ## plan each recipe anew, into its header
+	@for file in opsdc/recipes/*.yaml; do \
+	  plan=$$(sed -n 's/^# \$$ \(opsdc plan .*\)/\1/p' $$file); \
+	  test -n "$$plan" || continue; \
+	  { sed '/^# \$$ opsdc plan/,$$d' $$file; \
+	    echo "# \$$ $$plan"; $(BIN)/$$plan | sed 's/^/# /; s/ *$$//'; \
+	    sed '1,/^# \$$ opsdc plan/d' $$file | sed -n '/^[^#]/,$$p'; } > $$file.new; \
+	  mv $$file.new $$file; done
 
 clean:  ## remove .venv and caches, keep runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -38,7 +38,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
-        "opsdc": ["py.typed", "*.yaml", "recipes/*.yaml", "instructions/*.txt"],
+        "opsdc": ["py.typed", "models/*.yaml", "recipes/*.yaml", "instructions/*.txt"],
         "opsdc_kernels": ["py.typed", "row_pass/*.[ch]", "columns/columns.c"],
     },
     install_requires=[
@@ -49,9 +49,10 @@ setup(
         "datasets>=3.0",
         "safetensors>=0.5",
         "PyYAML>=6.0",
+        "pydantic>=2.10",
+        "typing_extensions>=4.12",
         "numpy>=1.26",
         "tqdm>=4.66",
-        "rich>=13",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["opsdc = opsdc.cli:main"]},

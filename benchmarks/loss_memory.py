@@ -26,11 +26,12 @@ WAYS = ("fused", "materialized")
 
 def measure(way: str, response_tokens: int) -> dict[str, float]:
     """One contender, in this process."""
-    from opsdc.batch import Pair, token_batch
-    from opsdc.config import OPSDCConfig
-    from opsdc.dataset import prompted_sets
-    from opsdc.loss import distillation_loss
-    from opsdc.model import Head, hidden_states, load_model, load_tokenizer, read_head
+    from opsdc.config.settings import OPSDCConfig
+    from opsdc.data.prompted import prompted_sets
+    from opsdc.method.batch import Pair, token_batch
+    from opsdc.method.loss import distillation_loss
+    from opsdc.models.head import Head, hidden_states, read_head
+    from opsdc.models.load import load_model, load_tokenizer
 
     config = OPSDCConfig.load("smollm2-cpu")
     tokenizer = load_tokenizer(config.model)

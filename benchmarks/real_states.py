@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from opsdc.batch import Pair, token_batch
-from opsdc.config import OPSDCConfig
-from opsdc.dataset import prompted_sets
-from opsdc.model import hidden_states, load_model, load_tokenizer, read_head
-from opsdc.rollout import Request, SamplingParams
+from opsdc.config.settings import OPSDCConfig
+from opsdc.data.prompted import prompted_sets
+from opsdc.method.batch import Pair, token_batch
+from opsdc.models.head import hidden_states, read_head
+from opsdc.models.load import load_model, load_tokenizer
+from opsdc.rollout.base import Request, SamplingParams
 from opsdc.rollout.hf import HFSampler
 from opsdc_kernels import testing
 from opsdc_kernels.testing import Case, Outcome

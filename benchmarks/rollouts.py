@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from opsdc.batch import Pair, TokenBatch, token_batch
-from opsdc.config import OPSDCConfig
-from opsdc.dataset import prompted_sets
-from opsdc.model import load_model, load_tokenizer
-from opsdc.prompts import Messages, load_instruction
-from opsdc.rollout import Request, SamplingParams
+from opsdc.config.settings import OPSDCConfig
+from opsdc.data.prompted import prompted_sets
+from opsdc.data.prompts import Messages, load_instruction
+from opsdc.method.batch import Pair, token_batch
+from opsdc.models.head import TokenBatch
+from opsdc.models.load import load_model, load_tokenizer
+from opsdc.rollout.base import Request, SamplingParams
 from opsdc.rollout.hf import HFSampler
 
 PROBLEMS, RESPONSE = 8, 64

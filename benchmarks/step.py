@@ -27,8 +27,9 @@ from benchmarks.contenders import Failure, Loss, contenders
 from benchmarks.memory import fresh_processes
 from benchmarks.resident import added_mib
 from benchmarks.rollouts import Rollouts
-from opsdc.config import OPSDCConfig
-from opsdc.model import hidden_states, load_model, load_tokenizer, read_head
+from opsdc.config.settings import OPSDCConfig
+from opsdc.models.head import hidden_states, read_head
+from opsdc.models.load import load_model, load_tokenizer
 from opsdc_kernels.testing import Case, truth
 
 CPU = torch.device("cpu")

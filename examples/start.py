@@ -9,9 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from opsdc.batch import Pair
-from opsdc.config import ModelConfig
-from opsdc.model import load_model, load_tokenizer
+from opsdc.config.settings import ModelConfig
+from opsdc.method.batch import Pair
+from opsdc.models.load import load_model, load_tokenizer
 
 INSTRUCTION = "Be concise."
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"

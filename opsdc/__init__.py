@@ -9,12 +9,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opsdc.config import OPSDCConfig
-    from opsdc.distiller import Distiller, collate
+    from opsdc.config.settings import OPSDCConfig
+    from opsdc.method.distiller import Distiller, collate
     from opsdc.train import OPSDCTrainer
 
-# transformers imports bitsandbytes through peft, wherever it is installed, and it then regrets a
-# kernel that nothing here uses. Its other warnings stay.
+# transformers imports bitsandbytes through peft, wherever it is installed, and bitsandbytes warns
+# that it lacks a kernel which nothing here uses. Its other warnings stay.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
     lambda record: "gemm_4bit_forward" not in record.getMessage()
 )
@@ -24,12 +24,13 @@ __all__ = ["Distiller", "OPSDCConfig", "OPSDCTrainer", "__version__", "collate"]
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name at its first use."""
     if name == "OPSDCConfig":
-        from opsdc.config import OPSDCConfig
+        from opsdc.config.settings import OPSDCConfig
 
         return OPSDCConfig
     if name in ("Distiller", "collate"):
-        from opsdc import distiller
+        from opsdc.method import distiller
 
         return getattr(distiller, name)
     if name == "OPSDCTrainer":

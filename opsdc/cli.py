@@ -9,8 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opsdc.config import OPSDCConfig, flags, recipe_names
+from opsdc.config.describe import flags, section_title
+from opsdc.config.settings import OPSDCConfig
+from opsdc.config.yaml_file import recipe_names
 from opsdc.errors import ConfigError, OPSDCError
+
+# The examples at the end of each command's help.
 
 _TRAIN_EPILOG = """\
 Settings come from a recipe or a YAML file whose sections are the groups above; flags win over it.
@@ -53,13 +57,12 @@ Needs no weights and no GPU. Status 0: it fits; 1: it does not.
   opsdc plan --model my-model/config.json --gpu-memory 141GB --gpus 8 --model.lora.r 64
 """
 
-
-# Every setting is a flag; listing fifty of them in a usage line helps nobody.
 _ANY = "[--SECTION.KEY VALUE ...]"
+"""Settings in a usage line: there are some fifty of them, too many to list."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status (2 for an error of the user's)."""
+    """Run the command, and return its exit status (2 for a mistake of the user's)."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -76,119 +79,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Build the parser; each command below adds its own part."""
     parser = argparse.ArgumentParser(
         prog="opsdc",
         description="On-policy self-distillation: teach a reasoning model to be concise with its "
         "own concise self as the teacher.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for add in (_add_train, _add_eval, _add_serve, _add_inspect, _add_plan, _add_plot):
+        add(commands)
+    return parser
 
-    def command(name: str, text: str, epilog: str, run: Any, usage: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            name,
-            usage=f"opsdc {name} {usage}",
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        sub.set_defaults(run=run)
-        return sub
 
-    train = command(
-        "train",
-        "train a model, or go on with a run",
-        _TRAIN_EPILOG,
-        _train,
-        f"[--config FILE] {_ANY}",
+def _add_command(
+    commands: Any, name: str, text: str, usage: str, run: Any, epilog: str = ""
+) -> argparse.ArgumentParser:
+    """Add a command whose `run` takes the parsed arguments and returns the exit status."""
+    parser = commands.add_parser(
+        name,
+        usage=f"opsdc {name} {usage}",
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _config_flag(train)
-    train.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the plan, train one step of a tiny twin, leave nothing behind",
-    )
-    _setting_flags(train)
-
-    evaluate = command(
-        "eval",
-        "compare base, prompt-only and trained on held-out problems",
-        _EVAL_EPILOG,
-        _eval,
-        f"RUN [--trained FOLDER] {_ANY}",
-    )
-    evaluate.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (config.yaml)")
-    evaluate.add_argument(
-        "--trained", type=Path, metavar="FOLDER", help="the trained model (default: RUN/model)"
-    )
-    _setting_flags(evaluate, only=("output_dir", "seed", "eval.", "data."))
-
-    serve = command(
-        "serve",
-        "sample for a run on another machine or GPU, with vLLM",
-        _SERVE_EPILOG,
-        _serve,
-        f"[--config FILE] --rollout.server_address HOST:PORT --rollout.weights_dir DIR {_ANY}",
-    )
-    _config_flag(serve)
-    _setting_flags(serve, only=("model.", "prompt.", "rollout.", "eval."))
-
-    inspect = command(
-        "inspect",
-        "show both prompts, the scored tokens and the divergence per token of one problem",
-        _INSPECT_EPILOG,
-        _inspect,
-        f"[--config FILE] [--problem N | --text TEXT] [--model FOLDER] {_ANY}",
-    )
-    _config_flag(inspect)
-    inspect.add_argument("--problem", type=int, default=0, metavar="N", help="held-out problem N")
-    inspect.add_argument("--text", help="your own problem instead")
-    inspect.add_argument(
-        "--batch", type=Path, metavar="FILE", help="a step that a run gave up on: sick-step-*.json"
-    )
-    inspect.add_argument("--model", metavar="FOLDER", help="short for --model.name_or_path")
-    inspect.add_argument(
-        "--color",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="colours (default: on a terminal)",
-    )
-    _setting_flags(inspect, only=("seed", "model.", "data.", "prompt.", "rollout.", "loss."))
-
-    plan = command(
-        "plan",
-        "say before a run whether it fits, with which micro-batch, and where the bytes go",
-        _PLAN_EPILOG,
-        _plan,
-        f"[--model NAME|FOLDER|config.json] [--gpu-memory 80GB] [--gpus N] {_ANY}",
-    )
-    _config_flag(plan, default="qwen3-8b")
-    plan.add_argument("--model", metavar="NAME", help="short for --model.name_or_path")
-    plan.add_argument(
-        "--gpu-memory", metavar="BYTES", help="of one GPU, as 80GB or 76GiB (default: this CPU's)"
-    )
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks")
-    plan.add_argument(
-        "--gemm-tflops",
-        type=float,
-        default=600.0,
-        metavar="X",
-        help="rate of a large 16-bit GEMM, for the loss's time (default: 600, assumed)",
-    )
-    plan.add_argument(
-        "--into", type=Path, metavar="FILE", help="also write it into this YAML file's header"
-    )
-    _setting_flags(plan)
-
-    plot = command(
-        "plot", "draw a run: divergence, length, entropy, accuracy", "", _plot, "RUN [--output PNG]"
-    )
-    plot.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (metrics.jsonl)")
-    plot.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/plot.png")
+    parser.set_defaults(run=run)
     return parser
 
 
 def _config_flag(parser: argparse.ArgumentParser, default: str = "smollm2-cpu") -> None:
+    """Add --config, which names a recipe or a YAML file."""
     parser.add_argument(
         "--config",
         default=default,
@@ -198,56 +118,75 @@ def _config_flag(parser: argparse.ArgumentParser, default: str = "smollm2-cpu") 
 
 
 def _setting_flags(parser: argparse.ArgumentParser, only: tuple[str, ...] = ("",)) -> None:
+    """Add a flag for each setting whose dotted name starts with one of `only`, by section."""
     groups: dict[str, Any] = {}
-    for name, (hint, default, text) in flags().items():
+    for name, (metavar, _, text) in flags().items():
         if not name.startswith(only):
             continue
         section = name.rpartition(".")[0]
         if section not in groups:
-            groups[section] = parser.add_argument_group(section or "settings")
-        shown = {"None": "unset", "": "''"}.get(str(default), str(default))
+            title = section_title(section)
+            groups[section] = parser.add_argument_group(section or "settings", title)
         groups[section].add_argument(
             f"--{name}",
             dest=f"set:{name}",
-            metavar=_metavar(hint),
+            metavar=metavar,
             default=argparse.SUPPRESS,
-            help=f"{text} (default: {shown})".replace("%", "%%"),
+            help=text.replace("%", "%%"),
         )
 
 
-def _metavar(hint: Any) -> str:
-    text = str(hint) if not isinstance(hint, type) else hint.__name__
-    if "Literal" in text:
-        return text.partition("[")[2].rpartition("]")[0].replace("'", "").replace(", ", "|")
-    for kind, name in (("dict", "MAP"), ("list", "LIST"), ("bool", "BOOL"), ("float", "X")):
-        if kind in text:
-            return name
-    return "N" if "int" in text else "TEXT"
-
-
 def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
-    return {
+    """Collect the settings given as flags, by dotted name; --model is short for one of them."""
+    overrides = {
         name.removeprefix("set:"): value
         for name, value in vars(arguments).items()
         if name.startswith("set:")
     }
+    if getattr(arguments, "model", None):
+        overrides["model.name_or_path"] = arguments.model
+    return overrides
+
+
+# The commands. What is large is imported when a command runs, so that --help answers at once.
+
+
+def _add_train(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "train",
+        "train a model, or go on with a run",
+        f"[--config FILE] {_ANY}",
+        _train,
+        _TRAIN_EPILOG,
+    )
+    _config_flag(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, train one step of a tiny twin, leave nothing behind",
+    )
+    _setting_flags(parser)
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    """Train, or go on with a run; with --dry-run train one step of a tiny twin."""
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
     if arguments.dry_run:
-        from opsdc.dry_run import dry_run
-
-        dry_run(config)
-        return 0
-    from opsdc import stop
-
-    # From before anything large is imported: a stop asked for then still ends with status 0.
-    with stop.on_signal():
-        from opsdc import distributed, report
+        from opsdc.planner.dry_run import dry_run
         from opsdc.train import OPSDCTrainer
 
-        with distributed.join(config.distributed).one_voice():
+        dry_run(config, OPSDCTrainer)
+        return 0
+    from opsdc.ranks import stop
+
+    # Signals are handled before large imports: a stop asked for then ends with status 0.
+    with stop.on_signal():
+        from opsdc.eval import report
+        from opsdc.ranks import talk
+        from opsdc.train import OPSDCTrainer
+
+        with talk.join(config.distributed).only_first_rank_prints():
             try:
                 trainer = OPSDCTrainer(None, config)
             except stop.Stopped as signal:
@@ -256,46 +195,100 @@ def _train(arguments: argparse.Namespace) -> int:
             if "stopped" not in trainer.train() and trainer.ranks.first:
                 report.print_report(Path(config.output_dir))
             trainer.sampler.close()
-            distributed.leave()
+            talk.leave()
     return 0
 
 
+def _add_eval(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "eval",
+        "compare base, prompt-only and trained on held-out problems",
+        f"RUN [--trained FOLDER] {_ANY}",
+        _eval,
+        _EVAL_EPILOG,
+    )
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (config.yaml)")
+    parser.add_argument(
+        "--trained", type=Path, metavar="FOLDER", help="the trained model (default: RUN/model)"
+    )
+    _setting_flags(parser, only=("output_dir", "seed", "eval.", "data."))
+
+
 def _eval(arguments: argparse.Namespace) -> int:
+    """Answer anew as base, told and trained, and print the report."""
     folder = arguments.folder
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"{folder} is not the folder of a run: it has no config.yaml")
     overrides = _overrides(arguments)
     overrides.setdefault("output_dir", str(folder / "reeval"))
     config = OPSDCConfig.load(folder / "config.yaml", overrides)
-    from opsdc import report
-    from opsdc.evaluate import evaluate_arms
+    from opsdc.eval import report
+    from opsdc.eval.arms import evaluate_arms
 
     evaluate_arms(config, arguments.trained or folder / "model")
     report.print_report(Path(config.output_dir))
     return 0
 
 
+def _add_serve(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "serve",
+        "sample for a run on another machine or GPU, with vLLM",
+        f"[--config FILE] --rollout.server_address HOST:PORT --rollout.weights_dir DIR {_ANY}",
+        _serve,
+        _SERVE_EPILOG,
+    )
+    _config_flag(parser)
+    _setting_flags(parser, only=("model.", "prompt.", "rollout.", "eval."))
+
+
 def _serve(arguments: argparse.Namespace) -> int:
+    """Sample for a run elsewhere until told to stop."""
     config = OPSDCConfig.load(arguments.config, _overrides(arguments))
-    from opsdc.rollout.vllm_serve import serve_run
+    from opsdc.rollout.vllm.server import serve_run
 
     serve_run(config)
     return 0
 
 
+def _add_inspect(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "inspect",
+        "show both prompts, the scored tokens and the divergence per token of one problem",
+        f"[--config FILE] [--problem N | --text TEXT] [--model FOLDER] {_ANY}",
+        _inspect,
+        _INSPECT_EPILOG,
+    )
+    _config_flag(parser)
+    parser.add_argument("--problem", type=int, default=0, metavar="N", help="held-out problem N")
+    parser.add_argument("--text", help="your own problem instead")
+    parser.add_argument(
+        "--batch", type=Path, metavar="FILE", help="a step that a run gave up on: sick-step-*.json"
+    )
+    parser.add_argument("--model", metavar="FOLDER", help="short for --model.name_or_path")
+    parser.add_argument(
+        "--color",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="colours (default: on a terminal)",
+    )
+    _setting_flags(parser, only=("seed", "model.", "data.", "prompt.", "rollout.", "loss."))
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
+    """Show one held-out problem, or a step that a run gave up on."""
     if arguments.batch is not None:
-        from opsdc.replay import replay
+        from opsdc.debug.replay import replay
 
         print(replay(arguments.batch))
         return 0
-    overrides = _overrides(arguments)
-    if arguments.model:
-        overrides["model.name_or_path"] = arguments.model
-    config = OPSDCConfig.load(arguments.config, overrides)
-    from opsdc.dataset import prompted_sets
-    from opsdc.inspect import inspect
-    from opsdc.model import load_model, load_tokenizer
+    config = OPSDCConfig.load(arguments.config, _overrides(arguments))
+    from opsdc.data.prompted import prompted_sets
+    from opsdc.debug.show import inspect
+    from opsdc.models.load import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     rows = None
@@ -313,14 +306,37 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_plan(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "plan",
+        "say before a run whether it fits, with which micro-batch, and where the bytes go",
+        f"[--model NAME|FOLDER|config.json] [--gpu-memory 80GB] [--gpus N] {_ANY}",
+        _plan,
+        _PLAN_EPILOG,
+    )
+    _config_flag(parser, default="qwen3-8b")
+    parser.add_argument("--model", metavar="NAME", help="short for --model.name_or_path")
+    parser.add_argument(
+        "--gpu-memory", metavar="BYTES", help="of one GPU, as 80GB or 76GiB (default: this CPU's)"
+    )
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="data-parallel ranks")
+    parser.add_argument(
+        "--gemm-tflops",
+        type=float,
+        default=600.0,
+        metavar="X",
+        help="rate of a large 16-bit GEMM, for the loss's time (default: 600, assumed)",
+    )
+    _setting_flags(parser)
+
+
 def _plan(arguments: argparse.Namespace) -> int:
-    overrides = _overrides(arguments)
-    if arguments.model:
-        overrides["model.name_or_path"] = arguments.model
-    config = OPSDCConfig.load(arguments.config, overrides)
+    """Print the plan of memory and time; the status is 1 where the run does not fit."""
+    config = OPSDCConfig.load(arguments.config, _overrides(arguments))
     if arguments.gpus < 1 or arguments.gemm_tflops <= 0:
         raise ConfigError("--gpus must be at least 1 and --gemm-tflops above 0")
-    from opsdc.plan import parse_bytes, report, write_header
+    from opsdc.planner.report import parse_bytes, report
 
     plan, text = report(
         config,
@@ -329,16 +345,19 @@ def _plan(arguments: argparse.Namespace) -> int:
         tflops=arguments.gemm_tflops,
     )
     print(text)
-    if arguments.into is not None:
-        flags = [f"--config {arguments.config}"]
-        flags += [f"--gpu-memory {arguments.gpu_memory}"] if arguments.gpu_memory else []
-        flags += [f"--gpus {arguments.gpus}"] if arguments.gpus > 1 else []
-        write_header(arguments.into, f"opsdc plan {' '.join(flags)}", text)
     return 0 if plan.fits else 1
 
 
+def _add_plot(commands: Any) -> None:
+    text = "draw a run: divergence, length, entropy, accuracy"
+    parser = _add_command(commands, "plot", text, "RUN [--output PNG]", _plot)
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (metrics.jsonl)")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/plot.png")
+
+
 def _plot(arguments: argparse.Namespace) -> int:
-    from opsdc.plots import plot_run
+    """Draw a run, and print the name of the picture."""
+    from opsdc.eval.plots import plot_run
 
     print(plot_run(arguments.folder, arguments.output))
     return 0

@@ -1,8 +1,8 @@
-"""Errors a caller can act on. Each also is the standard-library error that it refines."""
+"""The errors that a caller can act on; each is also the standard library's error it refines."""
 
 
 class OPSDCError(Exception):
-    """Base of every error that OPSDC raises on purpose."""
+    """The base of all errors that OPSDC raises on purpose."""
 
 
 class ConfigError(OPSDCError, ValueError):
@@ -26,7 +26,7 @@ class TrainingError(OPSDCError, RuntimeError):
 
 
 class OutOfMemoryError(TrainingError, MemoryError):
-    """A rank of several found no memory; the others cannot go on without it."""
+    """One of several ranks found no memory, and the others cannot go on without it."""
 
 
 class RolloutError(OPSDCError, RuntimeError):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# As for `python examples/…`, whose files import one another.
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+# For `from helpers import …`; and, as for `python examples/…`, files there import one another.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
 
 
 def pytest_addoption(parser):

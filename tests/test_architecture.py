@@ -176,7 +176,7 @@ def test_each_ban_catches_what_it_is_for(line):
 def test_the_safe_loader_is_one():
     import yaml
 
-    from opsdc.config import _Loader
+    from opsdc.config.yaml_file import _Loader
 
     assert issubclass(_Loader, yaml.SafeLoader)
     assert not any("python" in str(tag) for tag in _Loader.yaml_constructors)

@@ -31,8 +31,8 @@ from benchmarks.__main__ import gate
 from benchmarks.contenders import PEER_MODULES, Contender, Failure, contenders
 from benchmarks.inputs import Shape, inputs
 from benchmarks.rollouts import Rollouts
-from opsdc.prompts import build_prompts
-from opsdc.tasks import Problem
+from opsdc.data.problem import Problem
+from opsdc.data.prompts import build_prompts
 from opsdc_kernels import products
 from opsdc_kernels.memory import CPU_WORKSPACE_CAP_BYTES
 from opsdc_kernels.testing import truth

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -17,22 +18,22 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from opsdc import stop
-from opsdc.model import unwrap
-from opsdc.progress import Progress
-from opsdc.rollout import Request, Rollout, SamplingParams, stream_seed
+from opsdc.models.adapters import unwrap
+from opsdc.ranks import stop
+from opsdc.rollout.base import Request, Rollout, SamplingParams, stream_seed
 
 
 class HFSampler:
-    """Samples from the very module that is trained, so a push only moves the version.
+    """A sampler that uses the very module that is trained, so a push only moves the version.
 
     Noise is keyed by (seed, request key, position) and added to the logits of a greedy decode
     (the Gumbel-max trick), so a response does not depend on which others share its batch.
 
-    It computes in the dtype of the weights, also where the trainer's forward runs under autocast:
-    autocast would round the logits, which the loss keeps in float32. Mean and largest |Δ log p|
-    from the loss's own logits with `model.dtype` bfloat16, 144 tokens of a 135M model: 0.014 and
-    0.09 so, 0.024 and 0.11 under autocast, 0.014 and 0.12 with the head alone kept out of it.
+    Sampling computes in the dtype of the weights, also where the trainer's forward runs under
+    autocast, because autocast would round the logits, which the loss keeps in float32. Mean and
+    largest |Δ log p| from the loss's own logits with `model.dtype` bfloat16, over 144 tokens of a
+    135M model, are 0.014 and 0.09 this way, 0.024 and 0.11 under autocast, and 0.014 and 0.12 with
+    the head alone kept out of autocast.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
@@ -44,38 +45,42 @@ class HFSampler:
         self._version = -1
 
     def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:
+        """Note the version; the weights are in the module already."""
         self._version = version
         return {}
 
     def close(self) -> None:
-        pass
+        """Do nothing, because the sampler holds nothing of its own."""
 
     def generate(
         self, requests: Sequence[Request], params: SamplingParams, *, label: str
     ) -> list[Rollout]:
+        """Sample one response per request, in batches of `params.batch_size`."""
         was_training = self._model.training
         self._model.eval()
         # `generate` fills what a call leaves unset from the model folder's own generation config
         # (penalties, suppressed tokens): an empty one keeps them out.
         base = unwrap(self._model)
-        own_config, base.generation_config = base.generation_config, GenerationConfig()
+        saved_config, base.generation_config = base.generation_config, GenerationConfig()
         checkpointed = getattr(self._model, "is_gradient_checkpointing", False)
         rollouts: list[Rollout] = []
-        # Prompts of like length share a batch: less left padding.
+        # Prompts of similar length share a batch, which then needs less padding.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
         groups = [order[i : i + params.batch_size] for i in range(0, len(order), params.batch_size)]
-        progress = Progress(label, total=len(groups) * params.max_new_tokens, unit="position")
+        positions = len(groups) * params.max_new_tokens
+        progress = tqdm(total=positions, desc=label, unit="position", leave=False, delay=2)
         try:
             if checkpointed:
                 self._model.gradient_checkpointing_disable()
-            # Compiled layers are for training: with a cache that grows they would be compiled anew.
+            # Layers compiled for training would be compiled again for a cache that grows.
             with torch.compiler.set_stance("force_eager"):
                 for done, group in enumerate(groups):
                     rollouts += self._generate([requests[i] for i in group], params, progress)
-                    progress.jump((done + 1) * params.max_new_tokens)
+                    # A batch ends early where all its responses do.
+                    progress.update((done + 1) * params.max_new_tokens - progress.n)
         finally:
             progress.close()
-            base.generation_config = own_config
+            base.generation_config = saved_config
             if checkpointed:
                 self._model.gradient_checkpointing_enable()
             self._model.train(was_training)
@@ -84,8 +89,9 @@ class HFSampler:
 
     @torch.no_grad()
     def _generate(
-        self, requests: Sequence[Request], params: SamplingParams, progress: Progress
+        self, requests: Sequence[Request], params: SamplingParams, progress: tqdm
     ) -> list[Rollout]:
+        """Sample one batch, in its order, with prompts padded on the left."""
         device = unwrap(self._model).device
         longest = max(len(r.prompt_ids) for r in requests)
         ids = torch.full((len(requests), longest), self._pad_id, device=device)
@@ -94,7 +100,7 @@ class HFSampler:
             n = len(request.prompt_ids)
             ids[row, longest - n :] = torch.tensor(request.prompt_ids, device=device)
             mask[row, longest - n :] = 1
-        # Before all others: what it sees are the model's own logits.
+        # It stands before all others, so that it sees the model's own logits.
         chosen = _ChosenLogprobs()
         processors = LogitsProcessorList([chosen])
         if params.temperature > 0:
@@ -117,17 +123,19 @@ class HFSampler:
                 use_cache=True,
             ),
             logits_processor=processors,
-            # Ranks of an FSDP model do not wait for each other: see `opsdc.sharding.whole`.
+            # Ranks do not wait for each other, because each has all weights while it samples
+            # (`opsdc.ranks.shard.gathered`).
             synced_gpus=False,
         )
         logprobs = chosen.finish(output[:, -1])
         return [
-            self._rollout(request, row[longest:].tolist(), found)
-            for request, row, found in zip(requests, output, logprobs.tolist(), strict=True)
+            self._rollout(request, row[longest:].tolist(), of_row)
+            for request, row, of_row in zip(requests, output, logprobs.tolist(), strict=True)
         ]
 
     def _rollout(self, request: Request, sampled: list[int], logprobs: list[float]) -> Rollout:
-        # Behind the first end-of-sequence token `generate` only pads.
+        """Cut a row of a batch at its end-of-sequence token."""
+        # Behind the first end-of-sequence token there is only padding.
         end = next((i for i, token in enumerate(sampled) if token in self._eos_ids), None)
         length = len(sampled) if end is None else end + 1
         return Rollout(
@@ -141,21 +149,24 @@ class HFSampler:
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends a response: the generation config's, the config's, the tokenizer's."""
-    found: list[int] = []
+    """Return every id that ends a response, by generation config, config or tokenizer."""
+    ids: list[int] = []
     for value in (
         getattr(model.generation_config, "eos_token_id", None),
         getattr(model.config, "eos_token_id", None),
         tokenizer.eos_token_id,
     ):
         for token in value if isinstance(value, (list, tuple)) else [value]:
-            if token is not None and token not in found:
-                found.append(int(token))
-    return found
+            if token is not None and token not in ids:
+                ids.append(int(token))
+    return ids
 
 
 class _GumbelNoise(LogitsProcessor):
-    """argmax(z − log E), E ~ Exp(1), is a draw from softmax(z); one stream per row."""
+    """Noise that makes a greedy decode a sample, from one random stream per row.
+
+    argmax(z − log E) with E ~ Exp(1) is a draw from softmax(z).
+    """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
@@ -168,11 +179,14 @@ class _GumbelNoise(LogitsProcessor):
 
 
 class _ChosenLogprobs(LogitsProcessor):
-    """log p of what is sampled: logits of a position wait for the next, which shows its token."""
+    """The log-probabilities of the sampled tokens.
+
+    A position's logits are held until the next position, whose input shows the token.
+    """
 
     def __init__(self) -> None:
         self._logits: torch.Tensor | None = None
-        self._found: list[torch.Tensor] = []
+        self._logprobs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         if self._logits is not None:
@@ -181,22 +195,24 @@ class _ChosenLogprobs(LogitsProcessor):
         return scores
 
     def finish(self, last: torch.Tensor) -> torch.Tensor:
-        """[rows, positions], `last` being the tokens of the last position."""
+        """Return all log-probabilities, [rows, positions]; `last` is the last position's tokens."""
         self._take(last)
-        return torch.stack(self._found, dim=1)
+        return torch.stack(self._logprobs, dim=1)
 
     def _take(self, tokens: torch.Tensor) -> None:
         assert self._logits is not None
         logits = self._logits.float()
-        picked = logits.gather(1, tokens[:, None])[:, 0]
-        self._found.append(picked - logits.logsumexp(1))
+        chosen = logits.gather(1, tokens[:, None])[:, 0]
+        self._logprobs.append(chosen - logits.logsumexp(1))
 
 
 class _Advance(LogitsProcessor):
-    def __init__(self, progress: Progress) -> None:
+    """The progress bar's step at every position, where a run that must stop can also leave."""
+
+    def __init__(self, progress: tqdm) -> None:
         self._progress = progress
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.Tensor:
         stop.check()
-        self._progress.advance()
+        self._progress.update()
         return scores

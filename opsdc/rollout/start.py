@@ -1,4 +1,4 @@
-"""Which sampler `rollout.engine` names, built for a run."""
+"""The sampler that `rollout.engine` names, built for a run."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opsdc.config import OPSDCConfig
-from opsdc.distributed import ALONE, Ranks
-from opsdc.model import architecture, unwrap
-from opsdc.rollout import Sampler
+from opsdc.config.settings import OPSDCConfig
+from opsdc.models.adapters import architecture, unwrap
+from opsdc.ranks.talk import ALONE, Ranks
+from opsdc.rollout.base import Sampler
 from opsdc.rollout.hf import HFSampler, eos_token_ids
-from opsdc.rollout.ranks import RankedSampler
+from opsdc.rollout.ranked import RankedSampler
 
 if TYPE_CHECKING:
-    from opsdc.rollout.vllm_sampler import Engine
+    from opsdc.rollout.vllm.sampler import Engine
 
-# Long enough to touch every weight, short enough to cost nothing.
 _PROBE_TOKENS = 64
+"""A probe of this many tokens reaches every weight and costs next to nothing."""
 
 
 def start_sampler(
@@ -34,32 +34,34 @@ def start_sampler(
     probe_ids: Sequence[int],
     ranks: Ranks = ALONE,
 ) -> Sampler:
-    """The sampler of a run. vLLM is imported, or its process started, only when it is asked for.
+    """Build the sampler of a run; vLLM is imported or started only where the settings ask for it.
 
-    `probe_ids`: a prompt, whose first tokens are the fixed sequence that proves each push.
+    `probe_ids` is a prompt, whose first tokens are the fixed sequence that proves each push. Raises
+    ConfigError where the engine cannot serve this run.
     """
     if config.rollout.engine == "hf":
-        sampler = HFSampler(model, tokenizer, seed=config.seed)
-        return sampler if ranks.size == 1 else RankedSampler(sampler, ranks, computes_with=model)
-    from opsdc.rollout.vllm_sampler import VLLMSampler
+        in_place = HFSampler(model, tokenizer, seed=config.seed)
+        return in_place if ranks.size == 1 else RankedSampler(in_place, ranks, computes_with=model)
+    from opsdc.rollout.vllm.sampler import VLLMSampler
 
     engine = _start_engine(config, model, ranks)
     print(f"rollouts: {engine.description}", flush=True)
-    proven = VLLMSampler(
+    sampler = VLLMSampler(
         engine,
         seed=config.seed,
         eos_ids=eos_token_ids(unwrap(model), tokenizer),
         probe_ids=probe_ids[:_PROBE_TOKENS],
         dtype=getattr(torch, config.model.dtype),
-        # Ranks that share a server must call their weights by one name.
+        # Ranks that share a server must give their weights one name.
         run=ranks.from_first(secrets.token_hex(8)),
     )
-    each_its_own = ranks.size > 1 and config.rollout.engine == "vllm"
-    return RankedSampler(proven, ranks) if each_its_own else proven
+    engine_per_rank = ranks.size > 1 and config.rollout.engine == "vllm"
+    return RankedSampler(sampler, ranks) if engine_per_rank else sampler
 
 
 def _start_engine(config: OPSDCConfig, model: Any, ranks: Ranks) -> Engine:
-    from opsdc.rollout.vllm_local import VLLMEngine, engine_options
+    """Start a vLLM engine in this process, or connect to its server."""
+    from opsdc.rollout.vllm.engine import VLLMEngine, engine_options
 
     base = unwrap(model)
     if config.rollout.engine == "vllm":
@@ -68,16 +70,16 @@ def _start_engine(config: OPSDCConfig, model: Any, ranks: Ranks) -> Engine:
         engine = VLLMEngine(options, ranks)
         weakref.finalize(engine, shutil.rmtree, folder, ignore_errors=True)
         return engine
-    from opsdc.rollout.vllm_server import VLLMServer, connect
-    from opsdc.rollout.vllm_shared import SharedServer
+    from opsdc.rollout.vllm.client import VLLMClient, connect
+    from opsdc.rollout.vllm.ranked_client import RankedClient
 
     if ranks.size == 1:
         return connect(config, base)
-    server: VLLMServer | None = None
+    client: VLLMClient | None = None
 
     def start() -> None:
-        nonlocal server
-        server = connect(config, base)
+        nonlocal client
+        client = connect(config, base)
 
-    ranks.alone(start)
-    return SharedServer(server, ranks)
+    ranks.on_first_rank(start)
+    return RankedClient(client, ranks)

@@ -1,4 +1,4 @@
-"""The trainer's side of a weight push: names as in a checkpoint, tied tensors once, LoRA merged."""
+"""Weights on their way to vLLM: named as in a checkpoint, tied tensors once, LoRA merged."""
 
 from __future__ import annotations
 
@@ -12,51 +12,53 @@ from safetensors.torch import save_file
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from opsdc import quantize
 from opsdc.errors import ModelError, WeightSyncError
-from opsdc.model import unwrap
-from opsdc.sharding import full, is_sharded
+from opsdc.models import quantize
+from opsdc.models.adapters import unwrap
+from opsdc.ranks.shard import full, is_sharded
 
 _SHARD_BYTES = 1 << 30
+"""A file of pushed weights is closed at this size."""
 
 
 class Weights:
-    """The weights that a model has now, to be read once or again.
+    """The weights that a model has now, as (name, tensor), to be read once or again.
 
-    Reading after the model was updated raises WeightSyncError: a push that is repeated, to a
-    server that had to be restarted say, must carry the same numbers under the same version.
+    Reading after the model was updated raises WeightSyncError, because a push that is repeated, for
+    example to a server that was restarted, must carry the same numbers under the same version.
     """
 
     def __init__(self, model: Any, dtype: torch.dtype) -> None:
         self._model = model
         self._dtype = dtype
-        self._written = self._count()
+        self._writes = self._count_writes()
 
     @property
     def is_sharded(self) -> bool:
-        """Whether all ranks must read together, because each tensor is gathered for it."""
+        """True where all ranks must read together, because each tensor is gathered for it."""
         return is_sharded(self._model)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._count() != self._written:
+        if self._count_writes() != self._writes:
             raise WeightSyncError(
                 "the model was updated since these weights were named; push the new version"
             )
         yield from named_weights(self._model, self._dtype)
 
-    def _count(self) -> int:
-        """Grows with every write in place to a parameter, an optimizer's step included."""
+    def _count_writes(self) -> int:
+        """Count the writes in place to parameters so far, such as an optimizer's."""
         return sum(p._version for p in self._model.parameters())
 
 
 @torch.no_grad()
 def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the model as a checkpoint names it; an adapter is added to what it adapts,
-    4-bit weights are dequantized.
+    """Yield every tensor of the model in `dtype`, by the name that a checkpoint gives it.
 
-    One tensor exists at a time beside the model's own, but for architectures that transformers
-    keeps in another layout than their checkpoints (mixtures of experts). Of a model that is cut
-    over ranks each is gathered: all ranks must read at once.
+    An adapter is added to the weights it adapts, 4-bit weights are dequantized. One tensor exists
+    at a time beside the model's own, except for architectures that transformers keeps in another
+    layout than their checkpoints (mixtures of experts). A model that is cut over ranks is gathered
+    tensor by tensor, so all ranks must read at once. Raises ModelError for weights quantized in any
+    other way.
     """
     base = unwrap(model)
     if _changes_layout(base):
@@ -66,16 +68,20 @@ def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.T
 
 
 def _changes_layout(base: Any) -> bool:
-    found = getattr(base, "_weight_conversions", None)
-    return bool(get_model_conversion_mapping(base, add_legacy=False) if found is None else found)
+    """Return True where transformers keeps weights in another layout than checkpoints do."""
+    conversions = getattr(base, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(base, add_legacy=False)
+    return bool(conversions)
 
 
 def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the model's tensors by their plain names, adapters added, whole on each rank."""
     adapted = {n: m for n, m in base.named_modules() if hasattr(m, "get_delta_weight")}
     in_4_bits = tuple(f"{name}." for name in quantize.quantized(base))
     seen: set[int] = set()
     for name, tensor in base.state_dict(keep_vars=True).items():
-        # Behind a 4-bit weight follow its scales.
+        # The scales of a 4-bit weight are named behind it.
         if id(tensor) in seen or name.startswith(in_4_bits):
             continue
         seen.add(id(tensor))
@@ -89,14 +95,14 @@ def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]
         owner, _, parameter = name.partition(".base_layer.")
         if parameter == "weight" and owner in adapted:
             layer = adapted[owner]
-            # Added in float32: the sum, not each part of it, is rounded to the engine's dtype.
+            # In float32, so that the sum is rounded to the engine's dtype, not each part of it.
             tensor = tensor.float()
             for adapter in layer.active_adapters:
                 tensor = tensor + layer.get_delta_weight(adapter).float()
         elif not parameter and any(name.startswith(f"{n}.") for n in adapted):
             continue
         plain = f"{owner}.{parameter}" if parameter else name
-        # Rounded first: half as many bytes to gather.
+        # Rounded before it is gathered, which halves the bytes that ranks exchange.
         yield plain, full(tensor.detach().to(dtype))
 
 
@@ -121,7 +127,7 @@ def write_weights(weights: Weights, folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """What `write_weights` wrote, tensor by tensor."""
+    """Yield the (name, tensor) of a folder that `write_weights` wrote."""
     for path in sorted(folder.glob("weights-*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
@@ -130,7 +136,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def sequence_logprobs(model: Any, ids: Sequence[int], dtype: torch.dtype) -> list[float]:
-    """log p(ids[i] | ids[:i]), i ≥ 1, at temperature 1, as the trainer's forward computes them."""
+    """Return log p(ids[i] | ids[:i]) for i ≥ 1 at temperature 1, by the trainer's own forward."""
     base = unwrap(model)
     was_training = base.training
     base.eval()

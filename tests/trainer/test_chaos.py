@@ -20,12 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import tests_runs as runs
 import torch
+from helpers import runs
 from transformers import TrainerCallback
 
-from opsdc import checkpoint, stop
-from opsdc.config import OPSDCConfig
+from opsdc.config.settings import OPSDCConfig
+from opsdc.ranks import stop
+from opsdc.record import checkpoint
 from opsdc.train import OPSDCTrainer
 
 M = 3
@@ -140,22 +141,22 @@ def kill_around_save(step, when):
 
 # Where a run can break: module, attribute, before or after its n-th call.
 CRASH_POINTS = {
-    "before any file of a save": ("opsdc.checkpoint", "save_weights", "before", 3),
-    "after the model's weights": ("opsdc.checkpoint", "save_weights", "after", 3),
-    "after the teacher's weights": ("opsdc.checkpoint", "save_weights", "after", 4),
-    "after the optimizer's moments": ("opsdc.checkpoint", "save_file", "after", 2),
-    "between two syncs": ("opsdc.checkpoint", "_sync", "after", 20),
-    "before the manifest": ("opsdc.checkpoint", "_write_json", "before", 4),
-    "before the rename": ("opsdc.checkpoint.Path", "rename", "before", 2),
-    "after the rename": ("opsdc.checkpoint.Path", "rename", "after", 2),
-    "before pruning": ("opsdc.checkpoint", "_remove", "before", 1),
-    "in the middle of pruning": ("opsdc.checkpoint.shutil", "rmtree", "before", 2),
+    "before any file of a save": ("opsdc.record.checkpoint", "save_weights", "before", 3),
+    "after the model's weights": ("opsdc.record.checkpoint", "save_weights", "after", 3),
+    "after the teacher's weights": ("opsdc.record.checkpoint", "save_weights", "after", 4),
+    "after the optimizer's moments": ("opsdc.record.checkpoint", "save_file", "after", 2),
+    "between two syncs": ("opsdc.record.checkpoint", "_sync", "after", 20),
+    "before the manifest": ("opsdc.record.checkpoint", "_write_json", "before", 4),
+    "before the rename": ("opsdc.record.checkpoint.Path", "rename", "before", 2),
+    "after the rename": ("opsdc.record.checkpoint.Path", "rename", "after", 2),
+    "before pruning": ("opsdc.record.checkpoint", "_remove", "before", 1),
+    "in the middle of pruning": ("opsdc.record.checkpoint.shutil", "rmtree", "before", 2),
     "after the optimizer's step": ("opsdc.train", "update", "after", 4),
-    "after the teacher's refresh": ("opsdc.teacher.Teacher", "after_update", "after", M),
+    "after the teacher's refresh": ("opsdc.method.teacher.Teacher", "after_update", "after", M),
     "after the push to the sampler": ("opsdc.rollout.hf.HFSampler", "push", "after", 5),
-    "before the record": ("opsdc.metrics.Lines", "write", "before", 8),
-    "between responses and record": ("opsdc.metrics.Lines", "write", "after", 7),
-    "before an evaluation is written": ("opsdc.evaluate", "write_answers", "before", 3),
+    "before the record": ("opsdc.record.lines.Lines", "write", "before", 8),
+    "between responses and record": ("opsdc.record.lines.Lines", "write", "after", 7),
+    "before an evaluation is written": ("opsdc.eval.arms", "write_answers", "before", 3),
 }
 
 
@@ -279,10 +280,10 @@ def test_sigterm_at_a_random_moment(settings, whole, tmp_path, part):
 
 # What a run of the demo model may be doing: module, attribute, and how long it may take.
 DOING = {
-    "preflight": ("opsdc.train.OPSDCTrainer", "_preflight", 5),
-    "rollout": ("opsdc.train.OPSDCTrainer", "_generate", 8),
+    "preflight": ("opsdc.checks", "before_first_step", 5),
+    "rollout": ("opsdc.train", "sample_step", 8),
     "update": ("opsdc.train", "update", 8),
-    "save": ("opsdc.checkpoint", "save", 6),
+    "save": ("opsdc.record.checkpoint", "save", 6),
 }
 
 
@@ -363,11 +364,11 @@ def test_the_demo_model_is_left_within_thirty_seconds(smollm2, tmp_path, part):
 # Where the signal arrives: its place, the call that sends it, and the step that is saved then.
 STOPS = {
     "rollout": ("opsdc.rollout.hf._Advance", "__call__", 43, {2, 3}),
-    "teacher's pass": ("opsdc.update", "teacher_hidden_states", 4, {3}),
-    "student's pass": ("opsdc.update", "distillation_loss", 8, {2, 3}),
-    "save": ("opsdc.checkpoint", "save_file", 2, {4}),
-    "teacher's refresh": ("opsdc.teacher.Teacher", "after_update", 3, {3}),
-    "evaluation": ("opsdc.evaluate", "score", 5, {2}),
+    "teacher's pass": ("opsdc.method.update", "teacher_pass", 4, {3}),
+    "student's pass": ("opsdc.method.update", "distillation_loss", 8, {2, 3}),
+    "save": ("opsdc.record.checkpoint", "save_file", 2, {4}),
+    "teacher's refresh": ("opsdc.method.teacher.Teacher", "after_update", 3, {3}),
+    "evaluation": ("opsdc.eval.answers", "score", 5, {2}),
 }
 
 

@@ -39,7 +39,7 @@ def test_train_prints_steps_and_the_comparison(finished):
     _, stdout, _ = finished
     assert "step 4/4" in stdout
     assert stdout.count("teacher refreshed") == 2
-    for words in ("token reduction", "before,", "after,", "by difficulty", "told to be"):
+    for words in ("token reduction", "before,", "after,", "by the length", "told to be"):
         assert words in stdout
 
 

@@ -4,16 +4,17 @@ import math
 
 import pytest
 import torch
+from helpers.passes import both_passes
 
-from opsdc import preflight
-from opsdc.batch import Pair
-from opsdc.config import OPSDCConfig, TeacherConfig
-from opsdc.dataset import prompted_sets
-from opsdc.model import load_model, load_tokenizer, read_head
-from opsdc.rollout import Request, SamplingParams, difference
+from opsdc import checks
+from opsdc.config.settings import OPSDCConfig, TeacherConfig
+from opsdc.data.prompted import prompted_sets
+from opsdc.method.batch import Layout, Pair
+from opsdc.method.teacher import Teacher
+from opsdc.models.head import read_head
+from opsdc.models.load import load_model, load_tokenizer
+from opsdc.rollout.base import Request, SamplingParams, difference
 from opsdc.rollout.hf import HFSampler
-from opsdc.teacher import Teacher
-from opsdc.update import Layout, backward, teacher_hidden_states
 
 pytestmark = pytest.mark.model
 
@@ -41,7 +42,7 @@ def setting(smollm2):
         for i, (p, r) in enumerate(zip(batch, rollouts))
     ]
     teacher = Teacher(model, TeacherConfig(mode="frozen"))
-    zero = preflight.same_prompt_divergence(model, teacher, pairs, layout(), config)
+    zero = checks.same_prompt_divergence(model, teacher, pairs, layout(), config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
@@ -57,8 +58,7 @@ def gradients(setting, where, **loss):
     model, teacher, pairs, config, _ = setting
     config = OPSDCConfig.from_dict({**config.to_dict(), "loss": loss})
     model.zero_grad(set_to_none=True)
-    kept = teacher_hidden_states(model, teacher, pairs, where)
-    value, _, stats = backward(model, teacher, pairs, kept, where, config)
+    value, _, stats = both_passes(model, teacher, pairs, where, config)
     flat = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
     return value, flat, torch.cat([s.divergence for s in stats])
 
@@ -70,8 +70,8 @@ def test_same_prompt_gives_exactly_zero(setting):
 def test_packed_equals_single_or_packing_is_off(setting):
     model, _, pairs, config, _ = setting
     sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
-    assert preflight.packing_difference(model, sequences, torch.float32) <= 1e-4
-    assert not preflight.choose_packing(model, config, sequences)[0]
+    assert checks.packing_difference(model, sequences, torch.float32) <= 1e-4
+    assert not checks.choose_packing(model, config, sequences)[0]
 
 
 def test_layouts_and_backends_give_one_gradient(setting):

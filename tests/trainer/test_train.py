@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from tests_tiny import byte_tokenizer, tiny_model
+from helpers.tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from opsdc import checkpoint, train
-from opsdc.config import OPSDCConfig
+from opsdc import train
+from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError, DataError, TrainingError
-from opsdc.metrics import read_lines
+from opsdc.record import checkpoint
+from opsdc.record.lines import read_lines
 from opsdc.train import OPSDCTrainer
 
 KEYS = {
@@ -198,7 +199,7 @@ def test_the_divergence_falls_by_nine_tenths_in_200_steps(make_config, tmp_path,
 @pytest.mark.slow
 def test_without_the_gradient_of_the_loss_it_does_not(make_config, tmp_path, monkeypatch):
     """The divergence is still measured, but what is differentiated is zero."""
-    from opsdc import update
+    from opsdc.method import update
 
     real = update.distillation_loss
 
@@ -318,7 +319,8 @@ def test_too_few_problems_for_a_step(make_config):
 @pytest.mark.parametrize("place", ["rollout", "hidden states", "gradient"])
 def test_one_sick_step_leaves_parameters_and_moments_untouched(make_config, monkeypatch, place):
     """NaN once, in step 2: the bits before and after it are the same, and the run goes on."""
-    from opsdc import train, update
+    from opsdc import train
+    from opsdc.method import update
 
     states, calls = [], [0]
     real_update, real_hidden = train.update, update.hidden_states

@@ -1,0 +1,1 @@
+"""Problems and the prompts made of them."""

@@ -1,0 +1,134 @@
+"""Problems with both of their prompts, for training and for evaluation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from opsdc.config.settings import OPSDCConfig, PromptConfig
+from opsdc.data.problem import Problem, ProblemSet
+from opsdc.data.prompts import PromptPair, build_prompts, load_instruction
+from opsdc.data.sources import load_problems, problems_from_rows
+from opsdc.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """A problem and its two prompts."""
+
+    problem: Problem
+    prompts: PromptPair
+
+
+class PromptedSet:
+    """A problem set whose prompts are made when they are asked for."""
+
+    def __init__(
+        self, problems: ProblemSet, tokenizer: PreTrainedTokenizerBase, config: PromptConfig
+    ) -> None:
+        self._problems = problems
+        self._tokenizer = tokenizer
+        self._config = config
+        self._instruction = load_instruction(config.instruction)
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> Prompted:
+        return self._prompted(self._problems[index])
+
+    def batch(self, step: int, size: int) -> list[Prompted]:
+        """Return the problems of a step with their prompts; see `ProblemSet.batch`."""
+        return [self._prompted(p) for p in self._problems.batch(step, size)]
+
+    def _prompted(self, problem: Problem) -> Prompted:
+        prompts = build_prompts(
+            problem,
+            self._tokenizer,
+            instruction=self._instruction,
+            placement=self._config.placement,
+            enable_thinking=self._config.enable_thinking,
+        )
+        return Prompted(problem, prompts)
+
+    def within_limit(self, name: str) -> PromptedSet:
+        """Return this set without problems whose prompts are longer than `prompt.max_tokens`.
+
+        Cutting a prompt would cut the instruction or the question, so none is ever cut. Standard
+        error says how many problems are dropped; DataError is raised where that leaves none.
+        """
+        limit = self._config.max_tokens
+        short_enough, longest = [], 0
+        for i in tqdm(range(len(self)), desc=f"{name} prompts", leave=False, delay=2):
+            item = self[i]
+            n = max(len(item.prompts.student_ids), len(item.prompts.teacher_ids))
+            longest = max(longest, n)
+            if n <= limit:
+                short_enough.append(item.problem)
+        dropped = len(self) - len(short_enough)
+        if dropped:
+            print(
+                f"{name}: dropped {dropped} of {len(self)} problems whose prompt is longer than "
+                f"prompt.max_tokens {limit} (longest: {longest})",
+                file=sys.stderr,
+            )
+        if dropped and not short_enough:
+            raise DataError(
+                f"every {name} prompt is longer than prompt.max_tokens {limit}; raise it to at "
+                f"least {longest} or shorten prompt.instruction"
+            )
+        return PromptedSet(
+            ProblemSet(short_enough, seed=self._problems.seed), self._tokenizer, self._config
+        )
+
+
+def prompted_sets(
+    config: OPSDCConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Sequence[Mapping[str, Any]] | None = None,
+    eval_rows: Sequence[Mapping[str, Any]] | None = None,
+) -> tuple[PromptedSet, PromptedSet]:
+    """Return the training and the held-out set, from rows where given, else from `data.source`.
+
+    Without `eval_rows`, `data.eval_size` problems are held out from the others. Raises DataError
+    where too few problems are left to fill a step, and the errors of `load_problems`.
+    """
+    data = config.data
+
+    def from_rows(rows: Sequence[Mapping[str, Any]], origin: str) -> ProblemSet:
+        return problems_from_rows(
+            rows,
+            origin=origin,
+            prompt_column=data.prompt_column,
+            answer_column=data.answer_column,
+            seed=config.seed,
+        )
+
+    if train_rows is not None:
+        problems = from_rows(train_rows, "train_dataset")
+    else:
+        problems = load_problems(
+            data.source,
+            split=data.split,
+            options=data.options,
+            prompt_column=data.prompt_column,
+            answer_column=data.answer_column,
+            seed=config.seed,
+        )
+    if eval_rows is not None:
+        train, held_out = problems, from_rows(eval_rows, "eval_dataset")
+    else:
+        train, held_out = problems.split(data.eval_size)
+    training = PromptedSet(train, tokenizer, config.prompt).within_limit("training")
+    if len(training) < config.rollout.prompts_per_step:
+        raise DataError(
+            f"{len(training)} training problems are fewer than rollout.prompts_per_step "
+            f"{config.rollout.prompts_per_step} (data.eval_size {data.eval_size} are held out); "
+            "lower one of the two or give more problems"
+        )
+    return training, PromptedSet(held_out, tokenizer, config.prompt).within_limit("held-out")

@@ -1,0 +1,230 @@
+"""Sources of problems: files, datasets, procedural tasks and rows in memory.
+
+Sources: a .jsonl, .json or .parquet file; a Hub dataset (or a local dataset folder); a procedural
+task, `reasoning_gym:TASK`; the demo's `embedded:word_sums`. Columns, the first that exists unless
+one is named:
+
+    prompt   `messages` or `prompt` (a chat: role and content; trailing assistant turns are
+             dropped), `prompt`, `problem` or `question` (text)
+    answer   `answer`, `solution`, `ground_truth`, `reward_model.ground_truth` (a dot goes into a
+             nested column); optional, and only metrics look at it
+    teacher  `teacher_prompt` (text or a chat): the teacher's whole prompt; the instruction is then
+             not added
+
+A worked solution as answer is reduced to its last boxed expression, or to what follows "####".
+
+Every row becomes a problem or an error that says where: rows are never skipped or repaired. The one
+exception is counted and said: training rows whose prompt is also held out (`ProblemSet.split`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from opsdc.data import columns
+from opsdc.data.problem import Problem, ProblemSet
+from opsdc.data.text import dapo_prompt, last_boxed
+from opsdc.data.word_sums import word_sums
+from opsdc.errors import ConfigError, DataError
+
+_PROMPT_COLUMNS = ("messages", "prompt", "problem", "question")
+"""The prompt is looked for in these columns, in this order, unless one is named."""
+
+_ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
+"""The answer is looked for in these columns, in this order, unless one is named."""
+
+_GYM = "reasoning_gym:"
+"""The name of a procedural task follows this prefix."""
+
+_EMBEDDED = "embedded:word_sums"
+"""This source is the demo's own problems."""
+
+
+def load_problems(
+    source: str,
+    *,
+    split: str | None,
+    options: dict[str, Any],
+    prompt_column: str | None,
+    answer_column: str | None,
+    seed: int,
+) -> ProblemSet:
+    """Load all problems of a source; the module's docstring names sources and columns.
+
+    Args:
+        split: The split of a Hub dataset; None means train. No other source has one.
+        options: Passed on to `datasets.load_dataset` or to the reasoning-gym task (`size` and its
+            own settings, but for the seed). `prompt_template`, for every source, is a text in which
+            {problem} stands for the problem, or DAPO or DAPO-no-reminder, the paper's training and
+            evaluation prompts.
+
+    Raises DataError, naming file and line or row, the columns that exist, and the remedy;
+    ConfigError for an option that is unknown or a package that is missing.
+    """
+    options = dict(options)
+    layout = _layout(options.pop("prompt_template", None))
+    if source.startswith(_GYM):
+        if split is not None:
+            raise ConfigError(f"data.split {split!r}: {source} has no splits; unset it")
+        task = source.removeprefix(_GYM)
+        return ProblemSet(_gym_problems(task, options, layout, seed), seed=seed)
+    path = Path(source)
+    numbered: Iterable[tuple[int, Any]]
+    if source == _EMBEDDED:
+        unit, name = "row", "word_sums"
+        numbered = enumerate(_word_sum_rows(split, options, seed), 1)
+    elif path.suffix in columns.FILE_TYPES:
+        if options or split is not None:
+            given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
+            raise ConfigError(f"{given} means nothing to the file {source}; unset it")
+        unit = "line" if path.suffix == ".jsonl" else "row"
+        numbered, name = columns.read_file(path), path.name
+    else:
+        unit, split = "row", split or "train"
+        numbered = enumerate(columns.read_dataset(source, split, options), 1)
+        name = f"{source}:{split}"
+    problems = _make_problems(numbered, source, name, unit, prompt_column, answer_column, layout)
+    return ProblemSet(problems, seed=seed)
+
+
+def problems_from_rows(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    origin: str,
+    prompt_column: str | None,
+    answer_column: str | None,
+    seed: int,
+) -> ProblemSet:
+    """Make problems of rows in memory: a list of mappings or a `datasets.Dataset`.
+
+    `origin` names them in ids and errors. Columns and errors are those of `load_problems`.
+    """
+    layout = _layout(None)
+    problems = _make_problems(
+        enumerate(rows, 1), origin, origin, "row", prompt_column, answer_column, layout
+    )
+    return ProblemSet(problems, seed=seed)
+
+
+def _make_problems(
+    numbered: Iterable[tuple[int, Any]],
+    source: str,
+    name: str,
+    unit: str,
+    prompt_column: str | None,
+    answer_column: str | None,
+    layout: Callable[[str], str],
+) -> list[Problem]:
+    """Make a problem of every numbered row.
+
+    Errors name a row as "{source}, {unit} {number}", ids as "{name}:{number}".
+    """
+    problems = []
+    for number, row in numbered:
+        where = f"{source}, {unit} {number}"
+        if not isinstance(row, Mapping):
+            raise DataError(f"{where} must be an object with columns, not {type(row).__name__}")
+        column, value = columns.pick(row, prompt_column, _PROMPT_COLUMNS, "prompt", where)
+        messages = _laid_out(columns.chat(value, f"{where}, column {column}"), layout)
+        teacher = row.get("teacher_prompt")
+        place = f"{where}, column teacher_prompt"
+        problems.append(
+            Problem(
+                id=f"{name}:{number}",
+                messages=messages,
+                answer=_answer(row, answer_column, where),
+                teacher_messages=None if teacher is None else columns.chat(teacher, place),
+            )
+        )
+    if not problems:
+        raise DataError(f"{source} holds no problems; check data.source and data.split")
+    return problems
+
+
+def _answer(row: Mapping[str, Any], answer_column: str | None, where: str) -> str | None:
+    """Return a row's answer as text; None where no column holds one and none is named."""
+    if answer_column is None and all(columns.column(row, c) is None for c in _ANSWER_COLUMNS):
+        return None
+    column, value = columns.pick(row, answer_column, _ANSWER_COLUMNS, "answer", where)
+    answer = columns.number_or_text(value, f"{where}, column {column}")
+    # In a worked solution the answer is in the last box (MATH) or behind #### (GSM8K).
+    _, mark, behind = answer.rpartition("####")
+    return last_boxed(answer) or (behind.strip() if mark else "") or answer
+
+
+def _layout(template: Any) -> Callable[[str], str]:
+    """Return the function that turns a problem's text into the user turn."""
+    if template is None:
+        return lambda problem: problem
+    if template == "DAPO":
+        return dapo_prompt
+    if template == "DAPO-no-reminder":
+        return lambda problem: dapo_prompt(problem, reminder=False)
+    if not isinstance(template, str) or template.count("{problem}") != 1:
+        raise ConfigError(
+            "data.options.prompt_template must be DAPO, DAPO-no-reminder or a text with {problem} "
+            f"once in it, not {template!r}"
+        )
+    return lambda problem: template.replace("{problem}", problem)
+
+
+def _laid_out(
+    messages: tuple[dict[str, str], ...], layout: Callable[[str], str]
+) -> tuple[dict[str, str], ...]:
+    """Return a chat with its last turn in the layout."""
+    last = messages[-1]
+    return (*messages[:-1], {**last, "content": layout(last["content"])})
+
+
+def _gym_problems(
+    task: str, options: dict[str, Any], layout: Callable[[str], str], seed: int
+) -> list[Problem]:
+    """Make the problems of a reasoning-gym task."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise ConfigError(
+            f'data.source {_GYM}{task} needs the package reasoning-gym: pip install "opsdc[eval]"'
+        ) from error
+    if "seed" in options:
+        raise ConfigError("data.options.seed: the task's seed is the top-level seed; unset it")
+    options = {"seed": seed, **options}
+    try:
+        dataset = reasoning_gym.create_dataset(task, **options)
+        rows = [dataset[i] for i in range(len(dataset))]
+    except Exception as error:  # Its checks are assertions, TypeErrors and ValueErrors alike.
+        raise ConfigError(
+            f"data.source {_GYM}{task} with data.options {options}: {error or repr(error)}; "
+            "check the task's name and its settings in reasoning-gym's gallery"
+        ) from error
+    problems = []
+    for i, row in enumerate(rows):
+        where = f"{_GYM}{task}, problem {i}"
+        answer = row["answer"]
+        problems.append(
+            Problem(
+                id=f"{task}:{seed}:{i}",
+                messages=_laid_out(columns.chat(row["question"], where), layout),
+                answer=None if answer is None else columns.number_or_text(answer, where),
+                entry={"task": task, "options": options, "index": i},
+            )
+        )
+    if not problems:
+        raise DataError(f"{_GYM}{task} makes no problems; set data.options.size above 0")
+    return problems
+
+
+def _word_sum_rows(split: str | None, options: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Return the rows of the demo's problems; the only option is `size`."""
+    size = options.pop("size", 500)
+    if split is not None or options:
+        given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
+        raise ConfigError(f"{given} means nothing to {_EMBEDDED}, which knows `size`; unset it")
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise ConfigError(f"data.options.size must be a whole number, got {size!r}")
+    try:
+        return word_sums(size, seed)
+    except ValueError as error:
+        raise ConfigError(f"data.options.size: {error}") from error

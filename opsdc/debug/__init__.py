@@ -1,0 +1,1 @@
+"""A close look at one problem, or at one step that failed."""

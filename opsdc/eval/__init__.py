@@ -1,0 +1,1 @@
+"""Answers to held-out problems, scored and compared."""

@@ -1,0 +1,105 @@
+"""The picture of a run from its record: divergence, response length, entropy, accuracy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from opsdc.errors import DataError
+from opsdc.eval.answers import headline, read_answers
+from opsdc.record.lines import read_lines
+
+
+def plot_run(run: Path, target: Path | None = None) -> Path:
+    """Draw `run`/metrics.jsonl and `run`/eval as a PNG, with the teacher's refreshes marked.
+
+    Returns the file: `target`, by default `run`/plot.png. Raises DataError where the folder holds
+    no record.
+    """
+    rows = read_lines(run / "metrics.jsonl")
+    if not rows:
+        raise DataError(f"no steps in {run / 'metrics.jsonl'}: is {run} the folder of a run?")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    steps = [row["step"] for row in rows]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    (divergence, length), (entropy, accuracy) = axes
+
+    def series(key: str) -> list[float]:
+        return [float("nan") if row[key] is None else row[key] for row in rows]
+
+    # Measures of training, one point a step.
+    divergence.plot(steps, series("loss_nats"), "o-", ms=3, label="loss")
+    divergence.plot(steps, series("kl_p90"), "-", lw=1, alpha=0.7, label="90th percentile")
+    divergence.plot(steps, series("kl_p50"), "-", lw=1, alpha=0.7, label="median")
+    divergence.set(title="KL(student‖teacher) per token", ylabel="nats", yscale="log")
+    length.plot(steps, series("response_tokens_mean"), "o-", ms=3, label="training rollouts (mean)")
+    length.set(title="Response length", ylabel="tokens", ylim=(0, None))
+    entropy.plot(steps, series("student_entropy"), "o-", ms=3, label="student")
+    entropy.plot(steps, series("teacher_entropy"), "-", lw=1, label="teacher")
+    entropy.set(title="Entropy per token", ylabel="nats", ylim=(0, None))
+    _draw_held_out(run, steps[-1], length, accuracy)
+
+    refreshes = _refreshes(rows)
+    for axis in axes.flat:
+        for i, step in enumerate(refreshes):
+            label = "teacher refresh" if i == 0 else None
+            axis.axvline(step + 0.5, color="tab:red", lw=0.8, alpha=0.5, label=label)
+        axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.25)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    target = target or run / "plot.png"
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+    return target
+
+
+def _draw_held_out(run: Path, last_step: int, length: Any, accuracy: Any) -> None:
+    """Draw the held-out answers of the student over the steps, and of the told base as a line."""
+    accuracy.set(title="Held-out problems", ylabel="share", ylim=(-0.02, 1.02))
+    evaluated = _evaluations(run, last_step)
+    if evaluated:
+        at = [step for step, _ in evaluated]
+        length.plot(at, [h["tokens_mean"] for _, h in evaluated], "s--", label="held-out (mean)")
+        accuracy.plot(at, [h["truncated"] for _, h in evaluated], "s--", label="truncated")
+        if all(h["accuracy"] is not None for _, h in evaluated):
+            accuracy.plot(at, [h["accuracy"] for _, h in evaluated], "o-", label="accuracy")
+    prompt_only = run / "eval" / "prompt_only.jsonl"
+    if prompt_only.is_file():
+        told = headline(read_answers(prompt_only))
+        length.axhline(told["tokens_mean"], color="gray", ls=":", label="base, told to be concise")
+        if told["accuracy"] is not None:
+            accuracy.axhline(told["accuracy"], color="gray", ls=":", label="base, told: accuracy")
+
+
+def _refreshes(rows: list[dict[str, Any]]) -> list[int]:
+    """List the steps after which the teacher was refreshed."""
+    # An ema teacher changes at every step; only a jump over several steps is a refresh.
+    before = 0
+    steps = []
+    for row in rows:
+        if row["teacher_version"] - before > 1:
+            steps.append(row["step"])
+        before = row["teacher_version"]
+    return steps
+
+
+def _evaluations(run: Path, last_step: int) -> list[tuple[int, dict[str, Any]]]:
+    """Return (step, headline) of each evaluation as the student, in order of the steps.
+
+    The base stands at step 0 and the trained model at `last_step`.
+    """
+    headlines = {}
+    for path in (run / "eval").glob("*.jsonl"):
+        match = re.fullmatch(r"step-(\d+)", path.stem)
+        step = {"base": 0, "trained": last_step}.get(path.stem, int(match[1]) if match else None)
+        if step is not None:
+            headlines[step] = headline(read_answers(path))
+    return sorted(headlines.items())

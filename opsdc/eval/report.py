@@ -1,0 +1,128 @@
+"""The result of a run as a table for the terminal, with answers before and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opsdc.config.settings import OPSDCConfig
+from opsdc.eval.answers import read_answers
+from opsdc.eval.arms import write_summary
+from opsdc.eval.plots import plot_run
+
+_ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
+"""Arms by their key in summary.json, with the title of their row."""
+
+_SAMPLES = 3
+"""Number of answers that are shown before and after."""
+
+_SHOWN_CHARACTERS = 400
+"""Length at which a shown answer is cut."""
+
+
+def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write a finished run's summary.json and plot.png; return the summary."""
+    summary = write_summary(folder, config, facts)
+    plot_run(folder)
+    return summary
+
+
+def print_report(folder: Path) -> None:
+    """Print the tables and sample answers of `folder`/summary.json, as far as they exist."""
+    summary = json.loads((folder / "summary.json").read_text("utf-8"))
+    if "trained" in summary:
+        print(f"\n{summary['base']['answers']} held-out answers per row")
+        print(_arms_table(summary))
+        print("\nby the length of the base model's answers")
+        print(_lengths_table(summary["by_length"]))
+        print("\n" + _samples(folder))
+        print(_verdict(summary))
+    print(f"record: {folder}/ (summary.json, metrics.jsonl, plot.png)")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out columns of text, the first aligned to the left and the others to the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    shown = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([shown[0], "─" * len(shown[0]), *shown[1:]])
+
+
+def _arms_table(summary: dict[str, Any]) -> str:
+    head = ("", "mean tokens", "p10 / p50 / p90", "truncated", "accuracy", "no answer found")
+    rows = []
+    for key, name in _ARMS.items():
+        arm = summary[key]
+        rows.append((
+            name,
+            f"{arm['tokens_mean']:.1f}",
+            f"{arm['tokens_p10']:.0f} / {arm['tokens_p50']:.0f} / {arm['tokens_p90']:.0f}",
+            _percent(arm["truncated"]),
+            _percent(arm["accuracy"]),
+            _percent(arm["no_answer_found"]),
+        ))  # fmt: skip
+    return _table(head, rows)
+
+
+def _lengths_table(bins: Sequence[dict[str, Any]]) -> str:
+    head = ("", "problems", "tokens base → trained", "reduction", "accuracy base → trained")
+    rows = [
+        (
+            row["bin"],
+            str(row["problems"]),
+            f"{row['base_tokens']:.1f} → {row['trained_tokens']:.1f}",
+            _percent(row["token_reduction"]),
+            f"{_percent(row.get('base_accuracy'))} → {_percent(row.get('trained_accuracy'))}",
+        )
+        for row in bins
+    ]
+    return _table(head, rows)
+
+
+def _samples(folder: Path) -> str:
+    """Show the first trained answers below the base's to the same problems."""
+    before = {(a.problem_id, a.sample): a for a in read_answers(folder / "eval" / "base.jsonl")}
+    shown = []
+    for after in read_answers(folder / "eval" / "trained.jsonl")[:_SAMPLES]:
+        base = before[after.problem_id, after.sample]
+        for title, text in (
+            (f"problem (answer: {after.gold})", after.question),
+            (f"before, {base.tokens} tokens", base.text),
+            (f"after, {after.tokens} tokens", after.text),
+        ):
+            short = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " […]"
+            shown += [f"── {title}", short.strip()]
+        shown.append("")
+    return "\n".join(shown)
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    """Say in a few lines what training changed, with intervals."""
+    trained = summary["compared_with_base"]["trained"]
+    low, high = trained["token_reduction_ci95"]
+    lines = [
+        f"token reduction {_percent(trained['token_reduction'])} "
+        f"(95 % interval {_percent(low)} … {_percent(high)})"
+    ]
+    if "accuracy_difference" in trained:
+        low, high = trained["accuracy_difference_ci95"]
+        lines.append(
+            f"accuracy difference {100 * trained['accuracy_difference']:+.1f} points "
+            f"(95 % interval {100 * low:+.1f} … {100 * high:+.1f}; smallest difference this sample "
+            f"shows with 80 % power: {100 * trained['accuracy_detectable']:.1f})"
+        )
+    if "seconds" in summary:
+        lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"

@@ -1,0 +1,1 @@
+"""The method itself: batches, the teacher, the loss, one update."""

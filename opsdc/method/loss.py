@@ -1,0 +1,90 @@
+"""The divergence from hidden states: the one place where the trainer calls the kernels' loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opsdc.config.settings import LossConfig
+from opsdc.method.selection import kept_tokens
+from opsdc.models.head import Head
+from opsdc_kernels import DivergenceStats, linear_divergence
+
+
+def distillation_loss(
+    student_hidden: torch.Tensor,
+    student_head: Head,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head,
+    token_weight: torch.Tensor | None,
+    config: LossConfig,
+    *,
+    reduction: str = "sum",
+    target_ids: torch.Tensor | None = None,
+    exact_value: bool = False,
+) -> tuple[torch.Tensor, DivergenceStats]:
+    """Compute Σ_t w_t · D(student_t, teacher_t) over the full vocabulary, at temperature 1.
+
+    Args:
+        student_hidden: [n, D], with gradient.
+        student_head: The model's head as it is now.
+        teacher_hidden: [n, D], without gradient, of the student's dtype.
+        teacher_head: The teacher's head; the same tensors where the head is not trained.
+        token_weight: [n] float32 as of `StepPlan.token_weights`, or None with reduction "none".
+        config: Divergence, backend, scratch budget and tolerance. With a `skip_tolerance` the loss
+            is a lower bound unless `exact_value`; reduction "none" ignores the tolerance.
+        reduction: "sum" in training; "none" returns one value per token.
+        target_ids: [n] int64, adds the sampled tokens' log-probabilities to the statistics.
+        exact_value: Take loss and statistics from all columns.
+
+    Returns:
+        The loss in nats, a scalar or [n], and statistics per token without gradient.
+    """
+    tolerance = config.skip_tolerance if reduction != "none" else None
+    return linear_divergence(
+        student_hidden,
+        student_head.weight,
+        teacher_hidden,
+        teacher_head.weight,
+        divergence=config.divergence,
+        beta=config.beta,
+        token_weight=token_weight,
+        reduction=reduction,
+        student_bias=student_head.bias,
+        teacher_bias=teacher_head.bias,
+        logit_scale=(student_head.logit_scale, teacher_head.logit_scale),
+        logit_softcap=(student_head.logit_softcap, teacher_head.logit_softcap),
+        target_ids=target_ids,
+        return_stats=True,
+        backend=config.backend,
+        workspace_bytes=config.workspace_bytes,
+        skip_tolerance=tolerance,
+        exact_value=exact_value and tolerance is not None,
+    )
+
+
+@torch.no_grad()
+def select_tokens(
+    student_hidden: torch.Tensor,
+    student_head: Head,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head,
+    token_weight: torch.Tensor,
+    lengths: Sequence[int],
+    config: LossConfig,
+) -> tuple[torch.Tensor, DivergenceStats]:
+    """Zero the weights of the tokens that `config.token_share` leaves out.
+
+    Costs two head GEMMs. `lengths` holds the number of response tokens of each sequence, Σ = n;
+    the other arguments are those of `distillation_loss`.
+
+    Returns:
+        The weights [n], and the statistics of all tokens.
+    """
+    _, stats = distillation_loss(
+        student_hidden, student_head, teacher_hidden, teacher_head, None, config, reduction="none"
+    )
+    by_entropy = config.token_criterion == "entropy"
+    value = stats.student_entropy if by_entropy else stats.divergence
+    return token_weight * kept_tokens(value, lengths, config.token_share), stats

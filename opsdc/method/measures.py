@@ -1,0 +1,138 @@
+"""The measures of one update: what the record says of its loss and its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from opsdc.config.settings import LossConfig
+from opsdc.method.batch import Layout, Pair
+from opsdc.method.selection import kept_count
+from opsdc.ranks.talk import Ranks
+from opsdc_kernels import DivergenceStats
+
+PER_TOKEN = ("divergence", "student_entropy", "teacher_entropy", "agreement")
+"""Statistics of single tokens, as `DivergenceStats` names them, that an update summarises."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UpdateResult:
+    """Everything that one update measured."""
+
+    loss: float = math.nan
+    """The loss in nats per token, normalised as the config says."""
+    grad_norm: float = math.nan
+    """The norm of the gradient before clipping."""
+    skipped: bool = True
+    """True where loss or gradient was not finite, or no response had tokens: parameters and
+    optimizer are untouched."""
+    divergence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    """The divergence [n] float32 in nats of every response token of the step."""
+    student_entropy: float = math.nan
+    """The student's entropy in nats, mean over tokens."""
+    teacher_entropy: float = math.nan
+    """The teacher's entropy in nats, mean over tokens."""
+    agreement: float = math.nan
+    """The share of tokens at which student and teacher have the same most likely token."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Measures of tokens and columns that were left out, see `of_left_out`. The divergence and the
+    means above are of all tokens all the same."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase: teacher, student (forward and backward), optimizer."""
+    layout: Layout
+    """The layout as given, or with the smaller forwards that fitted into memory."""
+
+    def measures(self) -> dict[str, float | None]:
+        """Return what the record says of the update; JSON has no NaN, so null stands for it."""
+        kl, at = self.divergence.double(), torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
+        quantiles = torch.quantile(kl, at).tolist() if len(kl) else [math.nan] * 3
+        values = {
+            "loss_nats": self.loss,
+            **dict(zip(("kl_p50", "kl_p90", "kl_p99"), quantiles, strict=True)),
+            "student_entropy": self.student_entropy,
+            "teacher_entropy": self.teacher_entropy,
+            "agreement": self.agreement,
+            **self.extra,
+            "grad_norm": self.grad_norm,
+        }
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def of_tokens(stats: Sequence[DivergenceStats], ranks: Ranks) -> dict[str, Any]:
+    """Return the divergence [n] float32 of the tokens of all ranks, and the other means over them.
+
+    `stats` holds the statistics of this rank's micro-batches, which may be none. The keys are the
+    fields of `UpdateResult`.
+    """
+    table = torch.empty(0, len(PER_TOKEN))
+    if stats:
+        columns = [torch.cat([getattr(s, name) for s in stats]) for name in PER_TOKEN]
+        table = torch.stack([column.float() for column in columns], dim=1)
+    table = ranks.concat(table)
+    means = dict(zip(PER_TOKEN, table.double().mean(0).tolist(), strict=True))
+    return {**means, "divergence": table[:, 0]}
+
+
+def of_left_out(
+    loss: float,
+    whole_loss: float,
+    stats: Sequence[DivergenceStats],
+    pairs: Sequence[Pair],
+    config: LossConfig,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Measure what settings leave out of the loss; empty where they leave out nothing.
+
+    With a `loss.token_share` below 1: the share of tokens trained on, and of the loss they hold.
+    With a `loss.skip_tolerance`: columns kept, GEMM units, bounds of the gradient's error, and the
+    nats that the loss lacks.
+
+    Args:
+        loss, whole_loss: Loss of the step's kept tokens and of all its tokens, in nats.
+        stats: The statistics of this rank's micro-batches.
+        pairs: All of the step.
+    """
+    measures = _of_columns(stats, ranks) if config.skip_tolerance else {}
+    if config.token_share == 1:
+        return measures
+    counts = [len(p.response_ids) for p in pairs if p.response_ids]
+    share = sum(kept_count(n, config.token_share) for n in counts) / sum(counts)
+    if measures:
+        # Two units of the pass that chose the tokens, and those of the kept tokens.
+        measures["loss_gemm_units"] = 2 + share * measures["loss_gemm_units"]
+    return {
+        "kept_tokens_share": share,
+        "kept_loss_share": loss / whole_loss if whole_loss else math.nan,
+        **measures,
+    }
+
+
+def _of_columns(stats: Sequence[DivergenceStats], ranks: Ranks) -> dict[str, float]:
+    """Measure the columns left out: means over tokens, the largest bounds over micro-batches.
+
+    The error of the step's gradient is within these bounds, unless the micro-batches' gradients
+    cancel each other.
+    """
+    names = ("kept_share", "gemm_units", "hidden_gradient_bound", "weight_gradient_bound")
+    rows = [
+        [
+            float(s.divergence.numel()),
+            *(float(getattr(s, name)) for name in names),
+            0.0 if s.divergence_error is None else float(s.divergence_error.sum()),
+        ]
+        for s in stats
+    ]
+    # A row per micro-batch of any rank: its tokens, the four numbers above, the nats it lacks.
+    table = ranks.concat(torch.tensor(rows).reshape(-1, 2 + len(names))).double()
+    tokens = table[:, 0]
+    return {
+        "kept_columns_share": float(tokens @ table[:, 1] / tokens.sum()),
+        "loss_gemm_units": float(tokens @ table[:, 2] / tokens.sum()),
+        "hidden_gradient_bound": float(table[:, 3].max()),
+        "weight_gradient_bound": float(table[:, 4].max()),
+        "kl_missing": float(table[:, 5].sum() / tokens.sum()),
+    }

@@ -1,0 +1,215 @@
+"""Loading, preparing and saving of causal language models and their tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import extract_commit_hash
+
+from opsdc.config.settings import ModelConfig
+from opsdc.errors import ConfigError, ModelError
+from opsdc.models import demo_model, quantize
+from opsdc.models.adapters import architecture, unwrap, with_adapter
+from opsdc.models.faster_layers import compile_layers, use_liger
+
+# One bar for every folder read or written would hide this program's own lines.
+transformers_logging.disable_progress_bar()
+
+VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Only these attention kernels skip other sequences' blocks; the rest cost T² on a packed row."""
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, whose chat template makes both prompts; raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            demo_model.resolve(config.name_or_path),
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name_or_path: no tokenizer in '{config.name_or_path}': {error}"
+        ) from error
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Return a response's text without control tokens, for scorers and people.
+
+    It is never tokenized again: training uses the sampled ids.
+    """
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def load_architecture(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """Load an architecture's config, by a name of our table, a config.json, a folder or a Hub name.
+
+    Raises ModelError, asking for a config.json, where it cannot be read.
+    """
+    text = (resources.files("opsdc") / "models" / "architectures.yaml").read_text("utf-8")
+    known: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    if name in known:
+        return AutoConfig.for_model(**known[name])
+    path = Path(name)
+    source = str(path.parent) if path.name == "config.json" else demo_model.resolve(name)
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name_or_path: no config of '{name}': give its config.json, or a name out of "
+            f"{', '.join(known)} ({error})"
+        ) from error
+
+
+def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreTrainedModel:
+    """Load the model that the settings name, or the same one from a checkpoint's `folder`.
+
+    Parameters that will be trained are float32, whatever `dtype` says. Raises ModelError.
+    """
+    trained_whole = config.lora is None
+    kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.attn_implementation is not None:
+        kwargs["attn_implementation"] = config.attn_implementation
+    kwargs["dtype"] = torch.float32 if trained_whole else getattr(torch, config.dtype)
+    if config.quantize is not None:
+        kwargs["quantization_config"] = quantize.loading_config(kwargs["dtype"])
+    place = str(folder) if folder is not None else demo_model.resolve(config.name_or_path)
+    revision = None if folder is not None else config.revision
+    try:
+        # A branch or tag is resolved to its commit, so that the record names what is loaded. A
+        # plain folder has none.
+        commit = extract_commit_hash(cached_file(place, "config.json", revision=revision), None)
+        model = AutoModelForCausalLM.from_pretrained(place, revision=commit or revision, **kwargs)
+        model.config._commit_hash = commit
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.name_or_path: cannot load '{folder or config.name_or_path}': {error}"
+        ) from error
+    except ImportError as error:
+        if config.attn_implementation is None:
+            raise
+        raise ModelError(
+            f"model.attn_implementation {config.attn_implementation}: {error}. Use sdpa, or on a "
+            "GPU flex_attention, which comes with torch"
+        ) from error
+    return model
+
+
+def receive_model(
+    model: str | PreTrainedModel | None,
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelConfig]:
+    """Take a model as a caller gives it: a module, a folder or Hub name, or None for the config's.
+
+    Returns the module, its tokenizer, and the settings with the name that was given.
+
+    Raises ConfigError for a module without its tokenizer, ModelError for a name that does not load.
+    """
+    if model is None or isinstance(model, str):
+        config = replace(config, name_or_path=model or config.name_or_path)
+        return load_model(config), tokenizer or load_tokenizer(config), config
+    if tokenizer is None:
+        raise ConfigError("processing_class must be the tokenizer when model is a module")
+    return model, tokenizer, config
+
+
+def load_trained(config: ModelConfig, folder: str | Path) -> Any:
+    """Load the model that a run left in `folder`: whole, or the base with the adapter on it.
+
+    Raises ModelError where there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"no trained model in {folder}: has the run ended?")
+    if not (folder / "adapter_config.json").is_file():
+        return load_model(config, folder=folder)
+    import peft
+
+    return peft.PeftModel.from_pretrained(load_model(config), str(folder))
+
+
+def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
+    """Attach the adapter, set the layers' kernels and their checkpointing, as the settings say."""
+    if config.quantize is not None:
+        quantize.check(model)
+        quantize.compute_in_training_precision(model)
+    if config.liger:
+        use_liger(model)
+    if config.lora is not None:
+        model = with_adapter(model, config.lora)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        compile_layers(unwrap(model))
+    return model
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Return what a run records of its model."""
+    base = unwrap(model)
+    return {
+        "architecture": architecture(model),
+        "revision": getattr(base.config, "_commit_hash", None),
+        "parameters": sum(quantize.elements(p) for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "tied_head": base.get_output_embeddings().weight is base.get_input_embeddings().weight,
+    }
+
+
+def save_weights(model: Any, folder: str | Path) -> None:
+    """Write an ordinary Hugging Face folder: the whole model, or the adapter alone with LoRA."""
+    model.save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def load_weights(model: Any, folder: str | Path) -> None:
+    """Copy the parameters of a folder that `save_weights` wrote into the model, bit for bit.
+
+    Raises KeyError for one that is not there, ValueError for one of another shape.
+    """
+    if hasattr(model, "peft_config"):
+        import peft
+
+        # peft's own loader would look on the Hub for what a folder lacks, pickles included.
+        adapter = load_file(Path(folder) / "adapter_model.safetensors")
+        _none_missing(peft.get_peft_model_state_dict(model).keys() - adapter.keys())
+        peft.set_peft_model_state_dict(model, adapter)
+        return
+    # Without use_safetensors a folder that has no safetensors would be unpickled.
+    saved, loading_info = type(model).from_pretrained(
+        str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    # transformers fills missing tensors with random numbers.
+    _none_missing(loading_info["missing_keys"])
+    parameters = dict(model.named_parameters())
+    for name, parameter in saved.named_parameters():
+        target = parameters[name]
+        if target.shape != parameter.shape:
+            raise ValueError(
+                f"{name} has shape {list(parameter.shape)} there, {list(target.shape)} here"
+            )
+        target.copy_(parameter)
+
+
+def _none_missing(names: Collection[str]) -> None:
+    """Raise KeyError where names of missing tensors are given."""
+    if names:
+        raise KeyError(f"{len(names)} tensors are missing, {min(names)} for one")

@@ -1,0 +1,139 @@
+"""`opsdc train --dry-run`: the plan of a run, then one whole step of it on a tiny twin.
+
+The twin has the model's architecture, adapter and settings, but two layers, small dimensions and
+random weights, and it is given four sums as problems. Nothing is downloaded, and nothing is left in
+output_dir.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from opsdc.config.settings import OPSDCConfig
+from opsdc.models import demo_model
+from opsdc.models.load import load_architecture, load_model
+from opsdc.planner.activations import shallower
+from opsdc.planner.report import report
+
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+"""The twin has these dimensions, where its architecture has one of that name."""
+
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The chat template of the tokenizer of bytes."""
+
+
+def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
+    """Print the plan for this machine, then train one step of a twin.
+
+    `trainer` is `OPSDCTrainer`, which stands above this file. Raises what a run would raise.
+    """
+    on_gpu = torch.cuda.is_available()
+    memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else None
+    print(report(config, memory_bytes=memory, gpus=1, tflops=600.0)[1], flush=True)
+
+    tokenizer, whose = _load_tokenizer(config.model.name_or_path)
+    shape = load_architecture(config.model.name_or_path, revision=config.model.revision)
+    twin = twin_of(shape, tokenizer)
+    print(f"\none step of a twin: {type(twin).__name__}, two layers, {whose}", flush=True)
+    if config.rollout.engine != "hf":
+        print(f"rollout.engine {config.rollout.engine} is not started: hf samples instead")
+
+    with tempfile.TemporaryDirectory(prefix="opsdc-dry-run-") as folder:
+        small = _small_run(config, folder, on_gpu)
+        rows = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(4)]
+        if config.model.quantize is not None:
+            # Weights are quantized only while they are loaded.
+            place = f"{folder}/twin"
+            twin.save_pretrained(place)
+            twin = load_model(replace(small.model, name_or_path=place, revision=None))
+        trainer(twin, small, rows, rows, tokenizer).train()
+
+
+def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Build the same architecture with two small layers and random weights in float32."""
+    small = shallower(architecture, 2)
+    text = small.get_text_config()
+    for name, size in _SMALL.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, size)
+    text.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text, name, getattr(tokenizer, name))
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+
+
+def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
+    """Return settings for a short step that computes as a step of the run does."""
+    attention = config.model.attn_implementation
+    return replace(
+        config,
+        output_dir=folder,
+        # These kernels exist on a GPU only.
+        model=replace(
+            config.model,
+            attn_implementation=attention if on_gpu else None,
+            liger=config.model.liger and on_gpu,
+        ),
+        data=replace(config.data, prompt_column="problem", answer_column="answer", eval_size=0),
+        prompt=replace(config.prompt, max_tokens=1 << 20),
+        rollout=replace(
+            config.rollout,
+            engine="hf",
+            prompts_per_step=2,
+            max_new_tokens=min(config.rollout.max_new_tokens, 8),
+            server_address=None,
+        ),
+        train=replace(config.train, steps=1, save_every=0, resume="none"),
+        eval=replace(config.eval, problems=0, every=0),
+        log=replace(config.log, report_to=()),
+    )
+
+
+def _load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, str]:
+    """Load the model's tokenizer if it is on this machine, else make one; say which."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(demo_model.resolve(name), local_files_only=True)
+        return tokenizer, "the model's own tokenizer"
+    except (OSError, ValueError):
+        return _bytes_tokenizer(), "a tokenizer of bytes (the model's own is not on this machine)"
+
+
+def _bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer whose tokens are bytes, with a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet]
+    raw = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer

@@ -1,0 +1,182 @@
+"""The holders of a run's memory: weights, gradients, activations and so on, in each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig
+
+from opsdc.config.settings import OPSDCConfig
+from opsdc.models.load import VARIABLE_LENGTH
+from opsdc.models.quantize import BYTES
+from opsdc.planner.activations import count_activations
+from opsdc.planner.sizes import Sizes
+from opsdc_kernels import plan as kernels
+
+PHASES = ("sampling", "teacher", "loss", "backward", "update")
+"""Memory is counted in each of these phases of a step."""
+
+Holder = tuple[str, dict[str, float]]
+"""A name in the plan's table, and bytes per device by phase."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A configuration on its devices, with every sequence at its full length."""
+
+    config: OPSDCConfig
+    architecture: PreTrainedConfig
+    architecture_json: str
+    sizes: Sizes
+    gpus: int
+    """The number of data-parallel ranks."""
+    memory_bytes: int
+    """The memory of one device."""
+    on_gpu: bool
+    rows: int
+    """The number of sequences in one forward."""
+    width: int
+    """The number of tokens of a sequence."""
+    step_tokens: int
+    """The number of response tokens of a whole step on one device."""
+    loss: kernels.Plan
+    """The kernels' plan of the loss over the responses of one forward."""
+
+    @property
+    def sharded(self) -> bool:
+        """True where the model is cut over the ranks."""
+        return self.gpus > 1 and self.config.distributed.strategy == "fsdp"
+
+    @property
+    def ranks_per_model(self) -> int:
+        """The number of ranks that hold the model together."""
+        return self.gpus if self.sharded else 1
+
+    @property
+    def item(self) -> int:
+        """The bytes of an element of hidden states, keys and values."""
+        return self.sizes.item if self.sizes.frozen or self.sharded else 4
+
+
+def holders(run: Run) -> Iterator[Holder]:
+    """Yield every holder of memory, in the order of the plan's table."""
+    yield from _state(run)
+    yield from _passes(run)
+    sizes = run.sizes
+    # A GPU's AdamW takes all tensors at once and holds a root per element; a CPU's one tensor's.
+    all_roots = 4 * sizes.trained / run.ranks_per_model
+    temporary = all_roots if run.on_gpu else 4 * sizes.head * sizes.trains_head
+    yield "AdamW's temporaries", _during(temporary, "update")
+    yield from _sampling(run)
+
+
+def _during(size: float, *phases: str) -> dict[str, float]:
+    """Return `size` in the named phases, or in all of them where none is named."""
+    return dict.fromkeys(phases or PHASES, float(size))
+
+
+def _state(run: Run) -> Iterator[Holder]:
+    """Yield what lives from step to step: weights, moments, the teacher; and the gradients."""
+    config, sizes, ranks = run.config, run.sizes, run.ranks_per_model
+    yield "weights, trained (float32)", _during(4 * sizes.trained / ranks)
+    plain = sizes.item * (sizes.frozen - sizes.in_4_bits)
+    yield f"weights, frozen ({config.model.dtype})", _during(plain / ranks)
+    yield "weights, frozen (4 bits)", _during(BYTES * sizes.in_4_bits)
+    if sizes.in_4_bits:
+        matrix = sizes.item * sizes.largest_matrix
+        yield "a matrix, dequantized", _during(matrix, "sampling", "teacher", "loss", "backward")
+    yield "AdamW moments (float32)", _during(8 * sizes.trained / ranks)
+    if config.teacher.mode != "live":
+        # A paged teacher takes the student's place for its pass; only its head stays for the loss.
+        head = 4 * sizes.head * sizes.trains_head
+        paged = _during(head, "loss", "backward")
+        copy = _during(4 * sizes.trained / ranks)
+        yield "teacher's copy (float32)", paged if config.teacher.offload else copy
+    gradients = _during(4 * sizes.trained / ranks, "loss", "backward", "update")
+    if run.sharded and not config.distributed.reduce_every_micro_batch:
+        # Ranks add their gradients once a step; until then each holds those of the whole model.
+        gradients |= _during(4 * sizes.trained, "loss", "backward")
+    yield "gradients (float32)", gradients
+
+
+def _passes(run: Run) -> Iterator[Holder]:
+    """Yield what the passes of teacher and student hold beside the state, the loss included."""
+    config, sizes, loss = run.config, run.sizes, run.loss
+    # Neither setting changes what is traced, so that one trace serves all of their values.
+    traced = replace(config.model, compile=False, liger=False, quantize=None)
+    masked = config.model.attn_implementation not in VARIABLE_LENGTH
+    one, more = count_activations(run.architecture_json, traced, width=run.width, masked=masked)
+    rows = one + more * (run.rows - 1)
+
+    # Weights that autocast has cast do not grow with rows. A checkpointed backward casts anew.
+    cast = max(one.held - more.held, 0.0) * (config.model.dtype != "float32")
+    cast_in_backward = 0.0 if config.model.gradient_checkpointing else cast
+    if run.sharded:
+        yield from _gathered(run)
+    elif cast:
+        phases = {"teacher": cast, "loss": cast, "backward": cast_in_backward}
+        yield f"weights cast to {config.model.dtype}", phases
+
+    # The embedding's gradient is made last, when the others' activations are gone.
+    embedding = 4 * sizes.head * sizes.trains_head
+    yield (
+        "activations",
+        {
+            "teacher": max(rows.teacher - cast, 0.0),
+            "loss": max(rows.held, rows.forward - loss.peak_bytes) - cast,
+            "backward": max(
+                rows.backward - cast_in_backward + embedding * sizes.tied,
+                embedding * (1 + sizes.tied),
+            ),
+        },
+    )
+    hidden = run.step_tokens * sizes.dim * run.item
+    yield "teacher's hidden states", _during(hidden, "teacher", "loss", "backward")
+    yield "loss: scratch and its gradients", _during(loss.peak_bytes, "loss")
+
+
+def _gathered(run: Run) -> Iterator[Holder]:
+    """Yield what FSDP gathers: two layers and the root to train, all or one tensor to sample."""
+    sizes = run.sizes
+    layers = sizes.item * (2 * sizes.largest_layer + 2 * sizes.head)
+    yield "gathered layers and head", _during(layers, "teacher", "loss", "backward")
+    if run.config.rollout.engine == "hf":
+        model = sizes.item * (sizes.trained + sizes.frozen)
+        yield "whole model, gathered to sample", _during(model, "sampling")
+    else:
+        yield "a tensor, gathered to push", _during(sizes.item * sizes.head, "sampling")
+
+
+def _sampling(run: Run) -> Iterator[Holder]:
+    """Yield what the sampler holds: vLLM's share, or the cache and logits of `generate`."""
+    rollout, evaluation = run.config.rollout, run.config.eval
+    if rollout.engine != "hf":
+        # In this process vLLM sleeps while the model trains; a server of one's own never does.
+        phases = ("sampling",) if rollout.engine == "vllm" else PHASES
+        if rollout.server_address is None:
+            share = rollout.memory_share * run.memory_bytes
+            yield f"vLLM ({rollout.engine})", _during(share, *phases)
+        return
+    text = run.architecture.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_layer = 2 * heads * size * run.item
+
+    def at_once(batch: int, sequences: int) -> int:
+        return min(batch, -(-sequences // run.gpus))
+
+    # Batches of (responses at once, tokens of a response): rollouts, then the evaluation.
+    step = rollout.prompts_per_step * rollout.samples_per_prompt
+    batches = [(at_once(rollout.batch_size, step), rollout.max_new_tokens)]
+    held_out = run.config.data.eval_size if evaluation.problems is None else evaluation.problems
+    if held_out:
+        batch = at_once(evaluation.batch_size, held_out * evaluation.samples)
+        batches.append((batch, evaluation.max_new_tokens))
+    # transformers' cache grows by copying a layer's keys and values, which adds one layer.
+    cache = max(
+        batch * (run.config.prompt.max_tokens + new) * per_layer * (text.num_hidden_layers + 1)
+        for batch, new in batches
+    )
+    logits = max(batch for batch, _ in batches) * run.sizes.vocab_size * 4 * 4
+    yield "keys, values and logits (hf)", {"sampling": float(cache + logits)}

@@ -1,0 +1,157 @@
+"""The plan of a run's memory, before it starts: bytes per device in each phase of a step.
+
+Parameters are counted on the model itself, built without memory (`opsdc.planner.sizes`);
+activations are traced on it (`opsdc.planner.activations`); the kernels' own planner plans the loss.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedConfig
+
+from opsdc.config.settings import OPSDCConfig
+from opsdc.models.load import load_architecture
+from opsdc.planner.holders import PHASES, Run, holders
+from opsdc.planner.sizes import Sizes, planned_sizes
+from opsdc_kernels import plan as kernels
+
+USABLE = 0.92
+"""A plan may fill this share of a device's memory; the rest goes to its context and to gaps."""
+
+
+def loss_plan(
+    sizes: Sizes, config: OPSDCConfig, tokens: int, device: torch.device, workspace: int | None
+) -> kernels.Plan:
+    """Return the kernels' plan of the loss over `tokens` response tokens, all columns kept.
+
+    `workspace` is its limit in bytes; None takes the kernels' default for the device.
+    """
+    plan = kernels.estimate(
+        tokens=tokens,
+        vocab_size=sizes.vocab_size,
+        student_dim=sizes.dim,
+        dtype=getattr(torch, config.model.dtype),
+        device=device,
+        trainable_head=sizes.trains_head,
+        divergence=config.loss.divergence,
+        backend=config.loss.backend,
+        workspace_bytes=workspace,
+    )
+    share = config.loss.token_share
+    # All tokens are scored without gradients first.
+    return plan if share == 1 else replace(plan, gemm_units=2 + share * plan.gemm_units)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Bytes per device of one configuration; `str` gives the table."""
+
+    memory_bytes: int
+    """The memory of one device."""
+    rows: int
+    """The number of sequences of full length in one forward."""
+    width: int
+    """The number of tokens of a sequence of full length."""
+    parts: dict[str, dict[str, float]]
+    """The bytes of each holder of memory, by its name and then by phase."""
+    loss: kernels.Plan
+    """The kernels' plan of the loss over the responses of one forward."""
+    loss_flop: float
+    """The operations of the loss of a whole step on one device."""
+
+    def total(self, phase: str) -> float:
+        """Return the bytes in one phase of a step."""
+        return sum(part.get(phase, 0) for part in self.parts.values())
+
+    @property
+    def peak_bytes(self) -> float:
+        """The most bytes in any phase."""
+        return max(map(self.total, PHASES))
+
+    @property
+    def fits(self) -> bool:
+        """True where the peak leaves the device the room that it needs."""
+        return self.peak_bytes <= USABLE * self.memory_bytes
+
+    @property
+    def phase(self) -> str:
+        """The phase of the peak."""
+        return max(PHASES, key=self.total)
+
+    def __str__(self) -> str:
+        lines = [f"{'GiB per device':<34}" + "".join(f"{phase:>10}" for phase in PHASES)]
+        for name, part in self.parts.items():
+            cells = (part.get(phase, 0) / 2**30 for phase in PHASES)
+            shown = "".join(f"{cell:>10.2f}" if cell else f"{'–':>10}" for cell in cells)
+            lines.append(f"{name:<34}{shown}")
+        total = "".join(f"{self.total(phase) / 2**30:>10.2f}" for phase in PHASES)
+        lines.append(f"{'together':<34}{total}")
+        return "\n".join(lines)
+
+
+def make_plan(
+    config: OPSDCConfig,
+    *,
+    memory_bytes: int | None,
+    gpus: int = 1,
+    architecture: PreTrainedConfig | None = None,
+    rows: int | None = None,
+) -> Plan:
+    """Plan a step of this configuration at its worst: every sequence at its full length.
+
+    Args:
+        memory_bytes: The memory of one GPU; None plans for this machine's CPU.
+        gpus: The number of data-parallel ranks.
+        architecture: The model's config; None loads it by the name in the settings.
+        rows: Sequences per forward; None takes them from `train.max_tokens_per_micro_batch`.
+
+    Raises ModelError where the architecture cannot be loaded.
+    """
+    device = torch.device("cpu" if memory_bytes is None else "cuda")
+    if memory_bytes is None:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if architecture is None:
+        architecture = load_architecture(config.model.name_or_path, revision=config.model.revision)
+    architecture_json = architecture.to_json_string(use_diff=False)
+    sizes = planned_sizes(architecture_json, config.model)
+    response, width = _lengths(config)
+    sequences = -(-config.rollout.prompts_per_step * config.rollout.samples_per_prompt // gpus)
+    if rows is None:
+        rows = min(max(config.train.max_tokens_per_micro_batch // width, 1), sequences)
+    workspace = config.loss.workspace_bytes
+    if workspace is None and device.type == "cuda":
+        # The kernels' default asks the device, which may not be on this machine.
+        workspace = memory_bytes // 64
+    loss = loss_plan(sizes, config, rows * response, device, workspace)
+    whole_step = loss_plan(sizes, config, sequences * response, device, workspace)
+    run = Run(
+        config=config,
+        architecture=architecture,
+        architecture_json=architecture_json,
+        sizes=sizes,
+        gpus=gpus,
+        memory_bytes=memory_bytes,
+        on_gpu=device.type == "cuda",
+        rows=rows,
+        width=width,
+        step_tokens=sequences * response,
+        loss=loss,
+    )
+    return Plan(
+        memory_bytes=memory_bytes,
+        rows=rows,
+        width=width,
+        parts={name: part for name, part in holders(run) if any(part.values())},
+        loss=loss,
+        loss_flop=2.0 * whole_step.gemm_units * sequences * response * sizes.head,
+    )
+
+
+def _lengths(config: OPSDCConfig) -> tuple[int, int]:
+    """Return the tokens of the longest response trained on, alone and behind the longest prompt."""
+    sampled = config.rollout.max_new_tokens
+    response = min(sampled, config.train.max_train_tokens or sampled)
+    return response, config.prompt.max_tokens + response

@@ -1,0 +1,184 @@
+"""The record of a run as JSON lines on disk, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from opsdc.config.settings import OPSDCConfig
+from opsdc.errors import CheckpointError, ConfigError
+from opsdc.ranks.talk import Ranks
+
+
+class Lines:
+    """A JSON-lines file whose rows carry `step`.
+
+    Opening it drops the rows after `after_step`, since a resumed run does those steps again. Of
+    several ranks one `writes`. Raises CheckpointError where the file cannot be written.
+    """
+
+    def __init__(self, path: Path, *, after_step: int, writes: bool = True) -> None:
+        self._path = path
+        self._writes = writes
+        if not writes:
+            return
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        rows = (row for row in read_lines(path) if row["step"] <= after_step)
+        write_text(path, "".join(map(_line, rows)))
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        """Append rows and sync them to disk: a checkpoint must not be ahead of its record."""
+        if not self._writes:
+            return
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(map(_line, rows)))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class RunRecord:
+    """The files metrics.jsonl, rollouts.jsonl and config.yaml of a run: one commit per step.
+
+    Raises ConfigError where ranks do not share the folder, CheckpointError where it cannot be
+    written.
+    """
+
+    def __init__(self, config: OPSDCConfig, *, after_step: int, ranks: Ranks) -> None:
+        self._folder, self._ranks = Path(config.output_dir), ranks
+        self._log_every, self._steps = config.log.every, config.train.steps
+        ranks.on_first_rank(lambda: self._describe(config))
+        ranks.on_each_rank(self._check_shared)
+        self.cut(after_step)
+        self.history = ranks.from_first(read_lines(self._folder / "metrics.jsonl"))
+        """The rows of metrics.jsonl so far."""
+
+    @property
+    def losses(self) -> list[float | None]:
+        """List the loss of each step so far in nats per token, None where it was not finite."""
+        return [row["loss_nats"] for row in self.history]
+
+    def cut(self, after_step: int) -> None:
+        """Drop the rows of later steps, so that the record ends where the checkpoint does."""
+        self._metrics, self._responses = (
+            Lines(self._folder / name, after_step=after_step, writes=self._ranks.first)
+            for name in ("metrics.jsonl", "rollouts.jsonl")
+        )
+
+    def commit(
+        self, row: dict[str, Any], responses: Sequence[dict[str, Any]], *, refreshed: bool
+    ) -> dict[str, Any]:
+        """Append a step's responses and then its row; print the row where it is due.
+
+        Both are on disk when this returns. The row returned is the first rank's on all ranks, so
+        that guards decide alike.
+        """
+        row = self._ranks.from_first(row)
+        self._responses.write(*responses)
+        self._metrics.write(row)
+        self.history.append(row)
+        if is_due(self._log_every, row["step"]) or row["step"] == self._steps:
+            print(step_line(row, self._steps, refreshed), flush=True)
+        return row
+
+    def _describe(self, config: OPSDCConfig) -> None:
+        with writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._folder / "config.yaml", config.to_yaml())
+
+    def _check_shared(self) -> None:
+        if not (self._folder / "config.yaml").is_file():
+            raise ConfigError(
+                f"output_dir {self._folder} is not the folder that rank 0 sees under this name; "
+                "with several nodes it must lie on storage that all of them share"
+            )
+
+
+def is_due(interval: int, step: int) -> bool:
+    """Return True at each multiple of `interval` steps; never where `interval` is 0."""
+    return interval > 0 and step % interval == 0
+
+
+def step_line(row: dict[str, Any], steps: int, refreshed: bool) -> str:
+    """Format a row of metrics.jsonl as one line for the terminal."""
+
+    def show(key: str, spec: str) -> str:
+        return "–" if row[key] is None else format(row[key], spec)
+
+    return (
+        f"step {row['step']:>{len(str(steps))}}/{steps}"
+        f"  loss {show('loss_nats', '.4f')} nats/token"
+        f"  entropy {show('student_entropy', '.2f')}"
+        f"  response {show('response_tokens_mean', '.1f')} tokens"
+        f"  truncated {100 * row['truncated_share']:.0f} %"
+        f"  grad {show('grad_norm', '.2f')}"
+        f"  {row['perf/seconds_step']:.0f} s" + ("  teacher refreshed" if refreshed else "")
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of a JSON-lines file up to a line that a crash cut short; [] without a file."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, as safely as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that neither a reader nor a power cut ever finds half of it.
+
+    The text is written under another name, synced to disk, and renamed. Raises CheckpointError
+    where that fails.
+    """
+    # One name for all processes: the next one overwrites what a crash left behind.
+    aside = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write `path` within the block into CheckpointError with the remedy."""
+    try:
+        yield
+    # safetensors does not report a full disk as OSError.
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}; make room there or name another output_dir. The same "
+            "command goes on from the last checkpoint, which is untouched"
+        ) from error
+
+
+def peak_mib() -> float:
+    """Return the peak memory of this process in MiB: of the GPU's allocator, or resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

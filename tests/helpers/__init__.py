@@ -1,0 +1,1 @@
+"""Tiny models, runs in processes of their own, ranks: what several tests build on."""
