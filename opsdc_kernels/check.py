@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def options(backend: str, **given: Any) -> Options:
-    """What is given beside tensors, with pairs resolved."""
+    """Everything that is given beside tensors, with pairs resolved."""
     scale, softcap, tolerance = (
         given[name] for name in ("logit_scale", "logit_softcap", "skip_tolerance")
     )
@@ -107,6 +107,7 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def _check_skip(options: Options, backend: str) -> None:
+    """The calls that `skip_tolerance` is for."""
     tolerance, softcap = options.skip_tolerance, options.logit_softcap
     if tolerance is None:
         if options.exact_value:
@@ -174,10 +175,10 @@ def _shard(name: str, x: Any, group: Any) -> Any:
             "dimensions; it must be sharded by rows, Shard(0), over process_group alone: gather "
             "its other dimensions first"
         )
-    ranks, own = get_process_group_ranks(mesh.get_group()), get_process_group_ranks(group)
-    if ranks != own:
+    sharded, given = (get_process_group_ranks(x) for x in (mesh.get_group(), group))
+    if sharded != given:
         raise ValueError(
-            f"{name} is sharded over the ranks {ranks} and process_group holds {own}; pass the "
+            f"{name} is sharded over the ranks {sharded} and process_group holds {given}; pass the "
             "weight's own group, weight.device_mesh.get_group()"
         )
     return x.to_local()
@@ -223,6 +224,7 @@ def _tensors(**tensors: Tensor | None) -> dict[str, Any]:
 
 
 def _check_shapes(tensors: dict[str, Any], options: Options) -> None:
+    """Shapes that fit one another and the options."""
     student, teacher = tensors["student_hidden"], tensors["teacher_hidden"]
     for name, x in (("student_hidden", student), ("teacher_hidden", teacher)):
         if x.dim() not in (2, 3):
@@ -232,8 +234,9 @@ def _check_shapes(tensors: dict[str, Any], options: Options) -> None:
             f"student_hidden {tuple(student.shape)} and teacher_hidden {tuple(teacher.shape)} hold "
             "different tokens; the shapes must agree in all but the last dimension"
         )
-    weight, other = tensors["student_weight"], tensors["teacher_weight"]
-    pairs = [("student", student, weight), ("teacher", teacher, weight if other is None else other)]
+    head, head_of_teacher = tensors["student_weight"], tensors["teacher_weight"]
+    head_of_teacher = head if head_of_teacher is None else head_of_teacher
+    pairs = [("student", student, head), ("teacher", teacher, head_of_teacher)]
     for side, hidden, head in pairs:
         if head.dim() != 2 or head.shape[1] != hidden.shape[-1]:
             raise ValueError(
@@ -258,7 +261,7 @@ def _check_shapes(tensors: dict[str, Any], options: Options) -> None:
 
 
 def _check_workspace(problem: Problem) -> None:
-    """The workspace holds a row of this rank's columns. (`torch.compile` leaves that to the
+    """A workspace that holds a row of this rank's columns. (`torch.compile` leaves that to the
     operators.)"""
     if problem.options.workspace_bytes is None or torch.compiler.is_compiling():
         return

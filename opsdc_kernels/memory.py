@@ -1,4 +1,4 @@
-"""What a call may take of the memory, and what it took at its peak."""
+"""Memory: the share of it that a call may take, and the peak of what one took."""
 
 from __future__ import annotations
 

@@ -20,24 +20,24 @@ from opsdc_kernels.row_pass.threads import PANEL
 AUTO = ("chunked", "auto: chunked on every device")
 """The backend of `auto`, and why."""
 CPU_COLUMN_CHUNK_ROWS = 256
-"""At most, where columns are left out: tokens of lower chunks share more of them."""
+"""The highest chunk where columns are left out: tokens of lower chunks share more of them."""
 GPU_MINIMUM_CHUNK_ROWS = 512
 """Below this a GPU's GEMMs no longer run at their full rate."""
 COLUMN_BLOCK_BYTES = 64 << 20
-"""What a GPU's passes over the student's logits take at once where columns are left out."""
+"""Logits that a GPU's passes over the student's take at once where columns are left out."""
 COLUMN_BUFFERS = 4
 """Blocks that these passes, in torch, hold at once."""
 COLUMN_VECTORS = 64
 """Numbers per vocabulary column that choosing columns takes, those of a thread each included."""
 PILOT_PARTS = 128
-"""V over the columns whose gradient tells the size of the whole one."""
+"""The pilot is V over this columns: their gradient tells the size of the whole one."""
 PILOT_BUFFERS = 6
-"""Tiles of these columns at once."""
+"""Tiles of the pilot that are held at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """What the scratch of a chunk depends on beside its rows."""
+    """Everything that the scratch of a chunk depends on beside its rows."""
 
     vocab_size: int
     dims: tuple[int, int]
@@ -65,11 +65,11 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a call does, before it does it. `as_dict` is ready for a log or a JSON record."""
+    """A call foretold. `as_dict` is ready for a log or a JSON record."""
 
     backend: str
     reason: str
-    """Why this backend."""
+    """The reason for this backend."""
     chunk_rows: int
     workspace_bytes: int
     """Scratch the chunks take; freed before the call returns."""
@@ -78,7 +78,7 @@ class Plan:
     peak_bytes: int
     """Predicted peak beside inputs: scratch, kept gradients and returned gradients."""
     row_passes: str
-    """What computes divergence and logit gradient of the rows."""
+    """The code that computes divergence and logit gradient of the rows."""
 
     def as_dict(self) -> dict[str, str | float]:
         return asdict(self)
@@ -232,8 +232,8 @@ def scratch_bytes(rows: int, sizes: Sizes) -> int:
 
 
 def column_scratch_bytes(rows: int, sizes: Sizes) -> int:
-    """As `scratch_bytes` where columns are left out. The second logit buffer holds what is gathered
-    of the logits, of student and teacher; rows of the heads are gathered in blocks."""
+    """The same as `scratch_bytes` where columns are left out. The second logit buffer holds what is
+    gathered of both logits; rows of the heads are gathered in blocks."""
     columns, wide, widest = sizes.vocab_size, sizes.wide, max(sizes.dims)
     most = UPCAST_BLOCK_BYTES if sizes.device.type == "cpu" else GATHER_BLOCK_BYTES
     gathered = 2 * min(most, wide * columns * widest)

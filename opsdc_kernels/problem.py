@@ -55,7 +55,7 @@ class GradientsWanted(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What a call asks for, tensors apart; (student, teacher) pairs are resolved.
+    """Everything that a call asks for beside tensors; (student, teacher) pairs are resolved.
 
     A field that is added here reaches every pass and every operator by itself.
     """
@@ -92,7 +92,7 @@ class Side:
     cap: float | None
     temperature: float
     bias: Tensor | None
-    """[vocab_size], detached."""
+    """Shape [vocab_size], detached."""
 
     @property
     def pre(self) -> float:
@@ -109,21 +109,21 @@ class Problem:
     """Validated tensors, tokens flattened, and the options of the call."""
 
     student_hidden: Tensor
-    """[N, D]; receives a gradient."""
+    """Shape [N, D]; receives a gradient."""
     student_weight: Tensor
-    """[V, D]; receives a gradient unless frozen."""
+    """Shape [V, D]; receives a gradient unless frozen."""
     teacher_hidden: Tensor
-    """[N, E]; receives none."""
+    """Shape [N, E]; receives no gradient."""
     teacher_weight: Tensor | None
-    """[V', E], or None where the student's head is the teacher's too."""
+    """Shape [V', E]; None where the student's head is the teacher's too."""
     student_bias: Tensor | None
-    """[V]; receives a gradient if it asks for one."""
+    """Shape [V]; receives a gradient if it asks for one."""
     teacher_bias: Tensor | None
-    """[V'], or None where there is none; a shared head then has the student's for both."""
+    """Shape [V']; None where there is none, or where a shared head's is the student's."""
     token_weight: Tensor | None
-    """[N], fp32 or float64, >= 0."""
+    """Shape [N], fp32 or float64, >= 0."""
     target_ids: Tensor | None
-    """[N] int64."""
+    """Shape [N], int64."""
     options: Options
 
     @classmethod
@@ -155,7 +155,7 @@ class Problem:
     def shared_logits(self) -> bool:
         """True where both models map hidden states to logits by one function.
 
-        Then t − s comes from a GEMM of the difference of hidden states, and its rounding error
+        t − s then comes from a GEMM of the difference of hidden states, and its rounding error
         shrinks with the difference instead of with the logits.
         """
         (scale, teacher_scale), (cap, teacher_cap) = (
@@ -166,8 +166,8 @@ class Problem:
         return one_head and scale == teacher_scale and cap == teacher_cap
 
     def side(self, i: int) -> Side:
-        """What the products of the student (0) go through, or of the teacher (1); with
-        `shared_logits` those of the difference of hidden states, which no bias moves."""
+        """The way of the student's products (0), or of the teacher's (1); with `shared_logits` the
+        latter are those of the difference of hidden states, which no bias moves."""
         bias = self.student_bias
         if i == 1 and (self.teacher_weight is not None or self.teacher_bias is not None):
             bias = self.teacher_bias
@@ -189,7 +189,7 @@ class Problem:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of logits, statistics and loss: fp32, or float64 for float64 inputs."""
+        """The dtype of logits, statistics and loss: fp32, or float64 for float64 inputs."""
         return statistics_dtype(self.student_hidden.dtype)
 
     @property

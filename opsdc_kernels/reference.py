@@ -18,7 +18,7 @@ E_p[e^b] = 1. Every term is ≥ 0: nothing cancels, no divergence can be negativ
 relative accuracy however close teacher and student are. The textbook Σ q·(log q − log p) does not:
 in float64 it is wrong below a KL of about 1e-10.
 
-Gradients with respect to the student's logits (``chunked`` writes them out, this file leaves them
+Gradients with respect to the student's logits (the row passes write them out, this file leaves them
 to autograd, so that each checks the other)::
 
     reverse KL   −q·c                                                                          (8)

@@ -34,7 +34,7 @@ NO_DOUBLE_BACKWARD = (
     'use backend="reference" for second derivatives'
 )
 RESULTS = ", ".join(["Tensor"] * 5)
-"""Of a forward operator: loss, values per token, dH, dW, db; gradients not wanted are empty."""
+"""Results of a forward operator: loss, values per token, dH, dW, db; those not wanted are empty."""
 
 
 def chunked_divergence(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
@@ -68,7 +68,7 @@ def recomputes(options: Options, wanted: Sequence[bool]) -> bool:
 
 
 def row_weight(problem: Problem) -> Tensor | None:
-    """What each token's gradient counts in the loss [N]; None for 1."""
+    """The factor of each token's gradient in the loss [N]; None for 1."""
     weight, reduction = problem.token_weight, problem.options.reduction
     if reduction != "mean":
         return weight if reduction == "sum" else None

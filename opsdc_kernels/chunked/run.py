@@ -29,13 +29,13 @@ class Result:
     in the statistics' dtype."""
 
     values: Tensor
-    """[`Problem.stat_rows`, N]: the first rows of `Stat`."""
+    """Shape [`Problem.stat_rows`, N]: the first rows of `Stat`."""
     hidden_gradient: Tensor | None
-    """[N, D]"""
+    """Shape [N, D]."""
     weight_gradient: Tensor | None
-    """[V, D]"""
+    """Shape [V, D]."""
     bias_gradient: Tensor | None
-    """[V]"""
+    """Shape [V]."""
 
     @classmethod
     def empty(cls, problem: Problem, wanted: GradientsWanted) -> Result:

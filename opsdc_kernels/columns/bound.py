@@ -56,13 +56,13 @@ class Geometry:
     """Distances in and between the heads, which the bound is made of."""
 
     radius_V: Tensor
-    """ρ [V]"""
+    """The distance ρ of each row of W from their mean [V]."""
     drift: Tensor
-    """max ‖T_v − W_v‖, 0-dim."""
+    """The largest ‖T_v − W_v‖, 0-dim."""
     offset: Tensor
-    """max |β|, 0-dim; infinite where only one of the two masks a column."""
+    """The largest |β|, 0-dim; infinite where only one of the two masks a column."""
     stacked: bool
-    """Heads of different sizes."""
+    """The heads have different sizes."""
 
     @classmethod
     def of(cls, problem: Problem) -> Geometry:

@@ -29,37 +29,24 @@ def serves(x: Tensor) -> bool:
 
 
 class ColumnJob(ctypes.Structure):
-    """As `ColumnJob` in columns.c."""
+    """`ColumnJob` of columns.c."""
 
     _fields_ = (
         ("student", SideOfC),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("square", ctypes.c_void_p),
-        ("keeps", ctypes.c_void_p),
-        ("along", ctypes.c_void_p),
-        ("apart", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("entropy", ctypes.c_void_p),
-        ("spread", ctypes.c_void_p),
-        ("mass", ctypes.c_void_p),
-        ("product", ctypes.c_void_p),
-        ("peak", ctypes.c_void_p),
-        ("slope", ctypes.c_void_p),
-        ("rest", ctypes.c_void_p),
+        *threads.integers("rows", "columns"),
+        *threads.pointers("square", "keeps", "along", "apart"),
+        *threads.pointers("lse", "entropy", "spread", "mass", "product"),
+        *threads.pointers("peak", "slope", "rest"),
     )
 
 
 class DistanceJob(ctypes.Structure):
-    """As `DistanceJob` in columns.c."""
+    """`DistanceJob` of columns.c."""
 
     _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("centre", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
+        *threads.pointers("weight"),
+        *threads.integers("rows", "columns", "stride"),
+        *threads.pointers("centre", "out"),
     )
 
 
@@ -78,7 +65,7 @@ def student_sums(
 def dropped_sums(
     problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `sums.dropped_sums`."""
+    """The same as `sums.dropped_sums`."""
     mass_C, product_C = rows = x_CV.new_empty(2, len(x_CV))
     rowwise = {"lse": lse_C, **_named(("mass", "product"), rows)}
     columnwise = {"square": square_V, "keeps": keeps_V.to(x_CV.dtype)}

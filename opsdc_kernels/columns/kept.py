@@ -54,14 +54,14 @@ LARGEST_RATIO = 6.0
 
 
 class Realised(NamedTuple):
-    """What leaving columns out did: the fields of `DivergenceStats` that speak of it."""
+    """The outcome of leaving columns out: the fields of `DivergenceStats` that speak of it."""
 
     gradient_error_bound: Tensor
-    """[N]: ‖error‖ / ‖exact‖ of each token's row of dH is at most this."""
+    """Bound of ‖error‖ / ‖exact‖ of each token's row of dH [N]."""
     divergence_error: Tensor
-    """[N]: nats that the divergence is too small by, an estimate."""
+    """Estimate of the nats that each token's divergence is too small by [N]."""
     hidden_gradient_bound: Tensor
-    """‖error of dH‖ / ‖exact dH‖ is at most this; 0-dim, as the following."""
+    """Bound of ‖error of dH‖ / ‖exact dH‖; 0-dim, as the following."""
     weight_gradient_bound: Tensor
     """The same of dW, together with db."""
     kept_share: Tensor
@@ -71,7 +71,7 @@ class Realised(NamedTuple):
 
     @classmethod
     def exact(cls, result: Result, gemm_units: float) -> Realised:
-        """Of a pass that has all columns."""
+        """The outcome of a pass that has all columns."""
         nothing_N, one = torch.zeros_like(result.per_token), result.values.new_ones(())
         return cls(
             nothing_N, nothing_N.clone(), 0 * one, 0 * one, one, torch.full_like(one, gemm_units)
@@ -137,6 +137,7 @@ class _Pass:
         self.weight_written = self.dense = False
 
     def over_chunks(self, ahead: bool) -> tuple[Result, Realised]:
+        """Run chunk after chunk, until one is dense."""
         problem = self.problem
         if self.count >= LOOK_LEAST and self._looks_dense():
             return self.all_columns()
@@ -172,6 +173,7 @@ class _Pass:
         return result, Realised.exact(result, gemm_units=units)
 
     def _all_of_the_rest(self, start: int) -> None:
+        """Run what is left with all columns."""
         self.gradients.undo_lift_()
         rest = self._tokens(start, self.count)
         if isinstance(rest, slice):
@@ -221,6 +223,7 @@ class _Pass:
         spare_CV: Tensor,
         following: tuple[Tokens, Tensor] | None,
     ) -> None:
+        """The student's logits in `x_CV`; the columns that matter from there on."""
         weights = self.picker.weights(tokens)
         student = self.picker.student(x_CV, weights)
         cut_V, chosen, budget = self.picker.cut(tokens, x_CV, weights, student)
@@ -256,6 +259,7 @@ class _Pass:
         columns: Tensor,
         student: StudentSums,
     ) -> None:
+        """A chunk of these columns: the teacher's logits, dZ, values and gradients."""
         part, values = restricted(self.problem, columns), self.result.values
         # The kept columns of the student's products; q over all columns, for the bound of dW.
         dz_CK, other_CK = products.two_tiles(spare_CV, len(columns))

@@ -24,11 +24,11 @@ from opsdc_kernels.products import select_columns
 from opsdc_kernels.row_pass.choose import RowPass
 
 SAMPLE_TOP = 8
-"""The cut is chosen by the tokens of the highest entropy, where errors are largest,"""
+"""The cut is chosen by so many tokens of the highest entropy, where errors are largest."""
 SAMPLE_STEP = 16
-"""and by every 16th of the others in its order,"""
+"""Of the others, in the order of entropy, every 16th is in the sample."""
 SAMPLE_LEAST = 8
-"""or more often, so that they are so many."""
+"""Where that makes fewer than these, more of them are."""
 HEADROOM = 0.8
 """Share of the tolerance that a choice may use up: the gradient's size is an estimate then."""
 TINY = 1e-30
@@ -37,12 +37,12 @@ TINY = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """What the tokens of a chunk count [C], and what bounds their differences."""
+    """The weight of a chunk's tokens [C], and the bounds of their differences."""
 
     row_C: Tensor
     """Token weights."""
     size_C: Tensor
-    """What an error counts in dH: |row weight · factor|."""
+    """The factor of an error in dH: |row weight · factor|."""
     reach_C: Tensor
     """The same in dW: times ‖h‖."""
     slopes: tuple[Tensor, Tensor]
@@ -70,14 +70,14 @@ class Cut(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """What a chunk lacks at a cut."""
+    """The columns that a chunk drops, and the errors that makes."""
 
     keeps_V: Tensor
     """False for the columns that are dropped."""
     hidden_C: Tensor
     """Bound of the error of each token in dH."""
     shift_C: Tensor
-    """What δ of each token adds to the error of a column of dW, per probability."""
+    """The error that δ of each token adds to a column of dW, per probability."""
     outer_V: Tensor
     """Bound of the error of the columns of dW that are dropped, else 0."""
     mass_C: Tensor
@@ -103,7 +103,7 @@ class ColumnPicker:
         self.tolerance = HEADROOM * problem.options.skip_tolerance
         self.weight = problem.student_weight.detach()[: problem.vocab_size]
         self.unused = self.weight.new_zeros((), dtype=problem.dtype)
-        """Of the tolerance, by the chunks so far: what Σ‖error of dH‖² may still be more."""
+        """The tolerance that the chunks so far left: Σ‖error of dH‖² may be so much more."""
 
     @cached_property
     def geometry(self) -> Geometry:
@@ -114,6 +114,7 @@ class ColumnPicker:
         return self.geometry.radius_V.square()
 
     def weights(self, tokens: Tokens) -> TokenWeights:
+        """The weights of some tokens."""
         problem, wanted = self.problem, self.wanted
         hidden_CD = problem.student_hidden.detach()[tokens].to(problem.dtype)
         row_C = torch.ones_like(hidden_CD[:, 0])
@@ -205,7 +206,7 @@ class ColumnPicker:
     def budget(
         self, tokens: Tokens, pilot_CK: Tensor, weights: TokenWeights, pilot: Tensor
     ) -> ErrorBudget:
-        """What the tolerance allows, from the gradients of the logits of the pilot's columns."""
+        """The errors that the tolerance allows, from the logit gradients of the pilot's columns."""
         wanted, dtype = self.wanted, self.problem.dtype
         pilot_CK = pilot_CK * weights.row_C[:, None]
         infinite = pilot_CK.new_full((), torch.inf)

@@ -41,11 +41,11 @@ class Case:
     """One specialization of one kernel."""
 
     kernel: str
-    """statistics | jsd | gradient, or of the row pass rows_statistics | rows_gradient."""
+    """One of statistics | jsd | gradient, or of the row pass rows_statistics | rows_gradient."""
     dtype: str
-    """bf16 | fp16 | fp32"""
+    """One of bf16 | fp16 | fp32."""
     divergence: int = 0
-    """0 reverse KL, 1 forward KL, 2 JSD."""
+    """The number in `problem.DIVERGENCES`."""
     shared: bool = False
     capped: bool = False
     """Soft-cap on both sides."""
@@ -106,14 +106,14 @@ class Report:
 
 
 class Work(NamedTuple):
-    """What a kernel has to do."""
+    """The arithmetic and traffic of a kernel."""
 
     flop: int
     """Per step of a tile."""
     loaded: int
     """Bytes per step of a tile, from L2."""
     roofline_ms: float
-    """Of one pass over the Qwen3-8B head."""
+    """Time of one pass over the Qwen3-8B head."""
 
 
 def audit(case: Case, target: str, config: Config | None = None) -> Report:
@@ -136,7 +136,7 @@ def audit(case: Case, target: str, config: Config | None = None) -> Report:
 def compiled_report(
     kernel: Any, case: Case, target: str, config: dict[str, int], work: Work
 ) -> Report:
-    """What the compiler makes of a kernel for a target.
+    """Compile a kernel for a target and read the machine code.
 
     Raises:
         RuntimeError: `TRITON_INTERPRET` is set; then triton cannot compile in this process.

@@ -23,33 +23,12 @@ from opsdc_kernels.triton.logits import logit_gradient, logits
 
 @triton.jit
 def gradient_kernel(
-    student,
-    teacher,
-    normalizer_ptr,
-    anchor_ptr,
-    offset_ptr,
-    mean_ptr,
-    scale_ptr,
-    coefficient_ptr,
-    dz_ptr,
-    residual_ptr,
-    dbias_ptr,
-    beta,
-    row_begin,
-    row_end,
-    V,
-    PARTS,
-    SHARED: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    MASKED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    student, teacher, normalizer_ptr, anchor_ptr, offset_ptr, mean_ptr, scale_ptr, coefficient_ptr,
+    dz_ptr, residual_ptr, dbias_ptr, beta, row_begin, row_end, V, PARTS,
+    SHARED: tl.constexpr, DIVERGENCE: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """dz[row - row_begin, column] scaled by scale[row]; residual[tile, row - row_begin] sums its
     rounding over the tile; dbias[block, column] sums the true gradient, times the row's
     coefficient, over the block's rows."""

@@ -39,25 +39,11 @@ COMBINE_ROWS = 64
 
 @triton.jit
 def statistics_kernel(
-    student,
-    teacher,
-    target_ptr,
-    state_ptr,
-    N,
-    V,
-    tiles_per_part,
-    PARTS,
-    SHARED: tl.constexpr,
-    BASE_TEACHER: tl.constexpr,
-    MASKED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    student, teacher, target_ptr, state_ptr, N, V, tiles_per_part, PARTS,
+    SHARED: tl.constexpr, BASE_TEACHER: tl.constexpr, MASKED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
+    EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """state[part, field, row] of every part."""
     block, part = program_tile(N, BM, GROUP, PARTS)
     row0 = block * BM
@@ -137,27 +123,11 @@ def combine_kernel(state_ptr, out_ptr, N, PARTS, DIVERGENCE: tl.constexpr, BM: t
 
 @triton.jit
 def jsd_kernel(
-    student,
-    teacher,
-    lse_s_ptr,
-    lse_t_ptr,
-    anchor_ptr,
-    offset_ptr,
-    out_ptr,
-    beta,
-    N,
-    V,
-    tiles_per_part,
-    PARTS,
-    SHARED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    student, teacher, lse_s_ptr, lse_t_ptr, anchor_ptr, offset_ptr, out_ptr, beta, N, V,
+    tiles_per_part, PARTS,
+    SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SLICES: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """out[0, part, row] and out[1, part, row]: the sums of `jsd_terms`."""
     block, part = program_tile(N, BM, GROUP, PARTS)
     row0 = block * BM

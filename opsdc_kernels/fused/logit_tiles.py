@@ -23,6 +23,7 @@ def program_tile(N, BM: tl.constexpr, GROUP: tl.constexpr, PARTS):
 
 @triton.jit
 def dot(a, b_t, acc, UPCAST: tl.constexpr):
+    """acc + a b_t'."""
     if UPCAST:  # the interpreter's bf16 dot is wrong
         a = a.to(tl.float32)
         b_t = b_t.to(tl.float32)
@@ -49,18 +50,9 @@ def row_pointers(base, stride, first, limit, ROWS: tl.constexpr, BK: tl.constexp
 
 @triton.jit
 def gemm_tile(
-    acc,
-    side,
-    row0,
-    col0,
-    N,
-    V,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    acc, side, row0, col0, N, V,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """acc + h W' for one tile."""
     h_ptr = row_pointers(side.hidden, side.hidden_stride, row0, N, BM, BK)
     w_ptr = row_pointers(side.weight, side.weight_stride, col0, V, BN, BK)
@@ -74,21 +66,10 @@ def gemm_tile(
 
 @triton.jit
 def shared_gemm_tile(
-    acc,
-    acc_d,
-    student,
-    delta,
-    row0,
-    col0,
-    N,
-    V,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """As `gemm_tile`, for h and the hidden difference against one weight tile, loaded once."""
+    acc, acc_d, student, delta, row0, col0, N, V,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`gemm_tile` of h and of the hidden difference, against one weight tile, loaded once."""
     h_ptr = row_pointers(student.hidden, student.hidden_stride, row0, N, BM, BK)
     w_ptr = row_pointers(student.weight, student.weight_stride, col0, V, BN, BK)
     high_ptr = row_pointers(delta.hidden, delta.hidden_stride, row0, N, BM, BK)
@@ -109,19 +90,10 @@ def shared_gemm_tile(
 
 @triton.jit
 def product_tile(
-    student,
-    teacher,
-    row0,
-    col0,
-    N,
-    V,
-    SHARED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
+    student, teacher, row0, col0, N, V,
+    SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
-):
+):  # fmt: skip
     """(h W', h_t W_t') of one tile; with a shared head the second is (h_t - h) W' / factor."""
     acc = tl.zeros([BM, BN], tl.float32)
     acc_t = tl.zeros([BM, BN], tl.float32)
@@ -148,6 +120,7 @@ def slices(x, SLICES: tl.constexpr):
 
 @triton.jit
 def load_factor(teacher, row0, N, BM: tl.constexpr):
+    """Powers of two of the hidden difference's rows, or ones."""
     if teacher.factor is not None:
         return tl.load(teacher.factor + tl.minimum(row0 + tl.arange(0, BM), N - 1))
     else:

@@ -102,9 +102,9 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         )
         divergence, dtype = results[Stat.DIVERGENCE], problem.student_weight.dtype
         scale = gradient_scale(divergence, results[JOINT_KL], problem.options, dtype)
-        every = slice(None) if rows is None else rows
-        values[:, every] = results[: len(Stat)]
-        saved[:, every] = torch.cat([results[FOR_GRADIENT], mean[None], scale[None]])
+        tokens = slice(None) if rows is None else rows
+        values[:, tokens] = results[: len(Stat)]
+        saved[:, tokens] = torch.cat([results[FOR_GRADIENT], mean[None], scale[None]])
     kept = values.new_zeros(0 if rows is None else N, dtype=torch.int64)
     if rows is not None:
         kept[:count] = rows

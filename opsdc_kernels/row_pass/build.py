@@ -1,4 +1,4 @@
-"""Compiles C for this processor on first use, and keeps the libraries in the user's cache.
+"""Compile C for this processor on first use, and keep the libraries in the user's cache.
 
 A library's name is a hash of source, headers, compiler, flags and processor, so that nothing stale
 is loaded. It is built aside and renamed, so that processes may start together. It is loaded only
@@ -27,9 +27,11 @@ TIMEOUT_S = 120
 
 @dataclass(frozen=True, slots=True)
 class Build:
+    """A library, or none."""
+
     dll: ctypes.CDLL | None
     description: str
-    """What runs the row passes and, where not this library, why."""
+    """The code that runs in its place and the reason, or its compiler."""
 
 
 def built(source: Path) -> Build:
@@ -41,18 +43,15 @@ def built(source: Path) -> Build:
 
 @functools.cache
 def _built(source: Path, chosen: str | None, cache: str | None) -> Build:
-    compiler = shutil.which(chosen) if chosen else _first_compiler()
+    names = [chosen] if chosen else ["cc", "gcc", "clang"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
     if compiler is None:
-        return Build(None, f"torch (no C compiler: {chosen or 'cc, gcc, clang'} not found)")
+        return Build(None, f"torch (no C compiler: {', '.join(names)} not found)")
     try:
         library = load(compiler, source, Path(cache or "~/.cache").expanduser() / "opsdc_kernels")
     except (OSError, subprocess.SubprocessError) as error:
         return Build(None, f"torch ({compiler} or its cache failed: {_reason(error)})")
     return Build(library, f"compiled by {compiler}")
-
-
-def _first_compiler() -> str | None:
-    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 
 def _reason(error: Exception) -> str:
@@ -84,7 +83,7 @@ def load(compiler: str, source: Path, directory: Path) -> ctypes.CDLL:
 
 
 def _with_headers(source: Path) -> bytes:
-    """Its text and that of every header of ours that it includes."""
+    """The text of a source and of every header of ours that it includes."""
     text = source.read_bytes()
     names = re.findall(rb'^#include "(.+)"', text, re.MULTILINE)
     return b"".join([text, *(_with_headers(source.parent / name.decode()) for name in names)])
@@ -106,7 +105,7 @@ def _version(compiler: str) -> str:
 
 
 def _cpu() -> bytes:
-    """What `native` means on this machine: a cache may be shared by several."""
+    """The meaning of `native` on this machine: a cache may be shared by several."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -116,16 +115,16 @@ def _cpu() -> bytes:
 
 
 def _check_private(directory: Path) -> None:
-    found = directory.lstat()
-    if stat.S_ISLNK(found.st_mode) or stat.S_IMODE(found.st_mode) != 0o700:
+    status = directory.lstat()
+    if stat.S_ISLNK(status.st_mode) or stat.S_IMODE(status.st_mode) != 0o700:
         raise PermissionError(f"{directory} must be a directory of mode 0700, not a link")
-    _check_owned(found, directory)
+    _check_owned(status, directory)
     for parent in directory.resolve().parents:
         mode = parent.stat().st_mode
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             raise PermissionError(f"{parent} can be written to by everybody")
 
 
-def _check_owned(found: os.stat_result, path: Path) -> None:
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+def _check_owned(status: os.stat_result, path: Path) -> None:
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"{path} belongs to another user, or others can write to it")

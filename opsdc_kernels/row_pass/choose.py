@@ -1,4 +1,4 @@
-"""Which row pass a call takes: C, Triton or torch. The one place that decides it."""
+"""The choice of row pass: C, Triton or torch. Nothing else decides it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from opsdc_kernels.row_pass.result import BUFFERS, EXACT_TEMPORARIES, RowResult,
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowPass:
-    """What turns the products of a chunk's rows into divergence, statistics and gradient."""
+    """The way from the products of a chunk's rows to divergence, statistics and gradient."""
 
     name: str
-    """What runs and, where it is not the fastest, why."""
+    """The code that runs and, where it is not the fastest, the reason."""
     layout: Layout
-    """How it wants the logits to lie."""
+    """The layout in which it wants the logits."""
     run: Callable[..., RowResult]
-    """`eager.divergence_rows_`, or what keeps its contract."""
+    """`eager.divergence_rows_`, or a function that keeps its contract."""
     rows_at_once: Callable[[int], int] | None = None
-    """How many rows of so many columns `run` takes at once, or None for any number."""
+    """Rows of so many columns that `run` takes at once; None for any number."""
     buffers: int = 0
     """Blocks of so many rows that it is given to write to."""
     temporaries: int = EXACT_TEMPORARIES

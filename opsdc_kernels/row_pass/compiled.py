@@ -27,19 +27,19 @@ def native() -> build.Build:
 
 
 class SideOfC(ctypes.Structure):
-    """As `Side` in common.h."""
+    """`Side` of common.h."""
 
     _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("stride", ctypes.c_int64),
-        ("bias", ctypes.c_void_p),
+        *threads.pointers("x"),
+        *threads.integers("stride"),
+        *threads.pointers("bias"),
         ("factor", ctypes.c_float),
         ("range", ctypes.c_float),
     )
 
     @classmethod
     def of(cls, x_BV: Tensor, side: Side) -> SideOfC:
-        """The tensors must be kept alive as long as this; the bias as `for_c` gives it."""
+        """`side` as `for_c` gives it; the tensors must live as long as this."""
         return cls(
             x=address(x_BV),
             stride=x_BV.stride(1),
@@ -50,21 +50,16 @@ class SideOfC(ctypes.Structure):
 
 
 class Job(ctypes.Structure):
-    """As `Job` in rows.c."""
+    """`Job` of rows.c."""
 
     _fields_ = (
         ("student", SideOfC),
         ("other", SideOfC),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("shared", ctypes.c_int32),
-        ("divergence", ctypes.c_int32),
-        ("gradient", ctypes.c_int32),
-        ("statistics", ctypes.c_int32),
+        *threads.integers("rows", "columns"),
+        *((name, ctypes.c_int32) for name in ("shared", "divergence", "gradient", "statistics")),
         ("beta", ctypes.c_float),
-        ("targets", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("out_stride", ctypes.c_int64),
+        *threads.pointers("targets", "out"),
+        *threads.integers("out_stride"),
     )
 
 
@@ -76,9 +71,10 @@ def divergence_rows_(
     gradient: bool,
     target_ids_B: Tensor | None = None,
 ) -> RowResult:
-    """As `eager.divergence_rows_`, of [B, V] with stride (1, any)."""
+    """The same as `eager.divergence_rows_`, for [B, V] with stride (1, any)."""
     values = _run(student_BV, other_BV, problem, gradient, target_ids_B)
     options = problem.options
+    # The gradient comes without its sign and β, and so must that of the rows left alone.
     sign = -(1 - options.beta) if options.divergence == "jsd" else -1.0
     for row in values[Stat.DIVERGENCE].isnan().nonzero().squeeze(1).tolist():
         only = slice(row, row + 1)

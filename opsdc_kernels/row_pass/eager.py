@@ -24,7 +24,9 @@ def divergence_rows_(
     target_ids_B: Tensor | None = None,
     buffers: Tensor | None = None,
 ) -> RowResult:
-    """Consumes raw products: student_BV = h·Wᵀ and other_BV = the teacher's h·Wᵀ, or, where
+    """Turn raw products of some rows into their values, and the student's into its gradient.
+
+    The products are student_BV = h·Wᵀ and other_BV = the teacher's h·Wᵀ or, where
     `problem.shared_logits`, (teacher hidden − student hidden)·Wᵀ. Both are overwritten, and so are
     the `buffers` [BUFFERS, ≥ B, V] that spare a CPU fresh pages (None: allocated here).
     """
@@ -51,9 +53,9 @@ def divergence_rows_(
 
 
 def without_denormals_(gradient_BV: Tensor) -> None:
-    """0 for what makes denormal sums, with which a CPU computes at a hundredth of its speed: a few
-    in a thousand numbers, in rows of real vocabularies, slow the products that read the gradient
-    1.4 times."""
+    """Replace by 0 what makes denormal sums, with which a CPU computes at a hundredth of its speed:
+    a few in a thousand numbers, in rows of real vocabularies, slow the products that read the
+    gradient 1.4 times."""
     torch.hardshrink(gradient_BV, SMALLEST, out=gradient_BV)
 
 

@@ -58,7 +58,7 @@ def statistics_of_logits(
 
 
 class _Centred(NamedTuple):
-    """What all divergences need of a block; F are the columns where both logits are finite."""
+    """All that the divergences need of a block; F are the columns where both logits are finite."""
 
     outside: Tensor
     """[B, V]: not in F."""

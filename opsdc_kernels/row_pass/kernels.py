@@ -39,23 +39,10 @@ def load_products(student_ptr, other_ptr, row, stride, cols, V):
 
 @triton.jit
 def rows_statistics_kernel(
-    student_ptr,
-    other_ptr,
-    student,
-    teacher,
-    target_ptr,
-    out_ptr,
-    mean_ptr,
-    value_ptr,
-    beta,
-    N,
-    V,
+    student_ptr, other_ptr, student, teacher, target_ptr, out_ptr, mean_ptr, value_ptr, beta, N, V,
     stride,
-    SHARED: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    MASKED: tl.constexpr,
-    BV: tl.constexpr,
-):
+    SHARED: tl.constexpr, DIVERGENCE: tl.constexpr, MASKED: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """out[field, row] as `store_results`; for JSD also value[row] and mean[row], the sums of
     `jsd_terms`."""
     row = tl.program_id(0)
@@ -95,23 +82,10 @@ def rows_statistics_kernel(
 
 @triton.jit
 def rows_gradient_kernel(
-    student_ptr,
-    other_ptr,
-    student,
-    teacher,
-    normalizer_ptr,
-    anchor_ptr,
-    offset_ptr,
-    mean_ptr,
-    scale_ptr,
-    beta,
-    V,
-    stride,
-    SHARED: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    MASKED: tl.constexpr,
-    BV: tl.constexpr,
-):
+    student_ptr, other_ptr, student, teacher, normalizer_ptr, anchor_ptr, offset_ptr, mean_ptr,
+    scale_ptr, beta, V, stride,
+    SHARED: tl.constexpr, DIVERGENCE: tl.constexpr, MASKED: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """Replaces the student's products by the scaled logit gradient."""
     row = tl.program_id(0)
     rows = row + tl.arange(0, 1)
@@ -139,8 +113,8 @@ def divergence_rows_(
     target_ids_B: Tensor | None = None,
     tile_dtype: torch.dtype = torch.float32,
 ) -> RowResult:
-    """As `eager.divergence_rows_`; `tile_dtype` is what the gradient will be rounded to, for which
-    the buffer is scaled by a power of two per row (the result's factor undoes it)."""
+    """The same as `eager.divergence_rows_`; `tile_dtype` is what the gradient will be rounded to,
+    for which the buffer is scaled by a power of two per row (the result's factor undoes it)."""
     n_rows, V = student_BV.shape
     sides = [
         SideOfTriton(bias=side.bias, pre=side.pre, post=side.post)

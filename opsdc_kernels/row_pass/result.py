@@ -1,4 +1,4 @@
-"""What every row pass gives, and how many rows those in torch take at once."""
+"""The result of every row pass, and the rows that those in torch take at once."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ BUFFERS = 6
 EXACT_TEMPORARIES = 16
 """Results of the size of its rows that `exact` holds at once, at most."""
 CPU_BLOCK_BYTES = 1536 << 10
-"""What stays in a CPU's cache."""
+"""A block that stays in a CPU's cache."""
 GPU_BLOCK_BYTES = 8 << 20
 
 
 class RowResult(NamedTuple):
-    """What some rows give; the gradient replaces the student's products in their buffer."""
+    """The result of some rows; the gradient replaces the student's products in their buffer."""
 
     values: Tensor
-    """[`Problem.stat_rows`, B]: the first rows of `Stat`."""
+    """Shape [`Problem.stat_rows`, B]: the first rows of `Stat`."""
     factor: Tensor
-    """[B]: the gradient with respect to hidden · weightᵀ is the buffer times this."""
+    """Shape [B]: the gradient with respect to hidden · weightᵀ is the buffer times this."""
 
 
 def block_rows(columns: int, device: torch.device) -> int:

@@ -19,20 +19,27 @@ THREAD_LOGITS = 1 << 17
 """Fewer logits per thread than this (0.2 ms) are not worth waking one."""
 
 
+def pointers(*names: str) -> list[tuple[str, type]]:
+    """Fields of a structure."""
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def integers(*names: str) -> list[tuple[str, type]]:
+    """Fields of 64 bits of a structure."""
+    return [(name, ctypes.c_int64) for name in names]
+
+
 class Queue(ctypes.Structure):
-    """As `Queue` in common.h."""
+    """`Queue` of common.h."""
 
     _fields_ = (
-        ("work", ctypes.c_void_p),
-        ("jobs", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("next", ctypes.c_int64),
+        *pointers("work", "jobs"),
+        *integers("size", "count", "next"),
     )
 
 
 def parts(x_BV: Tensor) -> list[tuple[int, int]]:
-    """(first row, one past the last) for each thread; all but the last are whole panels."""
+    """(first row, one past the last) of each thread; all but the last are whole panels."""
     rows, columns = x_BV.shape
     panels = -(-rows // PANEL)
     threads = max(min(torch.get_num_threads(), panels, rows * columns // THREAD_LOGITS), 1)
@@ -65,7 +72,7 @@ def run(build: Build, name: str, jobs: Sequence[ctypes.Structure]) -> None:
 
 @functools.cache
 def _openmp() -> Callable[..., object] | None:
-    """What starts a parallel region in the OpenMP that torch has loaded, if that is GNU's. After
+    """The start of a parallel region in the OpenMP that torch has loaded, if that is GNU's. After
     every product its threads spin for some 10 ms: beside them others get half of a processor."""
     try:
         return ctypes.CDLL(None).GOMP_parallel

@@ -1,4 +1,4 @@
-r"""Heads sharded over the vocabulary: every rank of a process group holds some rows of W.
+r"""The row pass of a chunk whose columns are sharded over ranks.
 
 Hidden states, token weights and targets are the same on all ranks; the columns of the logits are
 not. A shard is one column of a small vocabulary of shards, and the chain rule of the divergence
@@ -13,192 +13,23 @@ D_g = log Σ_{v∈g} e^t − S_g = E_{q_g}[d] + KL(q_g‖p_g)::
 Every term is ≥ 0 and centred, so nothing is lost against the unsharded forms of `reference`; a
 shard without columns has π_g = ρ_g = 0. The JSD's integrand needs log(p/q) first, and that needs
 S and D of all shards: its sums take a second exchange.
-
-Communication per chunk: one all-gather of a few float64 numbers per token, two for the JSD, put
-together on every rank in rank order: the loss and the statistics are the same bits on all of them.
-Then one all-reduce of dH per call, over all tokens. dW stays where W is. `bytes_per_token` counts.
-Before the first chunk one all-gather of `HEADER_BYTES` tells the sizes of the shards, the smallest
-workspace, and whether the ranks make the same call: a mistake raises on all of them instead of
-hanging. That all ranks hold the *same* hidden states is not checked; different ones (data
-parallelism: an FSDP shard of W looks the same as a vocabulary shard) give wrong numbers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import zlib
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from opsdc_kernels import plan
-from opsdc_kernels.maths import (
-    capped,
-    excess,
-    log_mean_exp,
-    log_mixture,
-    slope_of,
-    weighted_excess,
-)
-from opsdc_kernels.problem import GradientsWanted, Problem
-from opsdc_kernels.products import Layout
-from opsdc_kernels.row_pass.choose import RowPass, in_torch
+from opsdc_kernels import maths
+from opsdc_kernels.problem import Problem
 from opsdc_kernels.row_pass.exact import divergence_and_gradient
 from opsdc_kernels.row_pass.result import RowResult, block_rows
 from opsdc_kernels.row_pass.transform import transform_
-
-HEADER = ("tokens", "tokens with weight", "options", "student rows", "teacher rows", "chunk rows")
-HEADER_BYTES = 8 * len(HEADER)
-"""What each rank contributes to the exchange before the first chunk."""
-
-
-def bytes_per_token(
-    *,
-    divergence: str,
-    student_dim: int,
-    gradient: bool = True,
-    return_stats: bool = False,
-    target_ids: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> int:
-    """Bytes that each rank hands to collectives per token, beside `HEADER_BYTES` per call.
-
-    Args:
-        divergence, return_stats, target_ids (whether given): as in `linear_divergence`.
-        student_dim: columns of the student's hidden states.
-        gradient: whether these ask for a gradient.
-        dtype: of the hidden states.
-
-    The gathered part is received from every other rank; of the gradient, 4 bytes a number (8 for
-    float64), a ring all-reduce sends and receives less than twice as much. ``reduction="none"``
-    with a trainable head gathers once more in backward, without statistics.
-    """
-    gathered = len(Summary._fields) + 2 * (divergence == "jsd")
-    gathered += return_stats * (5 + 2 * target_ids)
-    wide = 8 if dtype == torch.float64 else 4
-    return 8 * gathered + gradient * wide * student_dim
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shard:
-    """This rank's part of the vocabulary, and what all ranks agreed on."""
-
-    group: Any
-    first: int
-    """Id of the first column."""
-    size: int
-    """Columns scored here; may be 0."""
-    chunk_rows: int
-    """The most that fits every rank's workspace."""
-
-    @property
-    def row_pass(self) -> RowPass:
-        """The row pass of a chunk, of which this rank has some columns."""
-        run = partial(sharded_rows_, shard=self)
-        return RowPass(name="torch, vocabulary parallel", layout=Layout.BY_ROW, run=run)
-
-    def localize(self, problem: Problem) -> Problem:
-        """The same problem over this rank's columns; targets of others lie outside of them."""
-        ids = problem.target_ids
-        ids = None if ids is None else ids - self.first
-        options = dataclasses.replace(problem.options, vocab_size=self.size)
-        return dataclasses.replace(problem, target_ids=ids, options=options)
-
-    def gather(self, ours: Tensor) -> Tensor:
-        """[R, *ours.shape] in rank order, the same on all ranks."""
-        return _gather(ours, self.group)
-
-    def add_up_(self, gradient: Tensor) -> None:
-        """The sum over all ranks, in place."""
-        dist.all_reduce(gradient, group=self.group)
-
-
-def agree(problem: Problem, wanted: GradientsWanted) -> tuple[Shard, Problem]:
-    """This rank's shard, and the problem with `vocab_size` that of all shards together. With the
-    device this synchronizes once.
-
-    Raises:
-        ValueError: the ranks differ in tokens or options, student and teacher are cut at different
-            columns, or `vocab_size` is more than all shards hold; on every rank alike.
-    """
-    group = dist.distributed_c10d._resolve_process_group(problem.options.process_group)  # type: ignore[arg-type]
-    table = _gather(_header(problem, wanted), group).tolist()
-    ranks = dict(zip(HEADER, zip(*table, strict=True), strict=True))
-    for name in ("tokens", "tokens with weight"):
-        if len(set(ranks[name])) > 1:
-            raise ValueError(
-                f"process_group: the ranks hold {ranks[name]} {name}; a vocabulary-parallel loss "
-                "needs the same tokens on all ranks (data-parallel ranks belong to other groups)"
-            )
-    if len(set(ranks["options"])) > 1:
-        raise ValueError(
-            "process_group: the ranks call with different options, dtypes, hidden sizes or "
-            "gradients asked for; make the same call on all of them"
-        )
-    total = min(sum(ranks["student rows"]), sum(ranks["teacher rows"]))
-    asked = problem.options.vocab_size
-    scored = total if asked is None else asked
-    if scored > total or total == 0:
-        raise ValueError(f"vocab_size={scored} must be between 1 and {total}, that of all shards")
-    student, teacher = (_cuts(ranks[f"{x} rows"], scored) for x in ("student", "teacher"))
-    if student != teacher:
-        raise ValueError(
-            f"process_group: the student's head is cut at columns {student} and the teacher's at "
-            f"{teacher}; shard both alike, and pass vocab_size= where one is padded"
-        )
-    rank = dist.get_rank(group)
-    first, stop = student[rank], student[rank + 1]
-    shard = Shard(group, first, stop - first, min(ranks["chunk rows"]))
-    options = dataclasses.replace(problem.options, vocab_size=scored)
-    return shard, dataclasses.replace(problem, options=options)
-
-
-def _header(problem: Problem, wanted: GradientsWanted) -> Tensor:
-    """What `HEADER` names, of this rank, on the device."""
-    hidden, weight = problem.student_hidden, problem.token_weight
-    tokens, rows = hidden.shape[0], problem.student_weight.shape[0]
-    teacher_rows = rows if problem.teacher_weight is None else problem.teacher_weight.shape[0]
-    sizes = dataclasses.replace(
-        plan.Sizes.of(problem, in_torch(hidden.device)), vocab_size=max(rows, 1)
-    )
-    # Workspaces may differ, the smallest of all counts; and so may the group's name.
-    options = dataclasses.replace(problem.options, workspace_bytes=None, process_group=None)
-    optional = (
-        problem.teacher_weight,
-        problem.student_bias,
-        problem.teacher_bias,
-        problem.target_ids,
-    )
-    absent = [x is None for x in optional]
-    call = (sizes.dims, sizes.dtype, tuple(wanted), absent, options)
-    header = [
-        tokens,
-        tokens,
-        zlib.crc32(repr(call).encode()),
-        rows,
-        teacher_rows,
-        plan.chunk_rows(tokens, sizes, problem.options.workspace_bytes),
-    ]
-    header_H = torch.tensor(header, device=hidden.device)
-    if weight is not None:
-        header_H[1] = torch.count_nonzero(weight)
-    return header_H
-
-
-def _cuts(rows: tuple[int, ...], scored: int) -> list[int]:
-    """First scored column of each shard, and the end."""
-    return [min(sum(rows[:rank]), scored) for rank in range(len(rows) + 1)]
-
-
-def _gather(ours: Tensor, group: Any) -> Tensor:
-    gathered = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, ours, group=group)
-    return torch.stack(gathered)
 
 
 class Summary(NamedTuple):
@@ -241,10 +72,10 @@ class Merged(NamedTuple):
 
 
 class RowScalars(NamedTuple):
-    """What the gradient pass needs beside s and c, per row [B, 1] in the dtype of the logits."""
+    """Numbers that the gradient pass needs beside s and c, per row [B, 1], in the logits' dtype."""
 
     peak: Tensor
-    """Of the shard."""
+    """The shard's peak."""
     log_peak: Tensor
     """log q of a column at the peak, over all columns."""
     log_peak_inside: Tensor
@@ -260,56 +91,47 @@ def sharded_rows_(
     other_CV: Tensor,
     problem: Problem,
     *,
-    shard: Shard,
+    gather: Callable[[Tensor], Tensor],
     gradient: bool,
     target_ids_B: Tensor | None = None,
 ) -> RowResult:
-    """As `row_pass.eager.divergence_rows_`, of a whole chunk and this rank's columns. `problem` is
-    the localized one."""
+    """The row pass of a whole chunk and this rank's columns; `problem` is the localized one.
+
+    `gather`: a tensor of all ranks [R, …] from this one's.
+    """
     height, dtype, options = s_CV.shape[0], s_CV.dtype, problem.options
-    jsd, beta = options.divergence == "jsd", options.beta
-    step = block_rows(max(shard.size, 1), s_CV.device)
+    jsd, beta, count = options.divergence == "jsd", options.beta, len(Summary._fields)
+    step = block_rows(max(s_CV.shape[1], 1), s_CV.device)
     blocks = [slice(start, min(start + step, height)) for start in range(0, height, step)]
 
     # 1. This shard's columns of each row, summed up; c = d − E_{q_g}[d] stays in `other_CV`.
-    summaries, extras, peaks = zip(
-        *(
-            _summarize_(
-                s_CV[block],
-                other_CV[block],
-                problem,
-                None if target_ids_B is None else target_ids_B[block],
-            )
-            for block in blocks
-        ),
-        strict=True,
-    )
-    ours = torch.cat(
-        [torch.stack((*x, *extra)) for x, extra in zip(summaries, extras, strict=True)], 1
-    )
+    sums, peaks = [], []
+    for block in blocks:
+        targets = None if target_ids_B is None else target_ids_B[block]
+        sums_B, peak_B = _summarize_(s_CV[block], other_CV[block], problem, targets)
+        sums.append(sums_B)
+        peaks.append(peak_B)
+    ours = torch.cat(sums, 1)
 
     # 2. Exchanged, and the same divergence and statistics put together on every rank.
-    gathered = shard.gather(ours).unbind(1)
-    count = len(Summary._fields)
-    parts, extra = Summary(*gathered[:count]), gathered[count:]
+    gathered = gather(ours).unbind(1)
+    parts = Summary(*gathered[:count])
     merged = _merge(parts, problem)
     value = merged.value
-    statistics = _merge_statistics(parts, extra) if options.return_stats else ()
+    statistics = _merge_statistics(parts, gathered[count:]) if options.return_stats else ()
 
     # 3. The JSD's integrand needs both normalizers of all shards: its sums are exchanged now.
-    centre_C1, blockwise = None, []
-    if gradient or jsd:
-        scalars = _row_scalars(merged, Summary(*ours[:count]), torch.cat(peaks), dtype)
-        blockwise = [
-            (s_CV[block], other_CV[block], RowScalars(*(x[block] for x in scalars)))
-            for block in blocks
-        ]
+    scalars = _row_scalars(merged, Summary(*ours[:count]), torch.cat(peaks), dtype)
+    blockwise = [
+        (s_CV[block], other_CV[block], RowScalars(*(x[block] for x in scalars))) for block in blocks
+    ]
+    centre_C1 = None
     if jsd:
-        sums = torch.cat([_jsd_sums_(*x, problem) for x in blockwise], 1)
-        from_student, from_teacher = shard.gather(sums).sum(0)
+        jsd_sums = torch.cat([_jsd_sums_(*x, problem) for x in blockwise], 1)
+        from_student, from_teacher = gather(jsd_sums).sum(0)
         value = value + (1 - beta) * from_student + beta * from_teacher
         centre = from_student + beta * merged.outside_p
-        centre = centre + merged.outside_q * excess(_log_only_student(problem, centre))
+        centre = centre + merged.outside_q * maths.excess(centre.new_tensor(math.log1p(-beta)))
         centre_C1 = centre.to(dtype)[:, None]
 
     # 4. The gradient of this shard's logits, from c (KLs) or a (JSD) and the scalars of its rows.
@@ -322,9 +144,12 @@ def sharded_rows_(
 
 def _summarize_(
     student_BV: Tensor, other_BV: Tensor, problem: Problem, target_ids_B: Tensor | None
-) -> tuple[Summary, list[Tensor], Tensor]:
-    """(summary, what the statistics need, peak [B]). Leaves in `other_BV` c = d − E_{q_g}[d], −inf
-    where only the student's logit is finite, and in `student_BV` what `_student_logits` takes."""
+) -> tuple[Tensor, Tensor]:
+    """(`Summary` and what the statistics need, a row each, and the peaks [B]).
+
+    Leaves in `other_BV` c = d − E_{q_g}[d], −inf where only the student's logit is finite, and in
+    `student_BV` what `_student_logits` takes.
+    """
     s, t, d, _ = transform_(student_BV, other_BV, problem, None)
     t = s + d if t is None else t
     # q_g over the columns inside, from the shard's own peak.
@@ -344,12 +169,12 @@ def _summarize_(
         rest = (q * c).sum(1)
         mean += rest
         c = (c - rest[:, None]).masked_fill_(outside, 0.0)
-    log_ratio = log_mean_exp(log_q, c, outside)
+    log_ratio = maths.log_mean_exp(log_q, c, outside)
     forward = torch.zeros_like(peak)
     if problem.options.divergence == "forward_kl":
         r = (c - log_ratio).masked_fill_(outside, 0.0)
-        forward = weighted_excess(log_q + r, -r, log_q).sum(1)
-    extra = _statistics(s, t, target_ids_B) if problem.options.return_stats else []
+        forward = maths.weighted_excess(log_q + r, -r, log_q).sum(1)
+    # The columns on one side only count in the masses.
     summary = Summary(
         inside=(peak.double() + total.double().log()).masked_fill(absent, -math.inf),
         mean=mean,
@@ -358,11 +183,13 @@ def _summarize_(
         only_student=torch.logsumexp(s.masked_fill(~no_teacher, -math.inf), 1).double(),
         only_teacher=torch.logsumexp(t.masked_fill(~no_student, -math.inf), 1).double(),
     )
+    statistics = _statistics(s, t, target_ids_B) if problem.options.return_stats else []
     other_BV.copy_(c.masked_fill_(no_teacher, -math.inf))
-    return summary, extra, peak
+    return torch.stack((*summary, *statistics)), peak
 
 
 def _peak(logits_BV: Tensor) -> Tensor:
+    """The largest logits; −inf without columns."""
     if logits_BV.shape[1] == 0:
         return logits_BV.new_full(logits_BV.shape[:1], -math.inf)
     return logits_BV.amax(1)
@@ -457,16 +284,11 @@ def _row_scalars(merged: Merged, ours: Summary, peak: Tensor, dtype: torch.dtype
 
 
 def _student_logits(x_BV: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """(s, ds/dx up to scale/temperature), as `transform_` made them."""
+    """(s, ds/dx up to scale/temperature) again, from what `transform_` left."""
     side = problem.side(0)
     if side.cap is None:
         return x_BV, None
-    return capped(x_BV, side.cap, side.temperature), slope_of(x_BV, side.cap)
-
-
-def _log_only_student(problem: Problem, like: Tensor) -> Tensor:
-    """a = log(m̄/q) where the teacher has no mass."""
-    return torch.full_like(like, math.log1p(-problem.options.beta))
+    return maths.capped(x_BV, side.cap, side.temperature), maths.slope_of(x_BV, side.cap)
 
 
 def _jsd_sums_(student_BV: Tensor, c_BV: Tensor, row: RowScalars, problem: Problem) -> Tensor:
@@ -478,11 +300,11 @@ def _jsd_sums_(student_BV: Tensor, c_BV: Tensor, row: RowScalars, problem: Probl
     log_q = (s - row.peak + row.log_peak).masked_fill_(outside, -math.inf)
     r = (c_BV - row.to_log_ratio).masked_fill_(outside, 0.0)
     log_p = log_q + r
-    a, b = log_mixture(r, beta), log_mixture(-r, 1 - beta)
+    a, b = maths.log_mixture(r, beta), maths.log_mixture(-r, 1 - beta)
     log_m = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
-    from_student = weighted_excess(log_q, a, log_m).sum(1)
-    from_teacher = weighted_excess(log_p, b, log_m).sum(1)
-    torch.where(no_teacher, _log_only_student(problem, a), a, out=c_BV)
+    from_student = maths.weighted_excess(log_q, a, log_m).sum(1)
+    from_teacher = maths.weighted_excess(log_p, b, log_m).sum(1)
+    c_BV.copy_(a.masked_fill_(no_teacher, math.log1p(-beta)))
     return torch.stack((from_student, from_teacher)).double()
 
 
@@ -493,12 +315,8 @@ def _gradient_(
     s, slope = _student_logits(student_BV, problem)
     log_q = s - row.peak
     if centre_B1 is not None:
-        dz = (
-            log_q.add_(row.log_peak)
-            .exp_()
-            .mul_(c_BV.add_(centre_B1))
-            .mul_(problem.options.beta - 1)
-        )
+        q = log_q.add_(row.log_peak).exp_()
+        dz = q.mul_(c_BV.add_(centre_B1)).mul_(problem.options.beta - 1)
     else:
         no_teacher = torch.isneginf(c_BV)
         outside = no_teacher | torch.isneginf(s)
