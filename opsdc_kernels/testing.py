@@ -42,8 +42,11 @@ class Case:
 
     def to(self, target: torch.dtype | torch.device) -> Case:
         """The same inputs in another dtype, or on another device."""
-        tensors = (getattr(self, name) for name in self.__slots__)
-        return Case(*(None if x is None else x.to(target) for x in tensors))
+        student, weight, teacher = (
+            x.to(target) for x in (self.student_hidden, self.student_weight, self.teacher_hidden)
+        )
+        other = self.teacher_weight
+        return Case(student, weight, teacher, None if other is None else other.to(target))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +172,8 @@ def _check_representable(case: Case, entropy: float, kl: float) -> None:
     s, d = _logits(case)
     for name, wanted, got in (("entropy", entropy, _entropy(s)), ("kl", kl, _kl(s, d))):
         if not 1 / 3 < float(got.mean()) / wanted < 3:
-            raise Unrepresentable(
-                f"{name}={wanted} comes out as {float(got.mean()):.1e} in {case.student_hidden.dtype}"
-            )
+            outcome = f"{float(got.mean()):.1e} in {case.student_hidden.dtype}"
+            raise Unrepresentable(f"{name}={wanted} comes out as {outcome}")
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -322,9 +324,9 @@ def _rounding_of_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def _conditioning_of_gradients(
     case: Case, s: Tensor, d: Tensor, rounding: Tensor, difference: Tensor
 ) -> Tensor:
-    """The relative error [N] of a row of dH = Σ q·c·w where its logits are off by `rounding` and its
-    differences by `difference`, each on its own: twice the sum in quadrature. A column's error acts
-    along w − E_q[w], and small rows are judged as in `errors`."""
+    """The relative error [N] of a row of dH = Σ q·c·w where its logits are off by `rounding` and
+    its differences by `difference`, each on its own: twice the sum in quadrature. A column's error
+    acts along w − E_q[w], and small rows are judged as in `errors`."""
     w = case.student_weight.double()
     q = torch.softmax(s, 1)
     c = d - (q * d).sum(1, keepdim=True)
