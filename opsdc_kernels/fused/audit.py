@@ -207,11 +207,7 @@ def _compile(kernel: Any, case: Case, target: str, config: dict[str, int]) -> An
                 hints[path] = [["tt.divisibility", 16]]
     gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else None
     gpu = gpu or GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    return triton.compile(
-        ASTSource(kernel, types, fixed, hints),
-        target=gpu,
-        options=launch,
-    )
+    return triton.compile(ASTSource(kernel, types, fixed, hints), target=gpu, options=launch)
 
 
 def _argument_type(name: str, case: Case) -> Any:

@@ -32,10 +32,7 @@ def integers(*names: str) -> list[tuple[str, type]]:
 class Queue(ctypes.Structure):
     """`Queue` of common.h."""
 
-    _fields_ = (
-        *pointers("work", "jobs"),
-        *integers("size", "count", "next"),
-    )
+    _fields_ = (*pointers("work", "jobs"), *integers("size", "count", "next"))
 
 
 def parts(x_BV: Tensor) -> list[tuple[int, int]]:
