@@ -218,8 +218,10 @@ def _outcome(case: Case, call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
         x.detach().clone().requires_grad_() for x in (case.student_hidden, case.student_weight)
     )
     loss, per_token = call(hidden, weight)
-    gradients = torch.autograd.grad(loss.sum(), (hidden, weight))
-    return Outcome(loss.detach(), per_token.detach(), *gradients)
+    loss.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return Outcome(loss.detach(), per_token.detach(), hidden.grad, weight.grad)
 
 
 def truth(case: Case, **options: Any) -> Outcome:

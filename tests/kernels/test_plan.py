@@ -5,17 +5,10 @@ import json
 
 import pytest
 import torch
+from helpers.kernels import CPU, sizes_of
 
 from opsdc_kernels import memory, plan
-from opsdc_kernels.row_pass.choose import choose
 from opsdc_kernels.row_pass.threads import PANEL
-
-CPU = torch.device("cpu")
-
-
-def sizes(v, dims, dtype=torch.float32):
-    row_pass = choose(CPU, dtype)
-    return plan.Sizes(vocab_size=v, dims=dims, dtype=dtype, device=CPU, row_pass=row_pass)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -23,7 +16,7 @@ def sizes(v, dims, dtype=torch.float32):
 def test_chunks_fit_the_workspace(dtype, v):
     for tokens, megabytes in itertools.product((1, 7, 513, 4096), (16, 64, 256, 1024)):
         budget = megabytes << 20
-        of = sizes(v, (576, 576), dtype)
+        of = sizes_of(v, (576, 576), dtype)
         if plan.scratch_bytes(1, of) > budget:
             continue
         rows = plan.chunk_rows(tokens, of, budget)
@@ -32,19 +25,19 @@ def test_chunks_fit_the_workspace(dtype, v):
 
 
 def test_chunks_are_about_equal():
-    rows = plan.chunk_rows(1000, sizes(49152, (576, 576)), 320 << 20)
+    rows = plan.chunk_rows(1000, sizes_of(49152, (576, 576)), 320 << 20)
     chunks = -(-1000 // rows)
     assert 0 <= rows - 1000 // chunks <= PANEL  # full panels, but for the last chunk
 
 
 def test_scratch_is_eight_bytes_per_logit_of_a_chunk():
-    of = sizes(151936, (1024, 1024))
+    of = sizes_of(151936, (1024, 1024))
     more, less = plan.scratch_bytes(1024, of), plan.scratch_bytes(512, of)
     assert (more - less) / (512 * 151936) < 8.2
 
 
 def test_a_workspace_too_small_for_a_row_names_the_need():
-    of = sizes(5000, (64, 64))
+    of = sizes_of(5000, (64, 64))
     need = plan.scratch_bytes(1, of)
     with pytest.raises(ValueError, match=str(need)):
         plan.chunk_rows(9, of, need - 1)

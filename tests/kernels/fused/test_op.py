@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.kernels import make_problem
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,7 @@ from opsdc_kernels import linear_divergence
 from opsdc_kernels.problem import GradientsWanted
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
+    pytest.skip("run by test_interpreter.py", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 N, V, D = 5, 40, 20
@@ -96,7 +97,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_frozen_head_allocates_no_weight_gradient(tensors, make_problem, frozen):
+def test_frozen_head_allocates_no_weight_gradient(tensors, frozen):
     from opsdc_kernels.fused.backward import backward
     from opsdc_kernels.fused.heads import Heads
 
@@ -163,7 +164,7 @@ def test_batch_of_sequences(tensors):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_opcheck(tensors, make_problem, weighted):
+def test_opcheck(tensors, weighted):
     from opsdc_kernels.fused import op as module
 
     h, w, ht, wt = tensors

@@ -2,14 +2,10 @@
 
 import itertools
 import math
-import os
-import shutil
-import stat
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers.kernels import make_problem
 
 from opsdc_kernels import linear_divergence, plan, testing
 from opsdc_kernels.problem import DIVERGENCES
@@ -96,7 +92,7 @@ def test_rows_in_doubt_and_their_neighbours(divergence):
     torch.testing.assert_close(got[1][others], alone[1])
 
 
-def test_no_gradient_is_small_enough_to_make_denormals(make_problem):
+def test_no_gradient_is_small_enough_to_make_denormals():
     h, w, ht, wt = inputs(scale=8.0)
     s, t = (w @ h.T).T, (wt @ ht.T).T
     for divergence in DIVERGENCES:
@@ -108,7 +104,7 @@ def test_no_gradient_is_small_enough_to_make_denormals(make_problem):
         assert small >= 2.0**-100
 
 
-def test_threads_change_no_bit(monkeypatch, make_problem):
+def test_threads_change_no_bit(monkeypatch):
     monkeypatch.setattr(threads, "THREAD_LOGITS", 1)
     h, w, ht, wt = inputs(n=71)
     found = []
@@ -133,77 +129,6 @@ def test_the_plan_says_what_runs_and_counts_its_scratch(monkeypatch):
     # Fewer rows fit, each of the same two logits and hidden states.
     blocks = [x.workspace_bytes / x.chunk_rows for x in (in_torch, in_c)]
     assert blocks[0] > blocks[1]
-
-
-def test_without_a_compiler_torch_runs():
-    """The same results within the budget, and the plan says why."""
-    code = (
-        "import torch\nfrom opsdc_kernels import plan, testing\n"
-        "case = testing.make_case(tokens=3, dim=16, vocab_size=500, entropy=1.0, kl=1e-3)\n"
-        "testing.assert_accurate(case, backend='chunked')\n"
-        "print(plan.estimate(tokens=3, vocab_size=500, student_dim=16).row_passes)"
-    )
-    environment = {**os.environ, "PATH": "/nonexistent", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment.pop("CC", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "torch (no C compiler: cc, gcc, clang not found)"
-
-
-def test_a_compiler_that_fails_is_named(monkeypatch, tmp_path):
-    broken = tmp_path / "broken"
-    broken.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    assert rows.native().dll is None
-    assert rows.native().description == f"torch ({broken} or its cache failed: out of order)"
-
-
-COMPILER = shutil.which("cc") or "cc"
-
-
-def test_built_once_in_a_directory_of_ours(tmp_path):
-    directory = tmp_path / "cache" / "opsdc_kernels"
-    build.load(COMPILER, SOURCE, directory)
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    (made,) = directory.iterdir()
-    before = made.stat().st_mtime_ns
-    build.load(COMPILER, SOURCE, directory)
-    assert made.stat().st_mtime_ns == before
-    # Another source, and the same under another header, are other libraries.
-    (tmp_path / "rows.c").write_text(SOURCE.read_text("utf-8") + "\n")
-    header = SOURCE.with_name("common.h").read_text("utf-8")
-    for more in ("", "\n"):
-        (tmp_path / "common.h").write_text(header + more)
-        build.load(COMPILER, tmp_path / "rows.c", directory)
-    assert len(list(directory.iterdir())) == 3
-
-
-@pytest.mark.parametrize("mode", [0o777, 0o770, 0o755])
-def test_a_directory_open_to_others_is_refused(tmp_path, mode):
-    directory = tmp_path / "cache"
-    directory.mkdir()
-    directory.chmod(mode)
-    with pytest.raises(PermissionError, match="mode 0700"):
-        build.load(COMPILER, SOURCE, directory)
-
-
-def test_a_link_a_planted_library_and_an_open_parent_are_refused(tmp_path):
-    directory = tmp_path / "parent" / "cache"
-    build.load(COMPILER, SOURCE, directory)
-    link = tmp_path / "link"
-    link.symlink_to(directory)
-    with pytest.raises(PermissionError, match="not a link"):
-        build.load(COMPILER, SOURCE, link)
-    (made,) = directory.iterdir()
-    made.chmod(0o777)
-    with pytest.raises(PermissionError, match="others can write"):
-        build.load(COMPILER, SOURCE, directory)
-    made.chmod(0o755)
-    directory.parent.chmod(0o777)
-    with pytest.raises(PermissionError, match="everybody"):
-        build.load(COMPILER, SOURCE, directory)
 
 
 def test_kl_of_peaked_rows_is_finite_and_positive():

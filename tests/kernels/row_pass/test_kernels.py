@@ -10,7 +10,7 @@ from opsdc_kernels.problem import Options, Problem, Stat
 from opsdc_kernels.row_pass.eager import divergence_rows_ as torch_rows_
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
+    pytest.skip("run by test_interpreter.py", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")

@@ -12,7 +12,7 @@ from opsdc_kernels import linear_divergence, testing
 from opsdc_kernels.columns import kept as columns
 
 TOLERANCES = (1e-2, 1e-3, 1e-4)
-# Those of `test_accuracy`.
+# Those of `test_api_accuracy`.
 ENTROPIES = (0.01, 0.3, 2.0, 6.0, 10.0)
 KLS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0, 5.0)
 

@@ -1,20 +1,21 @@
 """The same bits again: over repeats, over processes, and wherever the inputs lie in memory.
 
 The promise is for one machine, one build of torch and one number of threads. The `fused` kernels
-repeat in test_fused_autograd.py, in Triton's interpreter.
+repeat in fused/test_op.py, in Triton's interpreter.
 """
 
 import hashlib
 import itertools
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from helpers.kernels import sizes_of
 
 from opsdc_kernels import linear_divergence
-from opsdc_kernels.plan import Sizes, estimate, scratch_bytes
-from opsdc_kernels.row_pass.choose import choose
+from opsdc_kernels.plan import estimate, scratch_bytes
 
 N, D, V = 48, 72, 4099
 # Three chunks, so that sums across chunks are among what repeats, whatever the row passes take.
@@ -32,10 +33,7 @@ def inputs(dtype, shared):
 
 
 def workspace(dtype):
-    device = torch.device("cpu")
-    row_pass = choose(device, dtype)
-    sizes = Sizes(vocab_size=V, dims=(D, D), dtype=dtype, device=device, row_pass=row_pass)
-    return scratch_bytes(ROWS, sizes)
+    return scratch_bytes(ROWS, sizes_of(V, (D, D), dtype))
 
 
 def results(tensors, reduction):
@@ -80,10 +78,13 @@ def test_fifty_repeats(dtype, reduction, shared):
 
 def test_three_processes():
     command = [sys.executable, __file__]
-    found = [
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
+    found = [process.communicate()[0].splitlines() for process in running]
+    assert not any(process.returncode for process in running)
     # This process is the fourth. Two digests on a line would be a case that did not repeat.
     assert found == [list(digests())] * 3
     assert all(len(line.split()) == 4 for line in found[0])

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from helpers.kernels import make_problem
 from torch import library
 from torch.utils.checkpoint import checkpoint
 
 from opsdc_kernels import linear_divergence
 from opsdc_kernels.chunked import op as chunked_op
 from opsdc_kernels.columns import op as columns_op
-from opsdc_kernels.problem import Options, Problem
 
 N, D, V = 9, 8, 33
 
@@ -22,13 +22,10 @@ def leaves(dtype=torch.float32, seed=0):
 def arguments(reduction, stats, weight, divergence="reverse_kl", wanted=(True, True, True),
               **options):  # fmt: skip
     h, w, ht = leaves()
-    problem = Problem(
-        student_hidden=h, student_weight=w, teacher_hidden=ht, teacher_weight=None,
-        student_bias=torch.randn(V, requires_grad=True), teacher_bias=None, token_weight=weight,
+    problem = make_problem(
+        h, w, ht, student_bias=torch.randn(V, requires_grad=True), token_weight=weight,
         target_ids=torch.randint(0, V, (N,)) if stats else None,
-        options=Options(
-            divergence=divergence, reduction=reduction, return_stats=stats, **options
-        ),
+        divergence=divergence, reduction=reduction, return_stats=stats, **options,
     )  # fmt: skip
     return *problem.arguments, list(wanted)
 

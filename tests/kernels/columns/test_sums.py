@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.kernels import make_problem, mutate_c
 
 from opsdc_kernels.columns import bound as column_bound
 from opsdc_kernels.columns import compiled
@@ -17,7 +18,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def gate(make_problem):
+def gate():
     """Raises AssertionError unless fp32 sums are those of float64."""
     g = torch.Generator().manual_seed(0)
     h, w = torch.randn(C, D, generator=g), torch.randn(V, D, generator=g)
@@ -55,11 +56,11 @@ def probabilities(problem, x):
     return log_q.exp(), z.logsumexp(1), -(log_q.exp() * log_q).sum(1)
 
 
-def test_sums_are_those_of_float64(row_passes, make_problem):
-    gate(make_problem)
+def test_sums_are_those_of_float64(row_passes):
+    gate()
 
 
-def test_masked_columns_have_no_mass(row_passes, make_problem):
+def test_masked_columns_have_no_mass(row_passes):
     bias = torch.zeros(V)
     bias[::3] = -torch.inf
     h, w = torch.randn(C, D), torch.randn(V, D)
@@ -70,7 +71,7 @@ def test_masked_columns_have_no_mass(row_passes, make_problem):
     assert all(bool(torch.isfinite(x).all()) for x in sums)
 
 
-def test_threads_agree(monkeypatch, make_problem):
+def test_threads_agree(monkeypatch):
     monkeypatch.setenv(build.SWITCH, "1")
     if compiled.native().dll is None:
         pytest.skip(f"row passes run in {compiled.native().description}")
@@ -112,7 +113,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_mutant_is_killed(compiled_mutant, make_problem, name):
-    compiled_mutant(compiled, *COMPILED[name])
+def test_compiled_mutant_is_killed(monkeypatch, tmp_path, name):
+    mutate_c(monkeypatch, tmp_path, compiled, *COMPILED[name])
     with pytest.raises(AssertionError):
-        gate(make_problem)
+        gate()

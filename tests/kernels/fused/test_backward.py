@@ -11,7 +11,7 @@ import torch
 from opsdc_kernels import linear_divergence
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
+    pytest.skip("run by test_interpreter.py", allow_module_level=True)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 N, V, D = 8, 130, 48

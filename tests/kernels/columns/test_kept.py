@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.kernels import make_problem
 
 from opsdc_kernels import linear_divergence, plan, testing
 from opsdc_kernels.chunked.run import run_chunks
@@ -13,7 +14,7 @@ from opsdc_kernels.columns import kept as columns
 from opsdc_kernels.columns import picker as column_choice
 from opsdc_kernels.columns.kept import run_columns
 from opsdc_kernels.memory import PeakMemory
-from opsdc_kernels.problem import OPTIONS, GradientsWanted, Options, Problem
+from opsdc_kernels.problem import GradientsWanted
 from opsdc_kernels.testing import Case
 
 TOLERANCES = (1e-2, 1e-3, 1e-4)
@@ -162,16 +163,9 @@ def test_frozen_head_and_units():
 
 
 def problem_of(case, **given):
-    options = {name: given.pop(name) for name in OPTIONS if name in given}
-    absent = dict.fromkeys(("student_bias", "teacher_bias", "token_weight", "target_ids"))
-    return Problem(
-        student_hidden=case.student_hidden, student_weight=case.student_weight,
-        teacher_hidden=case.teacher_hidden, teacher_weight=case.teacher_weight,
-        **{**absent, **given},
-        options=Options(
-            **{"reduction": "sum", "return_stats": True, "skip_tolerance": 1e-3, **options}
-        ),
-    )  # fmt: skip
+    options = {"return_stats": True, "skip_tolerance": 1e-3, **given}
+    tensors = (case.student_hidden, case.student_weight, case.teacher_hidden, case.teacher_weight)
+    return make_problem(*tensors, **options)
 
 
 @pytest.mark.parametrize("exact_value", [False, True])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from opsdc_kernels import linear_divergence
 
 if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("run by test_triton_interpreter.py", allow_module_level=True)
+    pytest.skip("run by test_interpreter.py", allow_module_level=True)
 
 # The interpreter computes both branches of a `where`, as a GPU does, and numpy remarks on it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,7 +1,8 @@
-"""The gradient tile rounded to 16 bits, as on tensor cores, simulated on a CPU."""
+"""The gradient tile rounded to 16 bits, as on tensor cores, simulated on a CPU; layouts."""
 
 import pytest
 import torch
+from helpers.kernels import make_problem
 
 from opsdc_kernels import testing
 from opsdc_kernels.chunked.run import run_chunks
@@ -16,7 +17,7 @@ def case_with_common_row(common_mode=6.0, kl=1e-3, entropy=2.0):
                              common_mode=common_mode)  # fmt: skip
 
 
-def gradients(make_problem, case, tile_dtype, **options):
+def gradients(case, tile_dtype, **options):
     problem = make_problem(case.student_hidden, case.student_weight, case.teacher_hidden, **options)
     wanted = GradientsWanted(True, True, False)
     found = run_chunks(problem, wanted, None, None, tile_dtype=tile_dtype)
@@ -39,15 +40,15 @@ def sum_only(tile, weight, mean_row, kept=None):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 8.0])
-def test_correction_removes_the_error_of_a_common_row(monkeypatch, make_problem, dtype, softcap):
+def test_correction_removes_the_error_of_a_common_row(monkeypatch, dtype, softcap):
     case = case_with_common_row()
     options = {"logit_softcap": (softcap, softcap), "reduction": "sum"}
-    exact, exact_dw = gradients(make_problem, case, None, **options)
-    corrected, dw = gradients(make_problem, case, dtype, **options)
+    exact, exact_dw = gradients(case, None, **options)
+    corrected, dw = gradients(case, dtype, **options)
     errors = {"corrected": relative(corrected, exact)}
     for name, variant in (("uncorrected", uncorrected), ("sum only", sum_only)):
         monkeypatch.setattr("opsdc_kernels.products.hidden_gradient", variant)
-        errors[name] = relative(gradients(make_problem, case, dtype, **options)[0], exact)
+        errors[name] = relative(gradients(case, dtype, **options)[0], exact)
     assert errors["corrected"] <= 3e-3
     assert errors["uncorrected"] >= 2 * errors["corrected"]
     if softcap:
@@ -55,10 +56,10 @@ def test_correction_removes_the_error_of_a_common_row(monkeypatch, make_problem,
     assert relative(dw, exact_dw) <= 4e-3
 
 
-def test_two_shards_of_the_vocabulary_add_up(make_problem):
+def test_two_shards_of_the_vocabulary_add_up():
     """Each shard corrects with its own mean row; its Σ_v dZ is far from 0."""
     case = case_with_common_row()
-    exact, _ = gradients(make_problem, case, None)
+    exact, _ = gradients(case, None)
     s = case.student_hidden @ case.student_weight.T
     d = (case.teacher_hidden - case.student_hidden) @ case.student_weight.T
     q = s.softmax(1)
@@ -82,24 +83,24 @@ def test_fp32_tiles_are_not_rounded_nor_corrected():
 
 
 @pytest.mark.parametrize("kl", [1e-2, 1e-6, 1e-10])
-def test_fp16_tiles_do_not_underflow(make_problem, kl):
+def test_fp16_tiles_do_not_underflow(kl):
     """Without row scales an fp16 tile of KL 1e-10 is all zeros or subnormals."""
     case = case_with_common_row(common_mode=0.0, kl=kl, entropy=6.0)
-    exact, exact_dw = gradients(make_problem, case, None)
-    dh, dw = gradients(make_problem, case, torch.float16)
+    exact, exact_dw = gradients(case, None)
+    dh, dw = gradients(case, torch.float16)
     assert relative(dh, exact) <= 1e-3
     assert relative(dw, exact_dw) <= 1e-3
 
 
-def test_fp16_tiles_with_tokens_of_very_different_size(make_problem):
+def test_fp16_tiles_with_tokens_of_very_different_size():
     near, far = (case_with_common_row(0.0, kl, 3.0) for kl in (1e-9, 1.0))
     mixed = testing.Case(
         torch.cat([near.student_hidden, far.student_hidden]),
         far.student_weight,
         torch.cat([near.teacher_hidden, far.teacher_hidden]),
     )
-    exact, _ = gradients(make_problem, mixed, None)
-    dh, _ = gradients(make_problem, mixed, torch.float16)
+    exact, _ = gradients(mixed, None)
+    dh, _ = gradients(mixed, torch.float16)
     rows = (dh - exact).norm(dim=1) / exact.norm(dim=1)
     assert rows.max() <= 2e-3
 
