@@ -81,6 +81,15 @@ def test_compiles_as_one_graph(reduction):
         assert torch.equal(a, b)
 
 
+def test_compiles_with_a_workspace_and_refuses_one_too_small():
+    f = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager")
+    h, w, ht = (x.detach() for x in leaves())
+    loss = f(h, w, ht, workspace_bytes=1 << 20)
+    assert torch.equal(loss, linear_divergence(h, w, ht, workspace_bytes=1 << 20))
+    with pytest.raises(ValueError, match="workspace_bytes=100"):
+        f(h, w, ht, workspace_bytes=100)
+
+
 def test_compiles_with_a_changing_number_of_tokens():
     f = torch.compile(linear_divergence, fullgraph=True, backend="aot_eager", dynamic=True)
     _, w, _ = leaves()
