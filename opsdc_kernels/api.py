@@ -27,7 +27,7 @@ class DivergenceStats:
     student_entropy: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
-    """1 where both have the same most likely token, else 0."""
+    """Holds 1 where both have the same most likely token, else 0."""
     student_logprob: Tensor | None = None
     """Log-probability of `target_ids`, where given."""
     teacher_logprob: Tensor | None = None
@@ -38,13 +38,13 @@ class DivergenceStats:
     """Nats that `divergence`, then a lower bound, may lack: an estimate, no bound. 0 where it is
     exact."""
     hidden_gradient_bound: Tensor | None = None
-    """0-dim: bounds ‖error of dH‖ / ‖exact dH‖ (Frobenius) of Σ w·d."""
+    """Bound of ‖error of dH‖ / ‖exact dH‖ (Frobenius) of Σ w·d, 0-dim."""
     weight_gradient_bound: Tensor | None = None
-    """0-dim: the same of dW, together with db."""
+    """The same of dW, together with db, 0-dim."""
     kept_share: Tensor | None = None
-    """0-dim: share of the vocabulary columns that were kept, mean over the tokens."""
+    """Share of the vocabulary columns that were kept, mean over the tokens, 0-dim."""
     gemm_units: Tensor | None = None
-    """0-dim: head GEMMs of the call."""
+    """Head GEMMs of the call, 0-dim."""
 
 
 def linear_divergence(

@@ -98,7 +98,7 @@ def problem(
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    """(student, teacher), as floats."""
+    """Return (student, teacher), as floats."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name}={value!r} must be one value or a (student, teacher) pair")

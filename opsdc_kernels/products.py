@@ -41,25 +41,26 @@ class Layout(Enum):
 def empty_logits(
     like: Tensor, count: int, rows: int, columns: int, dtype: torch.dtype, layout: Layout
 ) -> Tensor:
-    """[count, rows, columns] on the device of `like`, each to be cut into chunks by rows."""
+    """New logits [count, rows, columns], on the device of `like`, to be cut into chunks by rows."""
     if layout is Layout.BY_COLUMN:
         return like.new_empty(count, columns, rows, dtype=dtype).transpose(1, 2)
     return like.new_empty(count, rows, columns, dtype=dtype)
 
 
 def by_column(x_CV: Tensor) -> bool:
+    """True for logits of `Layout.BY_COLUMN`."""
     return x_CV.stride(0) == 1
 
 
 def select_columns(x_CV: Tensor, columns: Tensor, out_CK: Tensor | None = None) -> Tensor:
-    """x[:, columns], laid out as x."""
+    """Return x[:, columns], laid out as x."""
     if not by_column(x_CV):
         return torch.index_select(x_CV, 1, columns, out=out_CK)
     return torch.index_select(x_CV.T, 0, columns, out=None if out_CK is None else out_CK.T).T
 
 
 def two_tiles(x_CV: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """[C, width] each in the memory of [C, V], `width` at most half of V."""
+    """Two tiles [C, width] in the memory of one [C, V]; `width` is at most half of V."""
     if by_column(x_CV):
         first, second = x_CV[:, : 2 * width].split(width, 1)
         return first, second
@@ -79,7 +80,7 @@ def operand_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
 def logits_into(
     out_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, kept_K: Tensor | None = None
 ) -> None:
-    """out = hidden · weightᵀ; `hidden` in the dtype of `operand_dtype`."""
+    """Write out = hidden · weightᵀ; `hidden` in the dtype of `operand_dtype`."""
     for columns, block in row_blocks(weight_VD, out_CV.dtype, kept_K):
         out, right = out_CV[:, columns], block.T
         if hidden_CD.dtype == out.dtype:
@@ -91,7 +92,7 @@ def logits_into(
 def hidden_gradient_into(
     out_CD: Tensor, tile_CV: Tensor, weight_VD: Tensor, kept_K: Tensor | None = None
 ) -> None:
-    """out = tile · weight."""
+    """Write out = tile · weight."""
     if out_CD.device.type == "cpu" and len(out_CD) <= FEW_TOKENS:
         out_CD.zero_()
         for columns, block in row_blocks(weight_VD, out_CD.dtype, kept_K):
@@ -110,14 +111,14 @@ def hidden_gradient_into(
 def add_weight_gradient(
     out_VD: Tensor, tile_CV: Tensor, hidden_CD: Tensor, *, first: bool = False
 ) -> None:
-    """out += tileᵀ · hidden; `first`: out is not initialized yet, and is not read."""
+    """Add out += tileᵀ · hidden; `first`: out is not initialized yet, and is not read."""
     _addmm_into(out_VD, tile_CV.T, hidden_CD, first=first)
 
 
 def scatter_weight_gradient(
     out_VD: Tensor, tile_CK: Tensor, hidden_CD: Tensor, kept_K: Tensor
 ) -> None:
-    """out[kept] += tileᵀ · hidden, block by block."""
+    """Add out[kept] += tileᵀ · hidden, block by block."""
     step = _rows_at_once(out_VD, out_VD.dtype)
     buffer = out_VD.new_empty(min(step, len(kept_K)), out_VD.shape[1])
     for start in range(0, len(kept_K), step):
@@ -128,7 +129,7 @@ def scatter_weight_gradient(
 
 
 def mean_row(weight_VD: Tensor, dtype: torch.dtype, kept_K: Tensor | None = None) -> Tensor:
-    """[D] in `dtype`."""
+    """The mean row [D], in `dtype`."""
     if kept_K is None:
         return weight_VD.mean(0, dtype=dtype)
     total = weight_VD.new_zeros(weight_VD.shape[1], dtype=dtype)
@@ -140,7 +141,7 @@ def mean_row(weight_VD: Tensor, dtype: torch.dtype, kept_K: Tensor | None = None
 def row_blocks(
     weight_VD: Tensor, dtype: torch.dtype, kept_K: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(place, block) of the rows that products with results of `dtype` take at once."""
+    """Yield (place, block) of the rows that products with results of `dtype` take at once."""
     upcast = weight_VD.dtype != dtype and weight_VD.device.type == "cpu"
     size = len(weight_VD) if kept_K is None else len(kept_K)
     if kept_K is None and not upcast:
@@ -167,7 +168,7 @@ def _rows_at_once(weight_VD: Tensor, dtype: torch.dtype) -> int:
 
 
 def _addmm_into(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
-    """out += left · right; `first`: out is not read."""
+    """Add out += left · right; `first`: out is not read."""
     beta = 0 if first else 1
     if left.dtype == out.dtype:
         out.addmm_(left, right, beta=beta)
@@ -179,18 +180,19 @@ def _addmm_into(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> Non
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """dZ of a chunk, as `values` times `row_scale`."""
+    """The gradient tile dZ of a chunk, as `values` times `row_scale`."""
 
     values: Tensor
-    """[C, V], fp32 or rounded."""
+    """Shape [C, V], in fp32 or rounded."""
     row_scale: Tensor | None
-    """[C, 1] powers of two, or None for 1."""
+    """Powers of two [C, 1], or None for 1."""
     residual: Tensor | None
-    """[C, 1]: Σ_v of what rounding added to each row of `values`, or None where not rounded."""
+    """Shape [C, 1]: Σ_v of what rounding added to a row of `values`; None where not rounded."""
 
 
 def rounded_tile(dz_CV: Tensor, scratch_CV: Tensor, dtype: torch.dtype) -> Tile:
-    """dZ in `dtype`, written over `scratch_CV`; consumes `dz_CV`. In dZ's own dtype: dZ itself."""
+    """Return dZ in `dtype`, written over `scratch_CV`, or dZ itself in its own dtype; consumes
+    `dz_CV`."""
     if dtype == dz_CV.dtype:
         return Tile(dz_CV, None, None)
     scale = None

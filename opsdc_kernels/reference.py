@@ -82,7 +82,7 @@ def reference_divergence(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
 def logits_and_difference(
     problem: Problem, student_ND: Tensor, teacher_NE: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, t, t − s), each [N, K] in the statistics' dtype, after the transforms of eq. (1)."""
+    """Return (s, t, t − s), each [N, K] in the statistics' dtype, transformed by eq. (1)."""
     options, dtype, size = problem.options, problem.dtype, problem.vocab_size
     temperature = options.temperature
 

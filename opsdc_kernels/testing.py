@@ -69,7 +69,7 @@ class Errors:
     weight_gradient: float
     """Frobenius."""
     rows: Tensor
-    """[N]: the larger error of each token's divergence and hidden gradient. Gradients below
+    """Shape [N]: the larger error of each token's divergence and hidden gradient. Gradients below
     `FAINT` of the largest token's are judged on that scale: a saturated JSD has nearly none."""
     finite: bool
     negative: bool

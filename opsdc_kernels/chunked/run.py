@@ -107,6 +107,7 @@ def run_chunks(
 
 
 def token_count(problem: Problem, kept_K: Tensor | None) -> int:
+    """The number of tokens kept."""
     return len(problem.student_hidden if kept_K is None else kept_K)
 
 
@@ -208,11 +209,13 @@ class Gradients:
             self.result.weight_gradient.mul_(self.lift)
 
     def undo_lift_(self) -> None:
+        """Take back the factor of dW."""
         if self.lift is not None and self.result.weight_gradient is not None:
             self.result.weight_gradient.div_(self.lift)
 
     @cached_property
     def _mean_row(self) -> Tensor:
+        """The mean row of the whole head."""
         return products.mean_row(self.weight, self.problem.dtype)
 
     def add(
@@ -240,8 +243,10 @@ class Gradients:
         if tile.row_scale is not None:
             scale_C1 = scale_C1 * tile.row_scale
         if result.hidden_gradient is not None:
-            mean_row = self._mean_row if self.corrects and columns is None else None
-            if self.corrects and columns is not None:
+            mean_row = None
+            if self.corrects and columns is None:
+                mean_row = self._mean_row
+            elif self.corrects:
                 mean_row = products.mean_row(self.weight, self.problem.dtype, columns)
             gradient_CD = products.hidden_gradient(tile, self.weight, mean_row, columns)
             result.hidden_gradient[tokens] = gradient_CD.mul_(scale_C1)

@@ -145,7 +145,7 @@ class Bounds(NamedTuple):
     hidden: Tensor
     """Largest ‖dH̃ − dH‖ of each token, unweighted."""
     shift: Tensor
-    """δ"""
+    """The shift δ of each token."""
 
 
 def bounds(

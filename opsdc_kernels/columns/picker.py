@@ -46,7 +46,7 @@ class TokenWeights:
     reach_C: Tensor
     """The same in dW: times ‖h‖."""
     slopes: tuple[Tensor, Tensor]
-    """(η, ν)"""
+    """The pair (η, ν) of (12)."""
 
 
 class ErrorBudget(NamedTuple):

@@ -79,7 +79,7 @@ def dropped_sums(
 
 
 def probabilities_(problem: Problem, x_CK: Tensor, lse_C: Tensor) -> Tensor:
-    """q replaces raw products."""
+    """Replace raw products by q."""
     for block in _blocks(x_CK):
         z = _logits_(problem, x_CK[block]).sub_(lse_C[block, None])
         torch.exp(z.clamp_(min=LOWEST), out=x_CK[block])

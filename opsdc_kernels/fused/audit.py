@@ -240,7 +240,7 @@ def _argument_type(name: str, case: Case) -> Any:
 
 
 def _read_nvidia(asm: dict[str, Any], instruction: str) -> tuple[int, int, int, int]:
-    """(registers, spilled bytes, stack bytes, tensor instructions)."""
+    """Return (registers, spilled bytes, stack bytes, tensor instructions)."""
     import triton
 
     tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")

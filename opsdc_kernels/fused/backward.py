@@ -29,8 +29,8 @@ def gradient_kernel(
     BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dz[row - row_begin, column] scaled by scale[row]; residual[tile, row - row_begin] sums its
-    rounding over the tile; dbias[block, column] sums the true gradient, times the row's
+    """Write dz[row - row_begin, column], scaled by scale[row]. residual[tile, row - row_begin] sums
+    its rounding over the tile; dbias[block, column] sums the true gradient, times the row's
     coefficient, over the block's rows."""
     C = row_end - row_begin
     block, tile = program_tile(C, BM, GROUP, PARTS)
@@ -81,7 +81,7 @@ def backward(
     wanted: GradientsWanted,
     workspace_bytes: int,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """fp32 gradients of the kept hidden states [K, D], of the weight and of the bias, or None.
+    """The fp32 gradients of the kept hidden states [K, D], of the weight and of the bias, or None.
 
     `saved`: each row's normalizer, anchor, offset, mean and power-of-two scale. `coefficient_K`:
     the factor of the row's scaled logit gradient. It is applied to dH in fp32; in dW to the hidden

@@ -44,7 +44,7 @@ def statistics_kernel(
     BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """state[part, field, row] of every part."""
+    """Write state[part, field, row] of every part."""
     block, part = program_tile(N, BM, GROUP, PARTS)
     row0 = block * BM
     rows = row0 + tl.arange(0, BM)
@@ -128,7 +128,7 @@ def jsd_kernel(
     SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SLICES: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out[0, part, row] and out[1, part, row]: the sums of `jsd_terms`."""
+    """Write the sums of `jsd_terms` to out[0, part, row] and out[1, part, row]."""
     block, part = program_tile(N, BM, GROUP, PARTS)
     row0 = block * BM
     rows = row0 + tl.arange(0, BM)
@@ -194,7 +194,8 @@ def forward(
 
 
 def vocabulary_parts(n_rows: int, V: int, config: Config, processors: int) -> tuple[int, int]:
-    """(tiles per part, parts): enough parts to fill the device, in as few and full waves as can."""
+    """Return (tiles per part, parts): enough parts to fill the device, in as few and full waves as
+    can."""
     blocks = triton.cdiv(n_rows, config.BM)
     tiles = triton.cdiv(V, config.BN)
     least = triton.cdiv(processors, min(blocks, config.GROUP))

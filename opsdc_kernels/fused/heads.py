@@ -97,7 +97,7 @@ def side(hidden: Tensor, weight: Tensor, its: Side) -> SideOfTriton:
 def split_difference(
     student_hidden: Tensor, teacher_hidden: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(high, low, factor): teacher − student = factor · (high + low), to 16 bits or more.
+    """Return (high, low, factor): teacher − student = factor · (high + low), to 16 bits or more.
 
     The power of two per row keeps small differences out of fp16's subnormal numbers. fp32 hidden
     states need no low part.

@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def program_tile(N, BM: tl.constexpr, GROUP: tl.constexpr, PARTS):
-    """(row block, part) of this program. GROUP row blocks walk over the vocabulary together, so
-    that their hidden states stay in L2 and every weight tile they need is fetched once."""
+    """Return (row block, part) of this program. GROUP row blocks walk over the vocabulary together,
+    so that their hidden states stay in L2 and every weight tile they need is fetched once."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(N, BM)
     group = pid // (GROUP * PARTS)
@@ -23,7 +23,7 @@ def program_tile(N, BM: tl.constexpr, GROUP: tl.constexpr, PARTS):
 
 @triton.jit
 def dot(a, b_t, acc, UPCAST: tl.constexpr):
-    """acc + a b_t'."""
+    """Return acc + a b_t'."""
     if UPCAST:  # the interpreter's bf16 dot is wrong
         a = a.to(tl.float32)
         b_t = b_t.to(tl.float32)
@@ -32,7 +32,7 @@ def dot(a, b_t, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def load_step(pointers, k, D, EVEN: tl.constexpr):
-    """[rows, BK] of one step over the hidden units, 0 past the last one."""
+    """Load [rows, BK] of one step over the hidden units, 0 past the last one."""
     if EVEN:
         return tl.load(pointers)
     else:
@@ -53,7 +53,7 @@ def gemm_tile(
     acc, side, row0, col0, N, V,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """acc + h W' for one tile."""
+    """Return acc + h W' for one tile."""
     h_ptr = row_pointers(side.hidden, side.hidden_stride, row0, N, BM, BK)
     w_ptr = row_pointers(side.weight, side.weight_stride, col0, V, BN, BK)
     for k0 in range(0, side.D, BK):
@@ -69,7 +69,7 @@ def shared_gemm_tile(
     acc, acc_d, student, delta, row0, col0, N, V,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """`gemm_tile` of h and of the hidden difference, against one weight tile, loaded once."""
+    """Do the same for h and the hidden difference, against one weight tile that is loaded once."""
     h_ptr = row_pointers(student.hidden, student.hidden_stride, row0, N, BM, BK)
     w_ptr = row_pointers(student.weight, student.weight_stride, col0, V, BN, BK)
     high_ptr = row_pointers(delta.hidden, delta.hidden_stride, row0, N, BM, BK)
@@ -94,7 +94,7 @@ def product_tile(
     SHARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """(h W', h_t W_t') of one tile; with a shared head the second is (h_t - h) W' / factor."""
+    """Return (h W', h_t W_t') of a tile; with a shared head the second is (h_t - h) W' / factor."""
     acc = tl.zeros([BM, BN], tl.float32)
     acc_t = tl.zeros([BM, BN], tl.float32)
     if SHARED:
@@ -109,7 +109,7 @@ def product_tile(
 
 @triton.jit
 def slices(x, SLICES: tl.constexpr):
-    """x cut along its columns into a tuple. Passes over slices hold fewer registers than over x."""
+    """Cut x along its columns into a tuple. Passes over slices hold fewer registers than over x."""
     if SLICES == 1:
         return (x,)
     else:

@@ -130,7 +130,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(
     upstream: Tensor, saved: Tensor, kept: Tensor, count: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    """(dH, dW, db), each of its input's shape and dtype, or empty where not needed."""
+    """Return (dH, dW, db), each of its input's shape and dtype, or empty where not needed."""
     from opsdc_kernels.fused.backward import backward
     from opsdc_kernels.fused.heads import Heads
 

@@ -102,7 +102,7 @@ def _run(
     gradient: bool,
     target_ids: Tensor | None,
 ) -> Tensor:
-    """[every Stat, B]; NaN in the first for rows left alone."""
+    """Run the C code; every `Stat` [8, B], NaN in the first for rows left alone."""
     rows, columns = student_BV.shape
     values = student_BV.new_empty(len(Stat), rows)
     student, other = for_c(problem.side(0)), for_c(problem.side(1))

@@ -61,19 +61,19 @@ class _Centred(NamedTuple):
     """All that the divergences need of a block; F are the columns where both logits are finite."""
 
     outside: Tensor
-    """[B, V]: not in F."""
+    """Shape [B, V]: not in F."""
     only_student: Tensor
-    """[B, V]: the teacher's logit alone is −inf."""
+    """Shape [B, V]: the teacher's logit alone is −inf."""
     only_teacher: Tensor
     log_q: Tensor
-    """[B, V]: the student's log-probabilities over F, −inf elsewhere."""
+    """Shape [B, V]: the student's log-probabilities over F, −inf elsewhere."""
     q: Tensor
     c: Tensor
-    """[B, V]: t − s less its mean over F, 0 elsewhere."""
+    """Shape [B, V]: t − s less its mean over F, 0 elsewhere."""
     kl: Tensor
-    """[B, 1]: log E_q[e^c] over F."""
+    """Shape [B, 1]: log E_q[e^c] over F."""
     outside_p: Tensor
-    """[B, 1]: the teacher's mass outside of F."""
+    """Shape [B, 1]: the teacher's mass outside of F."""
 
 
 def divergence_and_gradient(

@@ -33,13 +33,13 @@ class Block(NamedTuple):
     """All that the divergences need of a block."""
 
     q: Tensor
-    """[B, V]"""
+    """Shape [B, V]."""
     c: Tensor
-    """[B, V], in the buffer of d."""
+    """Shape [B, V], in the buffer of d."""
     weighted: Tensor
     """q·c [B, V] where it was asked for, else free."""
     x: Tensor
-    """[B, V], free, as y and z."""
+    """Shape [B, V], free, as y and z."""
     y: Tensor
     z: Tensor
     total: Tensor
@@ -49,7 +49,7 @@ class Block(NamedTuple):
     kl: Tensor
     """KL(q‖p) [B]."""
     coarse: Tensor
-    """[B]: expm1(c) − c is too coarse for this row's value."""
+    """Shape [B]: expm1(c) − c is too coarse for this row's value."""
 
 
 def fast_rows_(

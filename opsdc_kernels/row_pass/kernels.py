@@ -31,6 +31,7 @@ from opsdc_kernels.triton.statistics import (
 
 @triton.jit
 def load_products(student_ptr, other_ptr, row, stride, cols, V):
+    """Load both rows' products of some columns, [1, BV] each."""
     offsets = tl.cast(row, tl.int64) * stride + cols
     inside = cols < V
     acc = tl.load(student_ptr + offsets, mask=inside, other=0.0)
@@ -43,7 +44,7 @@ def rows_statistics_kernel(
     stride,
     SHARED: tl.constexpr, DIVERGENCE: tl.constexpr, MASKED: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """out[field, row] as `store_results`; for JSD also value[row] and mean[row], the sums of
+    """Write out[field, row] by `store_results`; for JSD also value[row] and mean[row], the sums of
     `jsd_terms`."""
     row = tl.program_id(0)
     rows = row + tl.arange(0, 1)

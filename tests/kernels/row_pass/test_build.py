@@ -1,5 +1,6 @@
 """What C is compiled with, where it is kept, and what is loaded from where."""
 
+import ast
 import os
 import shutil
 import stat
@@ -86,3 +87,14 @@ def test_a_link_a_planted_library_and_an_open_parent_are_refused(tmp_path):
     directory.parent.chmod(0o777)
     with pytest.raises(PermissionError, match="everybody"):
         build.load(COMPILER, SOURCE, directory)
+
+
+def test_every_c_file_is_packaged():
+    root = SOURCE.parents[2]
+    calls = [node for node in ast.walk(ast.parse((root / "setup.py").read_text("utf-8")))
+             if isinstance(node, ast.keyword) and node.arg == "package_data"]  # fmt: skip
+    patterns = ast.literal_eval(calls[0].value)["opsdc_kernels"]
+    packaged = {path for pattern in patterns for path in (root / "opsdc_kernels").glob(pattern)}
+    written = {path for end in "ch" for path in (root / "opsdc_kernels").rglob(f"*.{end}")}
+    assert len(written) == 3
+    assert written <= packaged
