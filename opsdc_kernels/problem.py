@@ -21,7 +21,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 
 class Stat(IntEnum):
-    """Rows of every array of results per token, those that C and Triton fill included."""
+    """Places in every array of results per token [Stat, N], those of C and Triton included."""
 
     DIVERGENCE = 0
     STUDENT_LOGSUMEXP = 1
@@ -38,7 +38,7 @@ STATISTICS = tuple(stat.name.lower() for stat in Stat)
 
 
 def named(values: Tensor) -> dict[str, Tensor]:
-    """The rows of an array of results, detached, by their names in `DivergenceStats`."""
+    """The parts of an array of results, detached, by their names in `DivergenceStats`."""
     return dict(zip(STATISTICS, values.detach().unbind(0), strict=False))
 
 
@@ -193,8 +193,8 @@ class Problem:
         return statistics_dtype(self.student_hidden.dtype)
 
     @property
-    def stat_rows(self) -> int:
-        """Rows of an array of results: the first so many of `Stat`."""
+    def stat_count(self) -> int:
+        """Length of an array of results: the first so many of `Stat`."""
         if not self.options.return_stats:
             return 1
         return len(Stat) if self.target_ids is not None else Stat.STUDENT_LOGPROB
@@ -244,6 +244,28 @@ SCHEMA = ", ".join(
 """How the schemas of all operators begin: the tensors of a problem, then its options."""
 TRAINED = tuple(TENSORS.index(f"student_{name}") for name in ("hidden", "weight", "bias"))
 """Where the tensors of `GradientsWanted` stand in it."""
+
+
+def among_inputs(
+    gradients: Sequence[Tensor | None], wanted: Sequence[bool], count: int
+) -> tuple[Tensor | None, ...]:
+    """What a backward answers for `count` inputs that begin with `SCHEMA`."""
+    answer: list[Tensor | None] = [None] * count
+    for position, gradient, need in zip(TRAINED, gradients, wanted, strict=True):
+        answer[position] = gradient if need else None
+    return tuple(answer)
+
+
+def like_inputs(
+    upstream: Tensor, inputs: Sequence[Any], wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Tensors of the shapes of the gradients; empty ones where none is wanted."""
+    return tuple(
+        torch.empty_like(inputs[position], memory_format=torch.contiguous_format)
+        if need
+        else upstream.new_empty(0)
+        for position, need in zip(TRAINED, wanted, strict=True)
+    )
 
 
 def _check_values(condition: Tensor, message: str) -> None:

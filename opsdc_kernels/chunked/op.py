@@ -23,6 +23,8 @@ from opsdc_kernels.problem import (
     GradientsWanted,
     Options,
     Problem,
+    among_inputs,
+    like_inputs,
     mean_factor,
     named,
     reduce_tokens,
@@ -98,7 +100,7 @@ def fake_outputs(problem: Problem, wanted: Sequence[bool]) -> tuple[Tensor, ...]
     now = [x and not recomputes(problem.options, wanted) for x in wanted]
     return (
         new.new_empty(tokens if problem.options.reduction == "none" else ()),
-        new.new_empty((problem.stat_rows, tokens)),
+        new.new_empty((problem.stat_count, tokens)),
         new.new_empty((tokens, dim) if now[0] else 0),
         new.new_empty((size, dim) if now[1] else 0),
         new.new_empty(size if now[2] else 0),
@@ -125,17 +127,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.n_inputs
     if upstream is None:
-        return tuple(gradients)
+        return (None,) * ctx.n_inputs
     if ctx.recomputes:
-        results = _recompute(upstream, *ctx.saved_tensors, *ctx.options, ctx.wanted)
+        gradients = _recompute(upstream, *ctx.saved_tensors, *ctx.options, ctx.wanted)
     else:
-        results = _times_upstream_each(ctx, upstream)
-    for position, gradient, need in zip(TRAINED, results, ctx.wanted, strict=True):
-        if need:
-            gradients[position] = gradient
-    return tuple(gradients)
+        gradients = _times_upstream_each(ctx, upstream)
+    return among_inputs(gradients, ctx.wanted, ctx.n_inputs)
 
 
 def _times_upstream_each(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
@@ -189,12 +187,7 @@ def _recompute(upstream: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 @_recompute.register_fake
 def _recompute_fake(upstream: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(inputs[position], memory_format=torch.contiguous_format)
-        if need
-        else upstream.new_empty(0)
-        for position, need in zip(TRAINED, inputs[-1], strict=True)
-    )
+    return like_inputs(upstream, inputs, inputs[-1])
 
 
 @library.custom_op("opsdc_kernels::times_upstream", mutates_args=())

@@ -29,7 +29,7 @@ class Result:
     in the statistics' dtype."""
 
     values: Tensor
-    """Shape [`Problem.stat_rows`, N]: the first rows of `Stat`."""
+    """Shape [`Problem.stat_count`, N]: the first rows of `Stat`."""
     hidden_gradient: Tensor | None
     """Shape [N, D]."""
     weight_gradient: Tensor | None
@@ -43,7 +43,7 @@ class Result:
         new = problem.student_hidden.new_zeros(0, dtype=problem.dtype)
         (tokens, dim), size = problem.student_hidden.shape, problem.student_weight.shape[0]
         return cls(
-            values=new.new_zeros(problem.stat_rows, tokens),
+            values=new.new_zeros(problem.stat_count, tokens),
             hidden_gradient=new.new_zeros(tokens, dim) if wanted.hidden else None,
             weight_gradient=new.new_empty(size, dim) if wanted.weight else None,
             bias_gradient=new.new_zeros(size) if wanted.bias else None,

@@ -28,6 +28,8 @@ from opsdc_kernels.problem import (
     GradientsWanted,
     Problem,
     Stat,
+    among_inputs,
+    like_inputs,
     named,
     reduce_tokens,
 )
@@ -51,7 +53,7 @@ def fused_divergence(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     _require_device(problem.student_hidden)
     per_token_N, values, *_ = _forward(*problem.arguments)
     loss = reduce_tokens(per_token_N, problem.token_weight, problem.options.reduction)
-    return loss, named(values[: problem.stat_rows]) if problem.options.return_stats else {}
+    return loss, named(values[: problem.stat_count]) if problem.options.return_stats else {}
 
 
 def _require_device(hidden: Tensor) -> None:
@@ -170,12 +172,7 @@ def _backward(
 def _backward_fake(
     upstream: Tensor, saved: Tensor, kept: Tensor, count: Tensor, *inputs: Any
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(inputs[position], memory_format=torch.contiguous_format)
-        if need
-        else upstream.new_empty(0)
-        for position, need in zip(TRAINED, inputs[-1], strict=True)
-    )
+    return like_inputs(upstream, inputs, inputs[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -185,15 +182,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _propagate(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * (len(TENSORS) + len(ctx.options))
+    count = len(TENSORS) + len(ctx.options)
     if upstream is None:
-        return tuple(gradients)
+        return (None,) * count
     wanted = [ctx.needs_input_grad[position] for position in TRAINED]
-    results = _backward(upstream, *ctx.saved_tensors, *ctx.options, wanted)
-    for position, gradient, need in zip(TRAINED, results, wanted, strict=True):
-        if need:
-            gradients[position] = gradient
-    return tuple(gradients)
+    gradients = _backward(upstream, *ctx.saved_tensors, *ctx.options, wanted)
+    return among_inputs(gradients, wanted, count)
 
 
 def _refuse(ctx: Any, *_: Any) -> None:

@@ -82,11 +82,11 @@ def divergence_rows_(
         s, t, d, slope = transform_(x, other, problem, None)
         targets = None if target_ids_B is None else target_ids_B[only]
         t = s + d if t is None else t
-        values[: problem.stat_rows, only] = exact_rows_(s, t, d, problem, gradient, targets)
+        values[: problem.stat_count, only] = exact_rows_(s, t, d, problem, gradient, targets)
         if gradient:
             student_BV[only] = (s if slope is None else s.mul_(slope)) / sign
     factor = torch.full_like(values[0], sign * problem.logit_factor)
-    return RowResult(values[: problem.stat_rows], factor)
+    return RowResult(values[: problem.stat_count], factor)
 
 
 def for_c(side: Side) -> Side:

@@ -146,4 +146,4 @@ def divergence_rows_(
             **launch,
         )  # fmt: skip
     results[Stat.DIVERGENCE] = value
-    return RowResult(results[: problem.stat_rows], slope / scale)
+    return RowResult(results[: problem.stat_count], slope / scale)

@@ -20,7 +20,7 @@ class RowResult(NamedTuple):
     """The result of some rows; the gradient replaces the student's products in their buffer."""
 
     values: Tensor
-    """Shape [`Problem.stat_rows`, B]: the first rows of `Stat`."""
+    """Shape [`Problem.stat_count`, B]: the first rows of `Stat`."""
     factor: Tensor
     """Shape [B]: the gradient with respect to hidden · weightᵀ is the buffer times this."""
 
