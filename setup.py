@@ -40,7 +40,7 @@ setup(
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
         "opsdc": ["py.typed", "models/*.yaml", "recipes/*.yaml", "instructions/*.txt"],
-        "opsdc_kernels": ["py.typed", "native/rows.c"],
+        "opsdc_kernels": ["py.typed", "row_pass/*.[ch]", "columns/columns.c"],
     },
     install_requires=[
         "torch>=2.9",

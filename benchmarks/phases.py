@@ -18,13 +18,14 @@ import torch
 
 from benchmarks.inputs import Shape, inputs
 from benchmarks.speed import FULL, bare_gemm, seconds
-from opsdc_kernels import chunked, gemm, linear_divergence
+from opsdc_kernels import linear_divergence, products
+from opsdc_kernels.chunked import run
 
 PHASES = {
-    "logits (2 GEMMs)": (chunked, "_logits_into"),
-    "row passes": (chunked, "row_passes"),
-    "hidden gradient (1 GEMM)": (chunked, "hidden_gradient"),
-    "weight gradient (1 GEMM)": (gemm, "add_weight_gradient"),
+    "logits (2 GEMMs)": (run, "both_logits_into"),
+    "row passes": (run, "run_rows"),
+    "hidden gradient (1 GEMM)": (products, "hidden_gradient"),
+    "weight gradient (1 GEMM)": (products, "add_weight_gradient"),
 }
 
 

@@ -1,14 +1,26 @@
-"""Peak memory of a call, beside what was held before it."""
+"""Memory: the share of it that a call may take, and the peak of what one took."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
 import threading
 from pathlib import Path
 
 import torch
+
+CPU_WORKSPACE_CAP_BYTES = 192 << 20
+"""More rows per chunk than this buys at real vocabularies make nothing faster on a CPU."""
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    """1/64 of the device's *total* memory, so that a run repeats whatever else is running."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 64
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(total // 64, CPU_WORKSPACE_CAP_BYTES)
 
 
 class PeakMemory:

@@ -18,7 +18,7 @@ E_p[e^b] = 1. Every term is ≥ 0: nothing cancels, no divergence can be negativ
 relative accuracy however close teacher and student are. The textbook Σ q·(log q − log p) does not:
 in float64 it is wrong below a KL of about 1e-10.
 
-Gradients with respect to the student's logits (``chunked`` writes them out, this file leaves them
+Gradients with respect to the student's logits (the row passes write them out, this file leaves them
 to autograd, so that each checks the other)::
 
     reverse KL   −q·c                                                                          (8)
@@ -49,50 +49,49 @@ import math
 import torch
 from torch import Tensor
 
-from opsdc_kernels.problem import Problem, reduce_tokens
-
-Statistics = tuple[Tensor, ...]
+from opsdc_kernels.problem import Problem, named, reduce_tokens
 
 
-def reference_divergence(problem: Problem) -> tuple[Tensor, Statistics | None]:
-    """Loss and, if asked for, the tensors of `DivergenceStats` after the first, all by autograd.
+def reference_divergence(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, all by autograd, and if asked for the tensors of `DivergenceStats`.
 
     The one backend that can be differentiated twice.
     """
-    n_tokens = problem.student_hidden.shape[0]
-    kept = problem.kept_rows()
+    options, n_tokens = problem.options, problem.student_hidden.shape[0]
+    kept = problem.kept_tokens()
     student_ND, teacher_NE = problem.student_hidden, problem.teacher_hidden
     if kept is not None:
         student_ND, teacher_NE = student_ND[kept], teacher_NE[kept]
     s_NV, t_NV, d_NV = logits_and_difference(problem, student_ND, teacher_NE)
-    per_token = divergence_of_logits(s_NV, t_NV, d_NV, problem.divergence, problem.beta)
-    if kept is not None:
-        per_token = per_token.new_zeros(n_tokens).index_put((kept,), per_token)
-    loss = reduce_tokens(per_token, problem.token_weight, problem.reduction)
-    if not problem.return_stats:
-        return loss, None
+    per_token = divergence_of_logits(s_NV, t_NV, d_NV, options.divergence, options.beta)
+
+    def of_all(x_K: Tensor) -> Tensor:
+        return x_K if kept is None else x_K.new_zeros(n_tokens).index_put((kept,), x_K)
+
+    loss = reduce_tokens(of_all(per_token), problem.token_weight, options.reduction)
+    if not options.return_stats:
+        return loss, {}
     with torch.no_grad():
         targets = problem.target_ids
         if targets is not None and kept is not None:
             targets = targets[kept]
         statistics = statistics_of_logits(s_NV, t_NV, targets)
-        if kept is not None:
-            statistics = tuple(x.new_zeros(n_tokens).index_put((kept,), x) for x in statistics)
-    return loss, (per_token.detach(), *statistics)
+        return loss, named(torch.stack([of_all(x) for x in (per_token, *statistics)]))
 
 
 def logits_and_difference(
     problem: Problem, student_ND: Tensor, teacher_NE: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(s, t, t − s), each [N, K] in the statistics' dtype, after the transforms of eq. (1)."""
-    dtype, size, temperature = problem.dtype, problem.vocab_size, problem.temperature
+    """Return (s, t, t − s), each [N, K] in the statistics' dtype, transformed by eq. (1)."""
+    options, dtype, size = problem.options, problem.dtype, problem.vocab_size
+    temperature = options.temperature
 
     def uncapped(hidden: Tensor, weight: Tensor, bias: Tensor | None, side: int) -> Tensor:
         x = hidden.to(dtype) @ weight[:size].to(dtype).T
-        return (x if bias is None else x + bias[:size].to(dtype)) * problem.logit_scale[side]
+        return (x if bias is None else x + bias[:size].to(dtype)) * options.logit_scale[side]
 
     def logits(x: Tensor, side: int) -> Tensor:
-        cap = problem.logit_softcap[side]
+        cap = options.logit_softcap[side]
         return (x if cap is None else cap * torch.tanh(x / cap)) / temperature
 
     weight = problem.student_weight
@@ -104,13 +103,13 @@ def logits_and_difference(
             x_t = x_s + delta
             t = logits(x_t, 0)
             d = delta / temperature
-            if (cap := problem.logit_softcap[0]) is not None:
+            if (cap := options.logit_softcap[0]) is not None:
                 # tanh(A) − tanh(B) = tanh(A − B)·(1 − tanh(A)·tanh(B)): no cancellation.
                 both = torch.tanh(x_s / cap) * torch.tanh(x_t / cap)
                 d = cap / temperature * torch.tanh(delta / cap) * (1 - both)
         else:
             other_weight = weight if problem.teacher_weight is None else problem.teacher_weight
-            t = logits(uncapped(teacher_NE, other_weight, problem.teacher_bias, 1), 1)
+            t = logits(uncapped(teacher_NE, other_weight, problem.side(1).bias, 1), 1)
             d = t - s
     # The value of d is exact; its derivative is that of −s.
     return s, t, d - (s - s.detach())
@@ -200,7 +199,9 @@ def log_mixture(r: Tensor, beta: float) -> Tensor:
     return torch.where(above, far, near)
 
 
-def statistics_of_logits(s_NV: Tensor, t_NV: Tensor, target_ids_N: Tensor | None) -> Statistics:
+def statistics_of_logits(
+    s_NV: Tensor, t_NV: Tensor, target_ids_N: Tensor | None
+) -> tuple[Tensor, ...]:
     """Log-normalizers, entropies, agreement and, with targets, log-probabilities, each [N]."""
     lse_s, lse_t = torch.logsumexp(s_NV, 1), torch.logsumexp(t_NV, 1)
 
@@ -211,12 +212,12 @@ def statistics_of_logits(s_NV: Tensor, t_NV: Tensor, target_ids_N: Tensor | None
     # The student's most likely token is (one of) the teacher's.
     at_peak = t_NV.gather(1, s_NV.argmax(1, keepdim=True)) == t_NV.amax(1, keepdim=True)
     agreement = at_peak.to(s_NV.dtype).squeeze(1)
-    found: Statistics = (lse_s, lse_t, entropy(s_NV, lse_s), entropy(t_NV, lse_t), agreement)
+    statistics = (lse_s, lse_t, entropy(s_NV, lse_s), entropy(t_NV, lse_t), agreement)
     if target_ids_N is None:
-        return found
+        return statistics
     at = target_ids_N[:, None]
     return (
-        *found,
+        *statistics,
         s_NV.gather(1, at).squeeze(1) - lse_s,
         t_NV.gather(1, at).squeeze(1) - lse_t,
     )

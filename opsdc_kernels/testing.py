@@ -12,6 +12,7 @@ inputs; errors are relative to the truth's own size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +23,8 @@ from opsdc_kernels.api import linear_divergence
 
 NEAR_UNIFORM_SLACK = 0.02
 """Entropies within this many nats of ln V would need logits too flat to be of interest."""
-
-
 FAINT = 0.01
-"""Of the largest token's gradient: smaller ones are judged on that scale."""
+"""A share of the largest token's gradient: smaller ones are judged on that scale."""
 
 
 class Unrepresentable(ValueError):
@@ -41,19 +40,18 @@ class Case:
     teacher_hidden: Tensor
     teacher_weight: Tensor | None = None
 
-    def to(self, dtype: torch.dtype) -> Case:
-        other = self.teacher_weight
-        return Case(
-            self.student_hidden.to(dtype),
-            self.student_weight.to(dtype),
-            self.teacher_hidden.to(dtype),
-            None if other is None else other.to(dtype),
+    def to(self, target: torch.dtype | torch.device) -> Case:
+        """The same inputs in another dtype, or on another device."""
+        student, weight, teacher = (
+            x.to(target) for x in (self.student_hidden, self.student_weight, self.teacher_hidden)
         )
+        other = self.teacher_weight
+        return Case(student, weight, teacher, None if other is None else other.to(target))
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call returned and left as gradients."""
+    """The results of a call, and the gradients that it left."""
 
     loss: Tensor
     per_token: Tensor
@@ -71,7 +69,7 @@ class Errors:
     weight_gradient: float
     """Frobenius."""
     rows: Tensor
-    """[N]: the larger error of each token's divergence and hidden gradient. Gradients below
+    """Shape [N]: the larger error of each token's divergence and hidden gradient. Gradients below
     `FAINT` of the largest token's are judged on that scale: a saturated JSD has nearly none."""
     finite: bool
     negative: bool
@@ -90,7 +88,7 @@ class Budget:
     loss: float
     gradient: float
     rows: float | Tensor
-    """Of each token, or [N]: of its own."""
+    """The limit of each token, or [N]: of its own."""
 
 
 BUDGETS = {
@@ -174,8 +172,8 @@ def _check_representable(case: Case, entropy: float, kl: float) -> None:
     s, d = _logits(case)
     for name, wanted, got in (("entropy", entropy, _entropy(s)), ("kl", kl, _kl(s, d))):
         if not 1 / 3 < float(got.mean()) / wanted < 3:
-            dtype, found = case.student_hidden.dtype, float(got.mean())
-            raise Unrepresentable(f"{name}={wanted} comes out as {found:.1e} in {dtype}")
+            outcome = f"{float(got.mean()):.1e} in {case.student_hidden.dtype}"
+            raise Unrepresentable(f"{name}={wanted} comes out as {outcome}")
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -204,15 +202,26 @@ def _bisect(rising: Any, wanted: float, count: int) -> Tensor:
 
 def run(case: Case, **options: Any) -> Outcome:
     """Forward and backward of `linear_divergence` on the case."""
-    hidden = case.student_hidden.detach().clone().requires_grad_()
-    weight = case.student_weight.detach().clone().requires_grad_()
-    loss, stats = linear_divergence(
-        hidden, weight, case.teacher_hidden, case.teacher_weight, return_stats=True, **options
+
+    def call(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        loss, stats = linear_divergence(
+            hidden, weight, case.teacher_hidden, case.teacher_weight, return_stats=True, **options
+        )
+        return loss, stats.divergence
+
+    return _outcome(case, call)
+
+
+def _outcome(case: Case, call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Outcome:
+    """The loss and values per token of `call`, and the gradients of its arguments."""
+    hidden, weight = (
+        x.detach().clone().requires_grad_() for x in (case.student_hidden, case.student_weight)
     )
+    loss, per_token = call(hidden, weight)
     loss.sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    return Outcome(loss.detach(), stats.divergence, hidden.grad, weight.grad)
+    return Outcome(loss.detach(), per_token.detach(), hidden.grad, weight.grad)
 
 
 def truth(case: Case, **options: Any) -> Outcome:
@@ -229,23 +238,20 @@ def truth(case: Case, **options: Any) -> Outcome:
 
 
 def naive(case: Case, logits_dtype: torch.dtype) -> Outcome:
-    """What most trainers do: materialized logits in `logits_dtype`, then `log_softmax` in fp32 and
-    Σ q·(log q − log p), mean over the tokens, by autograd."""
-    hidden = case.student_hidden.detach().clone().requires_grad_()
-    weight = case.student_weight.detach().clone().requires_grad_()
-    other = case.student_weight if case.teacher_weight is None else case.teacher_weight
+    """The way of most trainers: materialized logits in `logits_dtype`, then `log_softmax` in fp32
+    and Σ q·(log q − log p), mean over the tokens, by autograd."""
+    head = case.student_weight if case.teacher_weight is None else case.teacher_weight
 
     def log_probabilities(h: Tensor, w: Tensor) -> Tensor:
         return torch.log_softmax((h.float() @ w.float().T).to(logits_dtype).float(), 1)
 
-    log_p = log_probabilities(case.teacher_hidden, other)
-    log_q = log_probabilities(hidden, weight)
-    per_token = (log_q.exp() * (log_q - log_p)).sum(1)
-    loss = per_token.mean()
-    loss.backward()
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return Outcome(loss.detach(), per_token.detach(), hidden.grad, weight.grad)
+    def call(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = log_probabilities(case.teacher_hidden, head)
+        log_q = log_probabilities(hidden, weight)
+        per_token = (log_q.exp() * (log_q - log_p)).sum(1)
+        return per_token.mean(), per_token
+
+    return _outcome(case, call)
 
 
 def errors(got: Outcome, true: Outcome) -> Errors:
@@ -311,7 +317,7 @@ def budget(case: Case, true: Outcome) -> Budget:
 
 
 def _rounding_of_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """[N]"""
+    """The error of fp32 logits, per token [N]."""
     z = hidden.double() @ weight.double().T
     off = (hidden.float() @ weight.float().T - z).abs()
     return torch.maximum(3e-7 * z.abs().amax(1), off.amax(1))
@@ -320,9 +326,9 @@ def _rounding_of_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def _conditioning_of_gradients(
     case: Case, s: Tensor, d: Tensor, rounding: Tensor, difference: Tensor
 ) -> Tensor:
-    """[N]: what a row of dH = Σ q·c·w is off by, relatively, where its logits are off by `rounding`
-    and its differences by `difference`, each on its own: twice the sum in quadrature. A column's
-    error acts along w − E_q[w], and small rows are judged as in `errors`."""
+    """The relative error [N] of a row of dH = Σ q·c·w where its logits are off by `rounding` and
+    its differences by `difference`, each on its own: twice the sum in quadrature. A column's error
+    acts along w − E_q[w], and small rows are judged as in `errors`."""
     w = case.student_weight.double()
     q = torch.softmax(s, 1)
     c = d - (q * d).sum(1, keepdim=True)
@@ -337,28 +343,28 @@ def _conditioning_of_gradients(
     return 2 * (rounding * relative + difference * pull) / size
 
 
-def within(found: Errors, limit: Budget) -> bool:
+def within(measured: Errors, limit: Budget) -> bool:
     """Finite, nowhere negative, and no error above its limit."""
-    return not excesses(found, limit)
+    return not excesses(measured, limit)
 
 
-def excesses(found: Errors, limit: Budget) -> list[str]:
-    """What is wrong with `found`, a line each."""
-    wrong = ["not everything is finite"] if not found.finite else []
-    if found.negative:
+def excesses(measured: Errors, limit: Budget) -> list[str]:
+    """Everything that is wrong with these errors, a line each."""
+    wrong = ["not everything is finite"] if not measured.finite else []
+    if measured.negative:
         wrong.append("a divergence is negative")
     for name, error, most in (
-        ("loss", found.loss, limit.loss),
-        ("dH", found.hidden_gradient, limit.gradient),
-        ("dW", found.weight_gradient, limit.gradient),
+        ("loss", measured.loss, limit.loss),
+        ("dH", measured.hidden_gradient, limit.gradient),
+        ("dW", measured.weight_gradient, limit.gradient),
     ):
         if not error <= most:
             wrong.append(f"{name} is off by {error:.1e}, allowed is {most:.1e}")
-    most_N = torch.as_tensor(limit.rows, dtype=found.rows.dtype).expand_as(found.rows)
-    over = (~(found.rows <= most_N)).nonzero().squeeze(1).tolist()
+    most_N = torch.as_tensor(limit.rows, dtype=measured.rows.dtype).expand_as(measured.rows)
+    over = (~(measured.rows <= most_N)).nonzero().squeeze(1).tolist()
     if over:
-        worst = max(over, key=lambda i: float(found.rows[i] / most_N[i]))
-        error, most = float(found.rows[worst]), float(most_N[worst])
+        worst = max(over, key=lambda i: float(measured.rows[i] / most_N[i]))
+        error, most = float(measured.rows[worst]), float(most_N[worst])
         wrong.append(
             f"{len(over)} of {len(most_N)} rows, row {worst} by {error:.1e}, allowed is {most:.1e}"
         )
@@ -366,7 +372,7 @@ def excesses(found: Errors, limit: Budget) -> list[str]:
 
 
 def assert_accurate(case: Case, **options: Any) -> Errors:
-    """Runs `linear_divergence` on the case and holds it to its budget.
+    """Run `linear_divergence` on the case and hold it to its budget.
 
     Args:
         case: inputs, from `make_case` or your own.
@@ -380,7 +386,7 @@ def assert_accurate(case: Case, **options: Any) -> Errors:
             negative; the message names each with its limit.
     """
     true = truth(case, **options)
-    found, limit = errors(run(case, **options), true), budget(case, true)
-    if wrong := excesses(found, limit):
+    measured, limit = errors(run(case, **options), true), budget(case, true)
+    if wrong := excesses(measured, limit):
         raise AssertionError(f"{'; '.join(wrong)} with {options}")
-    return found
+    return measured

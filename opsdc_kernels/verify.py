@@ -1,4 +1,4 @@
-"""Checks this machine's backends against float64, and prints their errors beside the naive ones.
+"""Check this machine's backends against float64, and print their errors beside the naive ones.
 
 python -m opsdc_kernels.verify              # about a minute on two CPU cores
 """
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from opsdc_kernels import plan, testing
 from opsdc_kernels.memory import PeakMemory
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     _print_heading(options, device)
     failed = []
     for name, case in cases:
-        if not _check(name, _move(case, device), options):
+        if not _check(name, case.to(device), options):
             failed.append(name)
     if failed:
         print(f"\nFAIL: over budget in {len(failed)} of {len(cases)} cases: {', '.join(failed)}")
@@ -129,10 +130,6 @@ def _cases(options: argparse.Namespace) -> list[tuple[str, Case]]:
 
 
 def _from_file(path: Path) -> Case:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ValueError("--hidden-states needs safetensors: pip install safetensors") from error
     tensors = load_file(path)
     names = ("student_hidden", "student_weight", "teacher_hidden")
     missing = [name for name in names if name not in tensors]
@@ -140,16 +137,6 @@ def _from_file(path: Path) -> Case:
         raise ValueError(f"{path} holds no {', '.join(missing)}")
     student, weight, teacher = (tensors[name] for name in names)
     return Case(student, weight, teacher, tensors.get("teacher_weight"))
-
-
-def _move(case: Case, device: torch.device) -> Case:
-    other = case.teacher_weight
-    return Case(
-        case.student_hidden.to(device),
-        case.student_weight.to(device),
-        case.teacher_hidden.to(device),
-        None if other is None else other.to(device),
-    )
 
 
 def _backends(device: torch.device, options: argparse.Namespace) -> tuple[str, ...]:
@@ -177,7 +164,7 @@ def _print_heading(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def _check(title: str, case: Case, options: argparse.Namespace) -> bool:
-    """Prints the case's table; True if every backend is within the budget."""
+    """Print the case's table; True if every backend is within the budget."""
     kind, device = options.divergence, case.student_hidden.device
     true = testing.truth(case, divergence=kind)
     limit = testing.budget(case, true)
@@ -187,24 +174,23 @@ def _check(title: str, case: Case, options: argparse.Namespace) -> bool:
     for backend in _backends(device, options):
         call = partial(testing.run, case, backend=backend, divergence=kind)
         outcome, peak_mib, seconds = _measured(call, device)
-        found = testing.errors(outcome, true)
-        within = testing.within(found, limit)
+        errors = testing.errors(outcome, true)
+        within = testing.within(errors, limit)
         good = good and within
-        _print_row(backend, found, peak_mib, seconds, "yes" if within else "NO")
+        _print_row(backend, errors, peak_mib, seconds, "yes" if within else "NO")
     if kind == "reverse_kl":
         for dtype in (torch.bfloat16, torch.float32):
             outcome, peak_mib, seconds = _measured(partial(testing.naive, case, dtype), device)
-            found = testing.errors(outcome, true)
-            _print_row(f"naive {_short(dtype)}", found, peak_mib, seconds, "–")
+            errors = testing.errors(outcome, true)
+            _print_row(f"naive {_short(dtype)}", errors, peak_mib, seconds, "–")
     return good
 
 
-def _print_row(name: str, found: Errors, peak_mib: float, seconds: float, within: str) -> None:
-    note = " (negative divergences)" if found.negative else ""
-    print(
-        f"  {name:<12}{found.loss:>9.1e}{found.hidden_gradient:>9.1e}{found.weight_gradient:>9.1e}"
-        f"{found.worst_row:>9.1e}{peak_mib:>8.0f}{seconds:>8.2f}  {within}{note}"
-    )
+def _print_row(name: str, errors: Errors, peak_mib: float, seconds: float, within: str) -> None:
+    note = " (negative divergences)" if errors.negative else ""
+    numbers = errors.loss, errors.hidden_gradient, errors.weight_gradient, errors.worst_row
+    cells = "".join(f"{x:>9.1e}" for x in numbers)
+    print(f"  {name:<12}{cells}{peak_mib:>8.0f}{seconds:>8.2f}  {within}{note}")
 
 
 def _short(dtype: torch.dtype) -> str:

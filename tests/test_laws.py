@@ -176,21 +176,16 @@ def callers_of_the_loss(root):
     ]
 
 
-moving = pytest.mark.xfail(reason="its files have not moved yet", strict=True)
-KERNELS = pytest.param("opsdc_kernels", marks=moving)
-
-
-@pytest.mark.parametrize("package", [KERNELS, "opsdc"])
+@pytest.mark.parametrize("package", FLOORS)
 def test_arrows_point_down(package):
     assert broken_floors(ROOT, package) == []
 
 
-@pytest.mark.parametrize("package", [KERNELS, "opsdc"])
+@pytest.mark.parametrize("package", FLOORS)
 def test_no_circle(package):
     assert circles(ROOT, package) == []
 
 
-@moving
 def test_only_api_and_the_judges_read_the_reference():
     assert readers_of_the_reference(ROOT) == []
 

@@ -1,1 +1,2 @@
-"""Triton kernels. Importing this package's modules imports triton; `fused` does so on first use."""
+"""Device functions that the row pass and the fused kernels share. Importing its modules, but for
+`launch`, imports triton, so callers do it on first use."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opsdc_kernels.problem import Options
+
 GRADIENT_LIMIT_LOG2 = 14
 """Gradients are scaled to at most 2 to this before they are rounded; fp16 ends near 2 to the 16."""
 
 
-def gradient_scale(
-    value_N: Tensor, kl_N: Tensor, divergence: str, beta: float, dtype: torch.dtype
-) -> Tensor:
+def gradient_scale(value_N: Tensor, kl_N: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
     """Power of two per row that brings the logit gradient below 2**GRADIENT_LIMIT_LOG2, [N].
 
     The forward KL's gradient is at most min(1, sqrt(KL / 2)) (Pinsker). The others' is q c with
@@ -21,10 +21,10 @@ def gradient_scale(
     """
     if dtype == torch.float32:
         return torch.ones_like(value_N)
-    if divergence == "forward_kl":
+    if options.divergence == "forward_kl":
         bound = (value_N / 2).sqrt().clamp(max=1)
     else:
-        K = kl_N if divergence == "reverse_kl" else value_N / (1 - beta)
+        K = kl_N if options.divergence == "reverse_kl" else value_N / (1 - options.beta)
         excess = torch.expm1(K.clamp(max=20))
         bound = torch.minimum(1.67 * excess.sqrt() + 2.78 * excess, K + 0.37)
     exponent = GRADIENT_LIMIT_LOG2 - torch.frexp(bound.nan_to_num(1.0)).exponent

@@ -27,11 +27,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from opsdc_kernels.triton.numerics import expm1, log1p, psi
+from opsdc_kernels.triton.numerics import expm1, log1p, log_ratios_to_mixture, psi
+
+RESULTS = 12
+"""Rows of `store_results`: every `Stat`, then what the gradient needs."""
+FOR_GRADIENT = slice(8, 11)
+"""Normalizer, anchor and offset of `logits.logit_gradient`."""
+JOINT_KL = 11
+"""The kl over the columns finite on both sides."""
 
 
 class Mass(NamedTuple):
-    """One side of a part: see the module's docstring."""
+    """One side of a part, see above."""
 
     peak: Any
     joint: Any
@@ -188,3 +195,82 @@ def empty_statistics(ROWS: tl.constexpr):
     zero = tl.zeros([ROWS], tl.float32)
     mass = Mass(zero - float("inf"), zero, zero, zero, tl.zeros([ROWS], tl.int32))
     return Statistics(mass, mass, zero, zero, zero)
+
+
+@triton.jit
+def at_target(so_far, z, cols, target):
+    """The target's logit where it is in this tile, else `so_far`."""
+    hit = cols[None, :] == target[:, None]
+    return tl.maximum(so_far, tl.max(tl.where(hit, z, float("-inf")), 1))
+
+
+@triton.jit
+def logsumexp_and_entropy(mass):
+    total = mass.joint + mass.outside
+    entropy = tl.log(total) - mass.moment / total
+    return mass.peak + tl.log(total), tl.maximum(entropy, 0.0)
+
+
+@triton.jit
+def store_results(stats, s_target, t_target, out, N, inside, DIVERGENCE: tl.constexpr):
+    """out[RESULTS, row]; for the gradient (d - anchor) - offset is d - E_q[d] or log(p / q).
+
+    Mass outside the joint columns enters as log1p(outside / joint): exact, and 0 where there is
+    none. A column that the base has and the other side excludes makes the divergence infinite.
+    """
+    student = stats.student
+    teacher = stats.teacher
+    lse_s, entropy_s = logsumexp_and_entropy(student)
+    lse_t, entropy_t = logsumexp_and_entropy(teacher)
+    outside_s = log1p(student.outside / student.joint)
+    outside_t = log1p(teacher.outside / teacher.joint)
+    normalizer = lse_s
+    anchor = stats.anchor
+    if DIVERGENCE == 0:
+        value = tl.where(student.outside > 0, float("inf"), stats.kl + outside_t)
+        normalizer = log_mass(student)
+        offset = stats.mean
+    elif DIVERGENCE == 1:
+        value = tl.where(teacher.outside > 0, float("inf"), stats.kl + outside_s)
+        anchor = -anchor
+        offset = outside_t - outside_s - (stats.mean + stats.kl)
+    else:
+        value = stats.kl
+        offset = outside_t - outside_s + (stats.mean + stats.kl)
+    agreement = (student.argmax == teacher.argmax).to(tl.float32)
+    tl.store(out, value, mask=inside)
+    tl.store(out + N, lse_s, mask=inside)
+    tl.store(out + 2 * N, lse_t, mask=inside)
+    tl.store(out + 3 * N, entropy_s, mask=inside)
+    tl.store(out + 4 * N, entropy_t, mask=inside)
+    tl.store(out + 5 * N, agreement, mask=inside)
+    tl.store(out + 6 * N, s_target - lse_s, mask=inside)
+    tl.store(out + 7 * N, t_target - lse_t, mask=inside)
+    tl.store(out + 8 * N, normalizer, mask=inside)
+    tl.store(out + 9 * N, anchor, mask=inside)
+    tl.store(out + 10 * N, offset, mask=inside)
+    tl.store(out + 11 * N, stats.kl, mask=inside)
+    return lse_s, lse_t, anchor, offset
+
+
+@triton.jit
+def jsd_terms(s, t, d, lse_s, lse_t, anchor, offset, beta):
+    """Sums over the columns of the JSD's terms, each >= 0, and of q (a - a at the anchor).
+
+    With a = log(mixture / q), b = log(mixture / p) a column's term is (1 - beta) q psi(a) +
+    beta p psi(b); past 2 the exponentials are the mixture itself and cannot overflow.
+    """
+    # Probabilities of the tile, and their log-ratios to the mixture.
+    q = tl.exp(s - lse_s[:, None])
+    p = tl.exp(t - lse_t[:, None])
+    a, b = log_ratios_to_mixture((d - anchor[:, None]) - offset[:, None], beta)
+    # Each side's terms: q psi(a) where a is small, and where it is large mixture - q (1 + a).
+    mixture = (1 - beta) * q + beta * p
+    far_q = mixture - tl.where(q > 0, q * (1 + a), 0.0)
+    far_p = mixture - tl.where(p > 0, p * (1 + b), 0.0)
+    from_q = tl.where(a < 2, q * psi(tl.minimum(a, 2.0)), far_q)
+    from_p = tl.where(b < 2, p * psi(tl.minimum(b, 2.0)), far_p)
+    value = tl.sum((1 - beta) * from_q + beta * from_p, 1)
+    # The gradient's mean of a, measured from the anchor, where r is -offset.
+    a_anchor, _ = log_ratios_to_mixture(-offset, beta)
+    return value, tl.sum(tl.where(q > 0, q * (a - a_anchor[:, None]), 0.0), 1)

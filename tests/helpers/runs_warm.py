@@ -10,7 +10,7 @@ from transformers import GenerationMixin, Trainer
 import opsdc.cli
 import opsdc.eval.report
 import opsdc.train
-import opsdc_kernels.chunked_op
+import opsdc_kernels.chunked.op
 from helpers.tiny import byte_tokenizer
 
 torch.set_num_threads(1)

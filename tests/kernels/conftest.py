@@ -1,10 +1,12 @@
 """Tests of the kernels run on one thread: results repeat, and tiny shapes are faster."""
 
+import os
+
 import pytest
 import torch
+from helpers.interpreter import Interpreter
 
-from opsdc_kernels.native import build
-from opsdc_kernels.problem import Problem
+from opsdc_kernels.row_pass import build, compiled
 
 
 @pytest.fixture(autouse=True)
@@ -21,38 +23,22 @@ def row_passes(request):
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
         context.setenv(build.SWITCH, "1" if request.param == "compiled" else "0")
-        if request.param == "compiled" and build.native().dll is None:
-            pytest.skip(f"row passes run in {build.native().description}")
+        if request.param == "compiled" and compiled.native().dll is None:
+            pytest.skip(f"row passes run in {compiled.native().description}")
         yield request.param
 
 
-@pytest.fixture
-def make_problem():
-    """A `Problem` from tensors and the options that differ from the defaults."""
+@pytest.fixture(scope="session")
+def interpreter():
+    processes = Interpreter()
+    yield processes
+    processes.close()
 
-    def make(h, w, ht, wt=None, **options):
-        defaults = {
-            "student_bias": None,
-            "teacher_bias": None,
-            "token_weight": None,
-            "target_ids": None,
-            "divergence": "reverse_kl",
-            "beta": 0.5,
-            "temperature": 1.0,
-            "logit_scale": (1.0, 1.0),
-            "logit_softcap": (None, None),
-            "own_teacher_bias": False,
-            "vocab_size": w.shape[0],
-            "reduction": "sum",
-            "return_stats": False,
-            "workspace_bytes": None,
-        }
-        return Problem(
-            student_hidden=h,
-            student_weight=w,
-            teacher_hidden=ht,
-            teacher_weight=wt,
-            **{**defaults, **options},
-        )
 
-    return make
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_ahead(request):
+    """Where they will be needed, the interpreter's processes start first and run beside the other
+    tests. (Of pytest-xdist's workers only one needs them: there they start when asked for.)"""
+    needed = any("interpreter" in getattr(x, "fixturenames", ()) for x in request.session.items)
+    if needed and "PYTEST_XDIST_WORKER" not in os.environ:
+        request.getfixturevalue("interpreter")

@@ -1,41 +1,29 @@
-"""Shipped Triton configurations compile for every target without spilling a register."""
+"""`python -m opsdc_kernels.audit`: the fused kernels and those of the row pass, on every target."""
 
 import json
 
 import pytest
 
-from opsdc_kernels.audit import CASES, DEVICES, QUICK, TENSOR_INSTRUCTIONS, audit, main
+from opsdc_kernels.audit import CASES, DEVICES, QUICK, audit, main
+from opsdc_kernels.fused import audit as fused
+
+ROW_PASS = [case for case in CASES if case not in fused.CASES]
 
 
-def check(report):
-    assert report.spill_bytes == 0, report
-    assert report.stack_bytes == 0, report
-    assert 0 < report.registers <= 512, report
-    assert report.shared_bytes <= report.shared_limit, report
+def test_a_row_pass_is_audited_too():
+    report = audit(ROW_PASS[0], "sm_90")
+    assert report.case.startswith("rows_statistics")
     assert report.passed
-
-
-@pytest.mark.parametrize("target", DEVICES)
-def test_the_main_kernel_of_each_target(target):
-    report = audit(QUICK[0], target)
-    check(report)
-    assert report.tensor_instruction == TENSOR_INSTRUCTIONS[target]
-    assert report.tensor_count > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", DEVICES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_kernel_of_each_target(case, target):
-    check(audit(case, target))
-
-
-def test_a_configuration_that_spills_fails():
-    from opsdc_kernels.triton.configs import Config
-
-    report = audit(QUICK[1], "sm_90", Config(256, 128, 32, 1, 16, 4, 2))
-    assert report.spill_bytes > 0
-    assert not report.passed
+@pytest.mark.parametrize("case", ROW_PASS, ids=str)
+def test_every_kernel_of_the_row_pass(case, target):
+    report = audit(case, target)
+    assert report.spill_bytes == report.stack_bytes == 0
+    assert 0 < report.registers <= 512
+    assert report.passed
 
 
 def test_command_line_writes_json(capsys):
@@ -43,9 +31,3 @@ def test_command_line_writes_json(capsys):
     record = json.loads(capsys.readouterr().out)
     assert [x["target"] for x in record["reports"]] == ["gfx942"] * len(QUICK)
     assert "8192" in record["assumptions"]
-
-
-def test_refused_under_the_interpreter(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
-        audit(QUICK[0], "sm_90")

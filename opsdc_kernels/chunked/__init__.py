@@ -1,0 +1,1 @@
+"""Token chunks with full vocabulary rows resident: the backend for every device."""

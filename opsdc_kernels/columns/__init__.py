@@ -1,0 +1,1 @@
+"""The reverse KL's gradient from the vocabulary columns that matter: `skip_tolerance`."""

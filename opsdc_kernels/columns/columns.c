@@ -1,0 +1,208 @@
+/* Sums of the student's probabilities, and distances in its head: opsdc_kernels/columns/sums.py and
+   bound.py, with their letters, from raw products that stay as they are: no tile of probabilities
+   is written.
+*/
+#include "../row_pass/common.h"
+
+typedef struct {
+    Side student;
+    int64_t rows, columns;
+    const float *square;           /* [columns] */
+    const float *keeps;            /* [columns] 1 for a column that is kept, else 0 */
+    const float *along, *apart;    /* [rows] */
+    float *lse, *entropy, *spread; /* [rows] */
+    float *mass, *product;         /* [rows] */
+    float *peak, *slope, *rest;    /* [columns] */
+} ColumnJob;
+
+#define LOWEST -70.0f /* as in sums.py */
+#define FLOORED(z) ((z) < LOWEST ? LOWEST : (z))
+
+typedef struct {
+    float peak[W], share[W], along[W], around[W], lse[W];
+    double total[W], below[W], spread[W], mass[W], product[W];
+} Student;
+
+typedef struct {
+    Tile peak, slope, rest; /* of each lane */
+} Totals;
+
+typedef void (*ColumnPass)(const ColumnJob *, int64_t, const Block *, Student *, Totals *);
+
+static void read_student(const ColumnJob *job, int64_t start, int64_t token, Block *b)
+{
+    const int last = token + W >= job->rows;
+    const int64_t ahead = last ? BLOCK * job->student.stride - token : W;
+    b->columns = job->columns - start < BLOCK ? job->columns - start : BLOCK;
+    b->lanes = job->rows - token < W ? job->rows - token : W;
+    read_side(&job->student, start, token, ahead, b, b->s);
+    if (job->student.range)
+        EACH_COLUMN(b) LANES {
+            float none;
+            b->s[v][j] = job->student.range * tanh_of(b->s[v][j], &none);
+        }
+}
+
+static void add_masses(const ColumnJob *job, int64_t start, const Block *b, Student *p, Totals *all)
+{
+    float top[W], sum[W] = {0}, weighted[W] = {0}, squares[W] = {0};
+    (void)all;
+    LANES top[j] = p->peak[j];
+    EACH_COLUMN(b) LANES top[j] = b->s[v][j] > top[j] ? b->s[v][j] : top[j];
+    LANES {
+        double shrink = exponential(p->peak[j] - top[j]);
+        p->below[j] = (p->below[j] + p->total[j] * ((double)p->peak[j] - top[j])) * shrink;
+        p->total[j] *= shrink;
+        p->spread[j] *= shrink;
+        p->peak[j] = top[j];
+    }
+    EACH_COLUMN(b) {
+        const float square = job->square[start + v];
+        LANES {
+            float z = b->s[v][j] - top[j], below = FLOORED(z), e = exponential(below);
+            sum[j] += e;
+            weighted[j] += e * below;
+            squares[j] += e * square;
+        }
+    }
+    LANES {
+        p->total[j] += sum[j];
+        p->below[j] += weighted[j];
+        p->spread[j] += squares[j];
+    }
+}
+
+static void add_columns(const ColumnJob *job, int64_t start, const Block *b, Student *p, Totals *all)
+{
+    (void)job, (void)start;
+    EACH_COLUMN(b) LANES {
+        float z = b->s[v][j] - p->peak[j], q = exponential(FLOORED(z)) * p->share[j];
+        all->peak[v][j] = q > all->peak[v][j] ? q : all->peak[v][j];
+        all->slope[v][j] += p->along[j] * q;
+        all->rest[v][j] += p->around[j] * q;
+    }
+}
+
+static void add_dropped(const ColumnJob *job, int64_t start, const Block *b, Student *p, Totals *all)
+{
+    float sum[W] = {0}, squares[W] = {0};
+    (void)all;
+    EACH_COLUMN(b) {
+        const float square = job->square[start + v];
+        if (job->keeps[start + v]) continue;
+        LANES {
+            float z = b->s[v][j] - p->lse[j], q = exponential(FLOORED(z));
+            sum[j] += q;
+            squares[j] += q * square;
+        }
+    }
+    LANES {
+        p->mass[j] += sum[j];
+        p->product[j] += squares[j];
+    }
+}
+
+static void sweep_student(const ColumnJob *job, Student *panels, ColumnPass pass, int per_column)
+{
+    Block b;
+    Totals all;
+    for (int64_t start = 0; start < job->columns; start += BLOCK) {
+        if (per_column) memset(&all, 0, sizeof all);
+        for (int64_t token = 0; token < job->rows; token += W) {
+            read_student(job, start, token, &b);
+            pass(job, start, &b, panels + token / W, &all);
+        }
+        if (!per_column) continue;
+        EACH_COLUMN(&b) {
+            float peak = 0, slope = 0, rest = 0;
+            for (int j = 0; j < W; j++) {
+                peak = all.peak[v][j] > peak ? all.peak[v][j] : peak;
+                slope += all.slope[v][j];
+                rest += all.rest[v][j];
+            }
+            job->peak[start + v] = peak;
+            job->slope[start + v] = slope;
+            job->rest[start + v] = rest;
+        }
+    }
+}
+
+static void student(const ColumnJob *job, Student *panels)
+{
+    sweep_student(job, panels, add_masses, 0);
+    for (int64_t i = 0; i < job->rows; i++) {
+        Student *p = panels + i / W;
+        const int j = i % W;
+        const double total = p->total[j], spread = p->spread[j] / total;
+        job->lse[i] = (float)(p->peak[j] + log(total));
+        job->entropy[i] = (float)(log(total) - p->below[j] / total);
+        job->spread[i] = (float)spread;
+        p->share[j] = (float)(1 / total);
+        p->along[j] = job->along[i];
+        p->around[j] = job->along[i] * (float)sqrt(spread) + job->apart[i];
+    }
+    sweep_student(job, panels, add_columns, 1);
+}
+
+static void dropped(const ColumnJob *job, Student *panels)
+{
+    for (int64_t i = 0; i < job->rows; i++) panels[i / W].lse[i % W] = job->lse[i];
+    sweep_student(job, panels, add_dropped, 0);
+    for (int64_t i = 0; i < job->rows; i++) {
+        job->mass[i] = (float)panels[i / W].mass[i % W];
+        job->product[i] = (float)panels[i / W].product[i % W];
+    }
+}
+
+/* Without memory for the panels all sums are NaN, of which no bound is within a tolerance. */
+static void with_panels(const ColumnJob *job, void (*work)(const ColumnJob *, Student *))
+{
+    int64_t count = (job->rows + W - 1) / W;
+    Student *panels = calloc(count, sizeof *panels);
+    if (!panels) {
+        float *rowwise[] = {job->entropy, job->spread, job->mass, job->product};
+        for (int field = 0; field < 4; field++)
+            for (int64_t i = 0; rowwise[field] && i < job->rows; i++) rowwise[field][i] = NAN;
+        float *columnwise[] = {job->peak, job->slope, job->rest};
+        for (int field = 0; field < 3; field++)
+            for (int64_t v = 0; columnwise[field] && v < job->columns; v++)
+                columnwise[field][v] = NAN;
+        return;
+    }
+    for (int64_t i = 0; i < count; i++)
+        for (int j = 0; j < W; j++) panels[i].peak[j] = NO_PEAK;
+    work(job, panels);
+    free(panels);
+}
+
+void opsdc_student(const ColumnJob *job) { WITHOUT_DENORMALS(with_panels(job, student)); }
+
+void opsdc_dropped(const ColumnJob *job) { WITHOUT_DENORMALS(with_panels(job, dropped)); }
+
+#define SUMMED 1024 /* in float before a double takes over */
+
+typedef struct {
+    const float *weight; /* [rows, columns] */
+    int64_t rows, columns, stride;
+    const float *centre; /* [columns] */
+    float *out;          /* [rows] |row - centre|^2 */
+} DistanceJob;
+
+void opsdc_distances(const DistanceJob *job)
+{
+    for (int64_t i = 0; i < job->rows; i++) {
+        const float *row = job->weight + i * job->stride, *centre = job->centre;
+        double total = 0;
+        for (int64_t start = 0; start < job->columns; start += SUMMED) {
+            const int64_t end = start + SUMMED < job->columns ? start + SUMMED : job->columns;
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t v = start; v < end; v++) {
+                float difference = row[v] - centre[v];
+                sum += difference * difference;
+            }
+            total += sum;
+        }
+        job->out[i] = (float)total;
+    }
+}

@@ -1,0 +1,107 @@
+"""Sums of the student's probabilities q, over tokens and over columns, that choosing columns needs:
+from the raw products of a chunk, without a tile of q. In torch here, in C in `columns.compiled`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opsdc_kernels.columns import compiled
+from opsdc_kernels.maths import capped
+from opsdc_kernels.plan import column_block_rows
+from opsdc_kernels.problem import Problem
+from opsdc_kernels.products import by_column
+
+LOWEST = -70.0
+"""Logits that are below the largest by more count as this, a mass of 4e-31: products with denormal
+ones take a CPU a hundred times as long."""
+
+
+class StudentSums(NamedTuple):
+    """Sums of a chunk's q; `square`, `along` and `apart` are what `student_sums` was given."""
+
+    lse_C: Tensor
+    """Log-normalizer [C]."""
+    entropy_C: Tensor
+    spread_C: Tensor
+    """E_q[square] [C]."""
+    peak_V: Tensor
+    """Largest q of a column [V]."""
+    slope_V: Tensor
+    """Σ_C along·q [V]."""
+    rest_V: Tensor
+    """Σ_C (along·√spread + apart)·q [V]."""
+
+
+def student_sums(
+    problem: Problem, x_CV: Tensor, square_V: Tensor, along_C: Tensor, apart_C: Tensor
+) -> StudentSums:
+    """The sums of a chunk from its raw products `x_CV` = h·Wᵀ, which stay."""
+    if _in_c(x_CV):
+        return StudentSums(*compiled.student_sums(problem, x_CV, square_V, along_C, apart_C))
+    peak_V = torch.zeros_like(square_V)
+    sums_2V = square_V.new_zeros(2, len(square_V))
+    rows = []
+    for block in _blocks(x_CV):
+        z = _logits_(problem, x_CV[block].clone())
+        top = z.amax(1, keepdim=True)
+        z = z.sub_(top).clamp_(min=LOWEST)
+        q = z.exp()
+        total = q.sum(1, keepdim=True)
+        entropy = total.log() - torch.linalg.vecdot(q, z)[:, None] / total
+        torch.maximum(peak_V, q.div_(total).amax(0), out=peak_V)
+        spread = q @ square_V
+        along = along_C[block]
+        sums_2V.addmm_(torch.stack([along, along * spread.sqrt() + apart_C[block]]), q)
+        rows.append(torch.stack([(top + total.log()).squeeze(1), entropy.squeeze(1), spread]))
+    lse_C, entropy_C, spread_C = torch.cat(rows, 1)
+    slope_V, rest_V = sums_2V
+    return StudentSums(lse_C, entropy_C, spread_C, peak_V, slope_V, rest_V)
+
+
+def dropped_sums(
+    problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ q and Σ q·square over the columns that are not kept, each [C]."""
+    if _in_c(x_CV):
+        return compiled.dropped_sums(problem, x_CV, lse_C, keeps_V, square_V)
+    weights = torch.stack([torch.ones_like(square_V), square_V], 1).masked_fill_(
+        keeps_V[:, None], 0
+    )
+    sums = [
+        probabilities_(problem, x_CV[block].clone(), lse_C[block]) @ weights
+        for block in _blocks(x_CV)
+    ]
+    return torch.cat(sums).unbind(1)  # type: ignore[return-value]
+
+
+def probabilities_(problem: Problem, x_CK: Tensor, lse_C: Tensor) -> Tensor:
+    """Replace raw products by q."""
+    for block in _blocks(x_CK):
+        z = _logits_(problem, x_CK[block]).sub_(lse_C[block, None])
+        torch.exp(z.clamp_(min=LOWEST), out=x_CK[block])
+    return x_CK
+
+
+def _logits_(problem: Problem, x_CK: Tensor) -> Tensor:
+    """The student's z of eq. (1) in `reference`; overwrites raw products."""
+    side = problem.side(0)
+    if side.bias is not None:
+        x_CK.add_(side.bias)
+    if side.scale != 1.0:
+        x_CK.mul_(side.scale)
+    return capped(x_CK, side.cap, side.temperature)
+
+
+def _in_c(x_CV: Tensor) -> bool:
+    return by_column(x_CV) and compiled.serves(x_CV)
+
+
+def _blocks(x_CV: Tensor) -> list[slice]:
+    """Blocks of rows that passes in torch take at once."""
+    height, size = x_CV.shape
+    step = column_block_rows(size, x_CV.device)
+    return [slice(i, min(i + step, height)) for i in range(0, height, step)]

@@ -1,0 +1,1 @@
+"""Triton kernels that compute the loss without a logit in memory."""

@@ -1,1 +1,0 @@
-"""Row passes in C, compiled on first use, for CPUs with a C compiler."""

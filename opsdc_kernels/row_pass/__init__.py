@@ -1,0 +1,1 @@
+"""Raw products of some rows to divergence, statistics and logit gradient: in C, Triton or torch."""

@@ -1,0 +1,90 @@
+"""The Triton row passes against the torch ones, in Triton's interpreter."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from opsdc_kernels.problem import Options, Problem, Stat
+from opsdc_kernels.row_pass.eager import divergence_rows_ as torch_rows_
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_interpreter.py", allow_module_level=True)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
+VARIANTS = {
+    "plain": {},
+    "transformed": {"logit_scale": (1.5, 0.7), "temperature": 0.6, "logit_softcap": (4.0, None)},
+    "shared": {"shared": True},
+    "shared, capped": {"shared": True, "logit_softcap": (3.0, 3.0), "temperature": 1.7},
+    "bias": {"bias": True},
+    "infinite": {"bias": True, "infinite": True},
+}
+
+
+def problem_of(B, V, divergence, variant, dtype):
+    options = {k: v for k, v in variant.items() if k not in ("shared", "bias", "infinite")}
+    g = torch.Generator().manual_seed(7)
+    biases = [None, None]
+    if variant.get("bias"):
+        biases = [torch.randn(V, generator=g), torch.randn(V, generator=g)]
+        if variant.get("infinite") and V > 2:
+            biases[0][V // 2] = -math.inf
+            biases[1][V // 2] = -math.inf
+            biases[0 if divergence == "reverse_kl" else 1][V // 3] = -math.inf
+    empty = torch.zeros(0, 1, dtype=dtype)
+    return Problem(
+        student_hidden=empty,
+        student_weight=empty,
+        teacher_hidden=empty,
+        teacher_weight=None if variant.get("shared") else empty,
+        student_bias=None if biases[0] is None else biases[0].to(dtype),
+        teacher_bias=None if biases[1] is None else biases[1].to(dtype),
+        token_weight=None,
+        target_ids=torch.arange(B) % V,
+        options=Options(
+            divergence=divergence, beta=0.3, vocab_size=V, return_stats=True, **options
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(("B", "V"), [(1, 1), (3, 130)])
+def test_equal_to_the_torch_rows(B, V, divergence, variant, dtype):
+    from opsdc_kernels.row_pass.kernels import divergence_rows_
+
+    options = VARIANTS[variant]
+    g = torch.Generator().manual_seed(B)
+    s = 3 * torch.randn(B, V, generator=g)
+    d = 0.2 * torch.randn(B, V, generator=g)
+    other = d if options.get("shared") else s + d
+    target = torch.arange(B) % V
+    mine, mine_other = s.clone(), other.clone()
+    problem = problem_of(B, V, divergence, options, torch.float32)
+    got = divergence_rows_(
+        mine, mine_other, problem, gradient=True, target_ids_B=target, tile_dtype=dtype
+    )
+    truth, truth_other = s.double(), other.double()
+    problem = problem_of(B, V, divergence, options, torch.float64)
+    want = torch_rows_(truth, truth_other, problem, gradient=True, target_ids_B=target)
+    for stat, a, b in zip(Stat, got.values, want.values, strict=True):
+        atol = 1e-9 if stat == Stat.DIVERGENCE else 2e-6
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=atol)
+    gradient = mine.double() * got.factor.double()[:, None]
+    expected = truth * want.factor[:, None]
+    assert (gradient - expected).norm() <= 3e-5 * expected.norm() + 1e-12
+    if dtype == torch.float16:
+        assert mine.abs().max() <= 2**14
+
+
+def test_loss_only_leaves_the_logits():
+    from opsdc_kernels.row_pass.kernels import divergence_rows_
+
+    s = torch.randn(2, 70, generator=torch.Generator().manual_seed(0))
+    kept = s.clone()
+    divergence_rows_(s, s + 1, problem_of(2, 70, "jsd", {}, torch.float32), gradient=False)
+    assert torch.equal(s, kept)
