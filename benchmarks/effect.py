@@ -1,8 +1,8 @@
 """What protects accuracy, and what shortens: arms of the demo's task by seeds, paired.
 
-    python -m benchmarks.effect --quick                  (minutes: two arms, one seed, a few steps)
-    python -m benchmarks.effect --save effect-cpu        (under 3 hours on two cores)
-    python -m benchmarks.effect_tables --write           (docs/effect.md and its plots)
+    python -m benchmarks.effect --quick             (minutes: two arms, one seed, a few steps)
+    python -m benchmarks.effect --save              (about 3 hours on two cores: the record)
+    python -m benchmarks.effect_tables --write      (docs/effect.md and its plots)
 
 A cell is one arm with one seed, trained in a process of its own on one thread. Finished cells stay
 in the folder, so that the same command goes on where it was stopped. All arms answer the same
@@ -17,7 +17,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -35,6 +35,7 @@ from opsdc.eval.compare import by_difficulty, compare
 from opsdc.record.lines import read_lines, write_json
 from opsdc.train import OPSDCTrainer
 
+RECORD = record.RECORDS / "effect" / "cpu.json"
 STEPS, SEEDS, EVERY = 12, (0, 1, 2), 4
 COMMON: dict[str, Any] = {
     "train.keep_best": False,
@@ -44,6 +45,9 @@ COMMON: dict[str, Any] = {
     "teacher.target": None,
     "teacher.gate": False,
     "data.train_on": "all",
+    "optim.lr": 8e-6,
+    "optim.schedule": "constant",
+    "rollout.prompts_per_step": 16,
     "eval.every": EVERY,
     "eval.batch_size": 132,
 }
@@ -132,6 +136,7 @@ def train_cell(arm: str, seed: int, steps: int, problems: int, folder: Path) -> 
                 "entropy": row["student_entropy"],
                 "teacher_version": row["teacher_version"],
                 "dial": row.get("dial"),
+                "relative_length": row.get("relative_length"),
                 "right": row.get("right_share"),
                 "seconds": row["perf/seconds_step"],
                 "rollout_seconds": row["perf/seconds_rollout"],
@@ -219,7 +224,10 @@ def _arm(arm: str, seeds: Sequence[int], folder: Path) -> dict[str, Any]:
         "by_seed": [
             headline(read_answers(folder / f"trained-{_file(arm, s)}.jsonl")) for s in seeds
         ],
-        "minutes_to_half": [_minutes_to_half(cell["steps"], plain) for cell in cells],
+        "steps_to_half": [_to_half(cell["steps"], plain, lambda step: 1) for cell in cells],
+        "minutes_to_half": [
+            _to_half(cell["steps"], plain, lambda step: step["seconds"] / 60) for cell in cells
+        ],
         "cells": [{k: v for k, v in cell.items() if k != "settings"} for cell in cells],
     }
 
@@ -242,14 +250,16 @@ def _together(folder: Path, name: str, seeds: Sequence[int]) -> list[Answer]:
     return found
 
 
-def _minutes_to_half(steps: Sequence[dict[str, Any]], plain: float) -> float | None:
-    """Minutes of training until rollouts are half as long as the base's answers; None if never."""
+def _to_half(
+    steps: Sequence[dict[str, Any]], plain: float, cost: Callable[[dict[str, Any]], float]
+) -> float | None:
+    """Cost of training until rollouts are half as long as the base's answers; None if never."""
     spent = 0.0
     for step in steps:
         # A step's rollouts show the updates before it.
         if step["tokens"] <= 0.5 * plain:
-            return round(spent / 60, 2)
-        spent += step["seconds"]
+            return round(spent, 2)
+        spent += cost(step)
     return None
 
 
@@ -264,12 +274,14 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="two arms, one seed, 4 steps")
-    parser.add_argument("--arms", help=f"comma-separated, of: {'; '.join(EVERY_ARM)}")
+    parser.add_argument("--arms", help=f"separated by semicolons, of: {'; '.join(EVERY_ARM)}")
     parser.add_argument("--folder", type=Path, default=Path("runs/effect"), help="of the cells")
     parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2)")
-    parser.add_argument("--save", metavar="NAME", help="write benchmarks/records/NAME.json")
+    parser.add_argument("--save", action="store_true", help=f"write {RECORD.name}, the record")
     options = parser.parse_args(arguments)
-    names = options.arms.split("; ") if options.arms else [*(QUICK if options.quick else EVERY_ARM)]
+    names = [*(QUICK if options.quick else EVERY_ARM)]
+    if options.arms:
+        names = [name.strip() for name in options.arms.split(";")]
     unknown = [name for name in names if name not in EVERY_ARM]
     if unknown:
         parser.error(f"--arms: no arm is named {unknown[0]!r}; there are: {'; '.join(EVERY_ARM)}")
@@ -282,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:<24}{one_line(arm)}")
     if options.save:
         whole = {"environment": environment, "steps": steps, "seeds": list(seeds), "arms": found}
-        record.save(record.RECORDS / f"{options.save}.json", whole)
+        record.save(RECORD, whole)
     return 0
 
 
