@@ -8,7 +8,7 @@ VLLM_NEEDS := aiohttp cachetools cbor2 cloudpickle compressed-tensors einops fas
 	pyzmq uvloop xgrammar
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu chaos fuzz check format bench recipes clean
+.PHONY: help install demo quick test test-slow test-gpu chaos fuzz check format bench recipes clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,8 +31,11 @@ $(STAMP): setup.py constraints-cpu.txt
 demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores (~10 min)
 	$(BIN)/opsdc train --config smollm2-cpu --output_dir runs/demo
 
+quick: $(STAMP)  ## while editing: laws, units, one tiny run (under 2 min)
+	$(BIN)/python -m pytest -n 2 -m "not whole" tests
+
 test: $(STAMP)  ## all tests that need neither a GPU nor an hour
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 tests
 
 test-slow: $(STAMP)  ## the long ones, but for chaos and fuzz
 	$(BIN)/python -m pytest --slow -m "slow and not chaos and not fuzz" tests

@@ -1,7 +1,13 @@
 """Which tests run here, and why the others do not: skipped ones stand in the closing summary."""
 
+import os
 import sys
 from pathlib import Path
+
+# Before torch is loaded, and for the processes that tests start: two workers with a thread each do
+# not wait for one another, as two with all cores each would.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -37,6 +37,8 @@ from opsdc_kernels import products
 from opsdc_kernels.memory import CPU_WORKSPACE_CAP_BYTES
 from opsdc_kernels.testing import truth
 
+pytestmark = pytest.mark.whole
+
 CPU = torch.device("cpu")
 SMALL = Shape(tokens=48, dim=32, vocab_size=512)
 RECORDS = sorted(record.RECORDS.glob("*.json"))

@@ -22,6 +22,8 @@ from trl.trainer import distillation_trainer
 from opsdc import collate
 from opsdc_kernels import linear_divergence
 
+pytestmark = pytest.mark.whole
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 ORIGINAL = distillation_trainer._chunked_divergence_loss

@@ -9,7 +9,7 @@ from helpers.kernels import case_of, errors_and_budget
 from opsdc_kernels import linear_divergence, testing
 from opsdc_kernels.row_pass import eager
 
-pytestmark = pytest.mark.usefixtures("row_passes")
+pytestmark = [pytest.mark.usefixtures("row_passes"), pytest.mark.whole]
 
 ENTROPIES = (0.01, 0.3, 2.0, 6.0, 10.0)
 KLS = (1e-12, 1e-9, 1e-6, 1e-4, 1e-2, 1.0, 5.0)

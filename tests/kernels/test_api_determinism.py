@@ -17,6 +17,8 @@ from helpers.kernels import sizes_of
 from opsdc_kernels import linear_divergence
 from opsdc_kernels.plan import estimate, scratch_bytes
 
+pytestmark = pytest.mark.whole
+
 N, D, V = 48, 72, 4099
 # Three chunks, so that sums across chunks are among what repeats, whatever the row passes take.
 ROWS = N // 3

@@ -10,6 +10,8 @@ import re
 import pytest
 from helpers.interpreter import PROCESSES
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize("i", range(len(PROCESSES)), ids=[" ".join(names) for names in PROCESSES])
 def test_passes_in_the_interpreter(i, interpreter):

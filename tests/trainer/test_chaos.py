@@ -29,6 +29,8 @@ from opsdc.ranks import stop
 from opsdc.record import checkpoint
 from opsdc.train import OPSDCTrainer
 
+pytestmark = pytest.mark.whole
+
 M = 3
 STEPS = 6
 

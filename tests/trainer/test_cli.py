@@ -9,6 +9,8 @@ import pytest
 
 from opsdc.cli import main
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_folder, problem_file):

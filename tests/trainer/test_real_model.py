@@ -16,7 +16,7 @@ from opsdc.models.load import load_model, load_tokenizer
 from opsdc.rollout.base import Request, SamplingParams, difference
 from opsdc.rollout.hf import HFSampler
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.whole]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from opsdc.record import checkpoint
 from opsdc.record.lines import read_lines
 from opsdc.train import OPSDCTrainer
 
+pytestmark = pytest.mark.whole
+
 KEYS = {
     "step",
     "loss_nats",

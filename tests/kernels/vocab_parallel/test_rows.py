@@ -15,6 +15,8 @@ from opsdc_kernels.chunked import op as chunked_op
 from opsdc_kernels.chunked.run import run_chunks
 from opsdc_kernels.vocab_parallel import rows, shards
 
+pytestmark = pytest.mark.whole
+
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 
 

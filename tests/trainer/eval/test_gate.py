@@ -10,6 +10,8 @@ from opsdc.eval import gate
 from opsdc.record.lines import read_lines
 from opsdc.train import OPSDCTrainer
 
+pytestmark = pytest.mark.whole
+
 GATED = {
     "teacher.gate": True,
     "data.gate_size": 4,

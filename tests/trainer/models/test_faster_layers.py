@@ -14,6 +14,8 @@ from opsdc.errors import ModelError
 from opsdc.models.faster_layers import compile_layers, patch
 from opsdc.models.load import prepare_model
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True, "lora": {"r": 4}}])

@@ -9,6 +9,8 @@ from opsdc.config.yaml_file import recipe_names
 from opsdc.models.load import load_architecture
 from opsdc.planner.dry_run import twin_of
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.mark.parametrize("recipe", [n for n in recipe_names() if n.startswith("qwen3")])
 def test_recipes_run_dry_without_a_network(recipe, tmp_path, monkeypatch, capsys):

@@ -21,6 +21,8 @@ from opsdc.planner.plan import make_plan
 from opsdc.planner.report import parse_bytes
 from opsdc.planner.sizes import sizes_of
 
+pytestmark = pytest.mark.whole
+
 # Memory of an update by phase, in a process of its own, from the kernel's high-water mark. With
 # these settings of the C library freed memory is given back, so that the mark is what is held.
 _MEASURED = """

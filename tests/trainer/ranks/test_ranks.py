@@ -22,6 +22,8 @@ from opsdc.method.batch import share_out
 from opsdc.ranks.talk import ALONE
 from opsdc.record import checkpoint
 
+pytestmark = pytest.mark.whole
+
 UNEVEN = (9, 3, 14, 1, 6, 12, 2, 7)
 TWO = (11, 4)
 """Of three ranks one gets nothing."""

@@ -29,6 +29,8 @@ from opsdc.rollout.vllm.messages import EngineOptions
 from opsdc.rollout.weights import sequence_logprobs
 from opsdc.train import OPSDCTrainer
 
+pytestmark = pytest.mark.whole
+
 
 @needs_vllm
 def test_colocated_with_an_adapter_and_a_head_of_its_own(make_config, tmp_path_factory, tmp_path):
