@@ -27,6 +27,7 @@ from opsdc.config.settings import ModelConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models import demo_model, quantize
 from opsdc.models.adapters import architecture, unwrap, with_adapter
+from opsdc.models.admit import admit
 from opsdc.models.faster_layers import compile_layers, use_liger
 
 # One bar for every folder read or written would hide this program's own lines.
@@ -147,7 +148,10 @@ def load_trained(config: ModelConfig, folder: str | Path) -> Any:
 
 
 def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Attach the adapter, set the layers' kernels and their checkpointing, as the settings say."""
+    """Attach the adapter, set the layers' kernels and their checkpointing, as the settings say.
+
+    Raises ModelError for a model that cannot be trained, whoever made it; see `admit`.
+    """
     if config.quantize is not None:
         quantize.check(model)
         quantize.compute_in_training_precision(model)
@@ -155,6 +159,7 @@ def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
         use_liger(model)
     if config.lora is not None:
         model = with_adapter(model, config.lora)
+    admit(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:

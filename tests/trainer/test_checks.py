@@ -77,9 +77,22 @@ def test_all_checks_pass_on_a_sound_model_and_say_one_line_each():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_dropout_is_found_by_the_same_prompt_check():
+def test_dropout_is_the_students_alone_and_is_said():
     model = tiny_model(attention_dropout=0.5).train()
-    with pytest.raises(ModelError, match="do not compute alike"):
+    lines = run(model)[1]
+    (said,) = [line for line in lines if line.startswith("dropout")]
+    assert float(said.split()[1]) > 1e-3
+    assert lines[-1].startswith("same prompt on both sides: 0.0e+00")
+
+
+def test_a_model_that_does_not_repeat_itself_is_refused():
+    model = tiny_model().train()
+
+    def noise(module, inputs, output):
+        return output + torch.randn_like(output) if torch.is_grad_enabled() else output
+
+    model.model.layers[0].mlp.register_forward_hook(noise)
+    with pytest.raises(ModelError, match=r"do not compute alike.*attn_implementation"):
         run(model)
 
 
