@@ -43,7 +43,7 @@ def test_a_small_learning_rate_moves_a_model_given_in_16_bits(make_config, dtype
     model = tiny_model().to(dtype)
     before = [p.detach().clone() for p in model.parameters()]
     trainer(config, model).train()
-    moved = [(p != b.float()).float().mean() for p, b in zip(model.parameters(), before)]  # noqa: B905
+    moved = [(p != b.float()).float().mean() for p, b in zip(model.parameters(), before)]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert sum(moved) / len(moved) > 0.9
 
