@@ -30,6 +30,7 @@ from opsdc.method.mixture import (
 )
 from opsdc.models.admit import admit, check_adapter_off
 from opsdc.models.head import Head, TokenBatch, check_head, evaluating, hidden_states, read_head
+from opsdc.models.positions import longest_sequence
 
 
 class Distiller(nn.Module):
@@ -92,6 +93,8 @@ class Distiller(nn.Module):
         # Trainer and its loggers read the model's properties here.
         self.config = student.config
         self._loss, self._vocab_size = loss, vocab_size
+        limits = [limit for model in models if (limit := longest_sequence(model)) is not None]
+        self._longest = min(limits, default=None)
         self._contexts = mix.weights(start_is_teacher=start is None)
         self._anchor = mix.anchor
         for model in models:
@@ -130,7 +133,8 @@ class Distiller(nn.Module):
                 The last is laid out as labels are; Trainer would take that name for more labels.
 
         Raises:
-            DataError: The responses of two sides differ, or a side that `mix` needs is missing.
+            DataError: The responses of two sides differ, a side that `mix` needs is missing, or a
+                row is longer than the positions of a model allow.
         """
         batch = from_labels(input_ids, attention_mask, labels)
         batches = {
@@ -153,6 +157,12 @@ class Distiller(nn.Module):
                 against_input_ids, against_attention_mask, against_responses
             )
             _check_equal_responses(batch, batches[AGAINST], "against_responses")
+        width = max(batches[context].input_ids.shape[1] for context in (PLAIN, *self._contexts))
+        if self._longest is not None and width > self._longest[0]:
+            raise DataError(
+                f"rows of {width} tokens, and a model is to have {self._longest[0]} at most: "
+                f"{self._longest[1]}; give shorter prompts or responses"
+            )
         teacher_hidden, teacher_head = self._score_as_teacher(batches)
         student_hidden = hidden_states(self.student, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch

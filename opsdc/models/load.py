@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -57,6 +57,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     It is never tokenized again: training uses the sampled ids.
     """
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id for padded places: the tokenizer's, or 0 where the model has no such row.
+
+    Masks hide it, so that any id does.
+    """
+    pad, embedding = tokenizer.pad_token_id, cast(Any, unwrap(model).get_input_embeddings())
+    return pad if pad is not None and pad < len(embedding.weight) else 0
 
 
 def load_architecture(name: str, *, revision: str | None = None) -> PreTrainedConfig:
