@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,21 +12,19 @@ from transformers import PreTrainedTokenizerBase
 
 from opsdc.config.describe import ignored_settings
 from opsdc.config.settings import OPSDCConfig
-from opsdc.data.prompted import PromptedSet
-from opsdc.errors import CheckpointError, ModelError
+from opsdc.data.prompted import ProblemSets, PromptedSet
+from opsdc.errors import ModelError
 from opsdc.method.batch import Layout, Pair, plan_step, token_batch
 from opsdc.method.teacher import Teacher
 from opsdc.method.update import autocast, student_pass, teacher_pass
-from opsdc.models.adapters import unwrap
-from opsdc.models.head import check_head, hidden_states, read_head
-from opsdc.models.load import VARIABLE_LENGTH
-from opsdc.planner.plan import loss_plan
-from opsdc.planner.sizes import sizes_of
+from opsdc.models.adapters import architecture, unwrap
+from opsdc.models.head import check_head, evaluating, hidden_states, read_head
+from opsdc.models.load import VARIABLE_LENGTH, padding_id
+from opsdc.models.positions import longest_sequence
+from opsdc.planner.room import check_disk, check_memory
 from opsdc.ranks import shard
-from opsdc.ranks.talk import ALONE, Ranks
-from opsdc.record import checkpoint
-from opsdc.rollout.base import AGREEMENT, Request, Sampler, SamplingParams, difference
-from opsdc.rollout.weights import sequence_logprobs
+from opsdc.ranks.talk import ALONE, Ranks, is_out_of_memory
+from opsdc.rollout.base import AGREEMENT, Request, Rollout, Sampler, SamplingParams, difference
 
 _PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest relative difference between packed and single forwards, which add in another order; above
@@ -41,6 +38,83 @@ _RESPONSE_TOKENS = 8
 
 _SAME_PROMPT_LIMIT = 1e-6
 """Largest divergence in nats per token of equal weights behind equal prompts, which should be 0."""
+
+
+def check_prompts(model: Any, sets: ProblemSets, config: OPSDCConfig) -> None:
+    """Raise ModelError for prompts that the model has no embeddings or no positions for."""
+    embedding: Any = unwrap(model).get_input_embeddings()
+    rows = len(embedding.weight)
+    largest_id = max(problems.largest_id for problems in sets)
+    if largest_id >= rows:
+        raise ModelError(
+            f"a prompt holds the token id {largest_id}, and the model's embedding has {rows} rows: "
+            "the tokenizer is of another model, or has tokens of its own; give the model's own, or "
+            "call model.resize_token_embeddings(len(tokenizer)) and train them"
+        )
+    limit = longest_sequence(model)
+    new = {"rollout.max_new_tokens": (sets.training, config.rollout.max_new_tokens)}
+    if config.eval.problems != 0 and (len(sets.held_out) or len(sets.gate)):
+        both = max(sets.held_out, sets.gate, key=lambda problems: problems.longest)
+        new["eval.max_new_tokens"] = (both, config.eval.max_new_tokens)
+    for setting, (problems, tokens) in new.items():
+        length = problems.longest + tokens
+        if limit is not None and length > limit[0]:
+            raise ModelError(
+                f"{setting} {tokens} makes sequences of up to {length} tokens with the longest "
+                f"prompt, and {architecture(model)} is to have {limit[0]} at most: {limit[1]}; "
+                f"lower it to {limit[0] - problems.longest}, or prompt.max_tokens"
+            )
+
+
+@torch.no_grad()
+def length_difference(model: Any, ids: list[int], first: int, dtype: torch.dtype) -> float:
+    """Measure how much the first hidden states of a long sequence depend on what follows.
+
+    Returns the median over the first tokens of the relative difference: single ones may differ
+    where an expert is chosen by a hair. Raises ModelError for a sequence too long for the model.
+    """
+    device = read_head(model).weight.device
+
+    def run(part: list[int]) -> torch.Tensor:
+        with autocast(device, dtype):
+            batch = token_batch([(part[:1], part[1:])], packed=False, pad_id=0, device=device)
+            return hidden_states(model, batch).float()
+
+    try:
+        long = run(ids)[: first - 1]
+    except (IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{architecture(model)} cannot compute the {len(ids)} tokens of a sequence of full "
+            f"length: {error}; lower rollout.max_new_tokens or prompt.max_tokens"
+        ) from error
+    alone = run(ids[:first])
+    return float(((long - alone).norm(dim=1) / alone.norm(dim=1).clamp_min(1e-30)).median())
+
+
+def check_length(model: Any, sequences: list[list[int]], length: int, config: OPSDCConfig) -> str:
+    """Run a sequence of the run's own length; return a line for the log.
+
+    Raises ModelError where its beginning then is not computed as it is by itself.
+    """
+    dtype = getattr(torch, config.model.dtype)
+    short = min(sequences, key=len)
+    with evaluating(model):
+        difference = length_difference(model, _repeated(short, length), len(short), dtype)
+    if not difference <= _PACKED_TOLERANCE[dtype]:
+        raise ModelError(
+            f"the beginning of a sequence of {length} tokens is computed otherwise than by itself "
+            f"(relative difference {difference:.1e}): the model looks at the length, or at later "
+            "tokens, so sampler and trainer cannot agree; lower rollout.max_new_tokens, or use a "
+            "causal model"
+        )
+    return f"length: {length} tokens begin as fewer do to {difference:.1e}"
+
+
+def _repeated(ids: list[int], length: int) -> list[int]:
+    """Return the ids over and over, up to a length."""
+    return (ids * -(-length // len(ids)))[:length]
 
 
 def check_attention(model: Any) -> None:
@@ -138,22 +212,39 @@ def common_suffix(pairs: list[Pair]) -> int:
     return min(map(length, pairs))
 
 
-def check_sampler(sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDCConfig) -> str:
+def check_sampler(
+    sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDCConfig, length: int = 0
+) -> str:
     """Sample a few tokens, compare the sampler's log-probabilities of them with the trainer's.
+
+    The prompts share batches as the run's do, with padding between them; one more is as long as
+    leaves a sequence of `length`.
 
     Returns a line for the log. Raises ModelError where they differ, since rollouts would come from
     another model than is trained, or are not finite.
     """
-    prompts = [list(p.student_prompt_ids) for p in pairs]
-    requests = [Request(key=f"preflight/{i}", prompt_ids=ids) for i, ids in enumerate(prompts)]
     # An engine has no room for responses longer than a rollout's.
-    params = SamplingParams(max_new_tokens=min(_RESPONSE_TOKENS, config.rollout.max_new_tokens))
+    new = min(_RESPONSE_TOKENS, config.rollout.max_new_tokens)
+    params = SamplingParams(max_new_tokens=new, batch_size=config.rollout.batch_size)
+    prompts = [list(p.student_prompt_ids) for p in pairs]
+    for i in range(1, len(prompts)):
+        # No two alike in length, so that any two of them in a batch need padding.
+        lengths = {len(ids) for ids in prompts[:i]}
+        while len(prompts[i]) > 1 and len(prompts[i]) in lengths:
+            prompts[i] = prompts[i][1:]
+    rollouts: list[Rollout] = []
+    for group in (prompts, [_repeated(prompts[0], length - new)]):
+        requests = [
+            Request(key=f"preflight/{len(rollouts) + i}", prompt_ids=ids)
+            for i, ids in enumerate(group)
+            if ids
+        ]
+        rollouts += sampler.generate(requests, params, label="preflight") if requests else []
     dtype = getattr(torch, config.model.dtype)
     trainer_logprobs: list[float] = []
     sampler_logprobs: list[float] = []
-    for r in sampler.generate(requests, params, label="preflight"):
-        logprobs = sequence_logprobs(model, [*r.prompt_ids, *r.response_ids], dtype)
-        trainer_logprobs += logprobs[len(logprobs) - len(r.response_ids) :]
+    for r in rollouts:
+        trainer_logprobs += response_logprobs(model, r.prompt_ids, r.response_ids, dtype)
         sampler_logprobs += r.logprobs or ()
     count = len(trainer_logprobs)
     if not all(map(math.isfinite, trainer_logprobs)):
@@ -168,75 +259,25 @@ def check_sampler(sampler: Sampler, model: Any, pairs: list[Pair], config: OPSDC
             f"the sampler's log-probabilities of {count} tokens that it sampled are "
             f"{mean:.1e} nats from the trainer's on average and {largest:.1e} at most (allowed: "
             f"{limits[0]:.0e} and {limits[1]:.0e}): it samples from another model than is trained. "
-            "Use another rollout.engine, or model.attn_implementation eager"
+            "Use rollout.batch_size 1, another rollout.engine, or model.attn_implementation eager"
         )
     return f"sampler: the trainer's log p of {count} sampled tokens to {largest:.1e} nats"
 
 
-def check_disk(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
-    """Compare free disk space with the checkpoints that are kept and the one being written.
+@torch.no_grad()
+def response_logprobs(
+    model: Any, prompt_ids: Sequence[int], response_ids: Sequence[int], dtype: torch.dtype
+) -> list[float]:
+    """Return the log-probabilities of a response by the forward and the head that train."""
+    device = read_head(model).weight.device
+    batch = token_batch([(prompt_ids, response_ids)], packed=False, pad_id=0, device=device)
 
-    Returns a line for the log. Raises CheckpointError where there is less: the run would fail hours
-    later.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    saved = trained if hasattr(model, "peft_config") else list(model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in saved)
-    moments = 2 * sum(p.numel() * p.element_size() for p in trained)
-    size = weights * (1 if teacher.is_student else 2) + moments
-    saves = -(-config.train.steps // config.train.save_every) if config.train.save_every else 1
-    folder = Path(config.output_dir) / "checkpoints"
-    wanted = min(config.train.keep + 1, saves)
-    needed = size * max(wanted - len(checkpoint.listing(folder)), 1)
-    # The folder itself is made with the first checkpoint.
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    line = (
-        f"disk: {needed / 2**30:.2f} GiB for checkpoints of {size / 2**30:.2f} GiB, "
-        f"{free / 2**30:.2f} GiB free in {parent}"
-    )
-    if needed > free:
-        raise CheckpointError(
-            f"{line}: too little; free some, lower train.keep, or name another output_dir"
-        )
-    return line
+    def logits() -> torch.Tensor:
+        return read_head(model).logits(hidden_states(model, batch)).float()
 
-
-def check_memory(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
-    """Compare free memory with gradients, moments and the loss; activations are not counted.
-
-    Returns a line for the log, which only warns where there is less: activations depend on
-    attention and checkpointing, and free memory on other programs.
-    """
-    device, sizes = read_head(model).weight.device, sizes_of(model, config.model)
-    # A forward holds at most so many response tokens.
-    tokens = config.train.max_tokens_per_micro_batch
-    plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes)
-    # Gradients and two moments in float32.
-    held = 12 * sizes.trained // (ranks.size if shard.is_sharded(model) else 1)
-    needed = held + plan.peak_bytes
-    free = _free_bytes(device)
-    line = (
-        f"memory: {needed / 2**30:.2f} GiB for gradients, moments and the loss beside activations, "
-        + ("free unknown" if free is None else f"{free / 2**30:.2f} GiB free")
-    )
-    if free is not None and needed > free:
-        return (
-            f"warning: {line}; lower train.max_tokens_per_micro_batch or loss.workspace_bytes, or "
-            "train an adapter (model.lora)"
-        )
-    return line
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a GPU or of this machine; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable")), None)
+    with evaluating(model), autocast(device, dtype):
+        rows = shard.as_forward(model, logits)
+    return rows.log_softmax(1).gather(1, batch.targets[:, None])[:, 0].tolist()
 
 
 def before_first_step(
@@ -255,7 +296,6 @@ def before_first_step(
     Returns the layout to train with. `step` is the number of updates that the model has seen.
     Raises ModelError or CheckpointError for a check that fails.
     """
-    pad = tokenizer.pad_token_id
     sample = [
         # The prompt's own tokens stand in for a response: no sampling before the checks.
         Pair(
@@ -271,13 +311,20 @@ def before_first_step(
         sampler,
         sample,
         config,
-        pad_id=0 if pad is None else pad,
+        pad_id=padding_id(model, tokenizer),
         teacher_is_student=teacher.equals_student(step),
+        length=problems.longest + _trained_tokens(config),
         ranks=ranks,
     )
     for line in [*ignored_settings(config), *lines]:
         print(line, flush=True)
     return layout
+
+
+def _trained_tokens(config: OPSDCConfig) -> int:
+    """Return the most tokens of a response that are trained on."""
+    sampled = config.rollout.max_new_tokens
+    return min(sampled, config.train.max_train_tokens or sampled)
 
 
 def run(
@@ -289,17 +336,21 @@ def run(
     *,
     pad_id: int,
     teacher_is_student: bool,
+    length: int = 0,
     ranks: Ranks = ALONE,
 ) -> tuple[Layout, list[str]]:
     """Run all checks on a few prompts; return the layout to train with and a line for each check.
 
     `teacher_is_student` says that both have the same weights now: at the start, or right after a
-    refresh. Raises ModelError or CheckpointError for a check that fails.
+    refresh. `length` is that of the longest sequence to train on, prompt included. Raises
+    ModelError or CheckpointError for a check that fails.
     """
     check_attention(model)
     sequences = [[*p.student_prompt_ids, *p.response_ids] for p in pairs]
+    length = max(length, *map(len, sequences))
     with shard.gathered(model):
         difference = check_head(model)
+        by_length = check_length(model, sequences, length, config)
         packed, why = choose_packing(model, config, sequences)
     layout = Layout(
         packed=packed,
@@ -309,20 +360,30 @@ def run(
     )
     lines = [
         f"head: the model's own logits to {difference:.1e}",
+        by_length,
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
         check_disk(model, teacher, config),
         check_memory(model, config, ranks),
         f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
-        check_sampler(sampler, model, pairs, config),
+        check_sampler(sampler, model, pairs, config, length),
     ]
     if not teacher_is_student:
         return layout, lines
-    divergence = same_prompt_divergence(model, teacher, pairs, layout, config, ranks)
+    args = (model, teacher, pairs, layout, config, ranks)
+    divergence = same_prompt_divergence(*args)
+    if not divergence <= _SAME_PROMPT_LIMIT:
+        noisy = divergence
+        with evaluating(model):
+            divergence = same_prompt_divergence(*args)
+        lines.append(
+            f"dropout: {noisy:.1e} nats per token of every loss come from the student's; teacher "
+            "and sampler have none"
+        )
     lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
     if not divergence <= _SAME_PROMPT_LIMIT:
         raise ModelError(
             f"the same prompt on both sides gives a divergence of {divergence:.1e} nats per token "
-            "instead of 0: teacher and student do not compute alike. Dropout in the model's "
-            "config, or an attention implementation that is not deterministic, would do that"
+            "instead of 0: teacher and student do not compute alike. An attention implementation "
+            "that is not deterministic would do that; use another model.attn_implementation"
         )
     return layout, lines

@@ -74,9 +74,9 @@ class OPSDCTrainer:
         self.problems, self.held_out = sets.training, sets.held_out
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)
-        self.model = prepare_model(module, config.model)
+        self.model = prepare_model(module, config.model).train()
+        checks.check_prompts(self.model, sets, config)
         shard.shard_(self.model, config, self.ranks)
-        self.model.train()
         self.teacher = Teacher(self.model, config.teacher)
         self.optimizer, self.learning_rate = make_optimizer(self.model, config)
         self.sampler = start_sampler(

@@ -37,6 +37,8 @@ class PromptedSet:
         self._instruction = load_instruction(config.prompt.instruction)
         against = config.teacher.against
         self._against = None if against is None else load_instruction(against, "teacher.against")
+        self.longest = self.largest_id = 0
+        """The most tokens of a prompt, and the largest id in one; `within_limit` finds them."""
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -66,14 +68,17 @@ class PromptedSet:
         error says how many problems are dropped; DataError is raised where that leaves none.
         """
         limit = self._config.prompt.max_tokens
-        short_enough, longest = [], 0
+        short_enough, longest, longest_kept, largest_id = [], 0, 0, 0
         for i in tqdm(range(len(self)), desc=f"{name} prompts", leave=False, delay=2):
             item = self[i]
             prompts = item.prompts
-            n = max(map(len, (prompts.student_ids, prompts.teacher_ids, prompts.against_ids)))
+            sides = (prompts.student_ids, prompts.teacher_ids, prompts.against_ids)
+            n = max(map(len, sides))
             longest = max(longest, n)
             if n <= limit:
                 short_enough.append(item.problem)
+                longest_kept = max(longest_kept, n)
+                largest_id = max(largest_id, *(max(ids, default=0) for ids in sides))
         dropped = len(self) - len(short_enough)
         if dropped:
             print(
@@ -86,9 +91,11 @@ class PromptedSet:
                 f"every {name} prompt is longer than prompt.max_tokens {limit}; raise it to at "
                 f"least {longest} or shorten prompt.instruction"
             )
-        return PromptedSet(
+        kept = PromptedSet(
             ProblemSet(short_enough, seed=self._problems.seed), self._tokenizer, self._config
         )
+        kept.longest, kept.largest_id = longest_kept, largest_id
+        return kept
 
 
 class ProblemSets(NamedTuple):

@@ -47,7 +47,7 @@ def replay(path: Path) -> str:
         where = str(folder)
 
     # The step, without its optimizer.
-    layout = padded_layout(config, tokenizer)
+    layout = padded_layout(model, config, tokenizer)
     model.train()
     plan = plan_step(
         pairs, layout, normalization=config.loss.normalization, contexts=teacher.contexts

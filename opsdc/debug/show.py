@@ -15,6 +15,7 @@ from opsdc.method.loss import distillation_loss
 from opsdc.method.teacher import Teacher
 from opsdc.method.update import autocast, teacher_head, teacher_pass
 from opsdc.models.head import hidden_states, read_head
+from opsdc.models.load import padding_id
 from opsdc.rollout.base import Request, Rollout, SamplingParams
 from opsdc.rollout.hf import HFSampler
 
@@ -25,13 +26,12 @@ _SHADES = (231, 230, 229, 228, 227, 226, 220, 214, 208, 202, 196)
 """These backgrounds, of a terminal's 256 colours, go from white over yellow to red."""
 
 
-def padded_layout(config: OPSDCConfig, tokenizer: PreTrainedTokenizerBase) -> Layout:
+def padded_layout(model: Any, config: OPSDCConfig, tokenizer: PreTrainedTokenizerBase) -> Layout:
     """Return the layout of padded batches, which every model can be trusted with."""
-    pad = tokenizer.pad_token_id
     return Layout(
         packed=False,
         max_tokens=config.train.max_tokens_per_micro_batch,
-        pad_id=0 if pad is None else pad,
+        pad_id=padding_id(model, tokenizer),
         dtype=getattr(torch, config.model.dtype),
     )
 
@@ -104,7 +104,7 @@ def inspect(
         response_ids=rollout.response_ids,
     )
     model.eval()
-    values = per_token(model, teacher, pair, config, padded_layout(config, tokenizer))
+    values = per_token(model, teacher, pair, config, padded_layout(model, config, tokenizer))
     use_colour = sys.stdout.isatty() if colour is None else colour
     return _render(tokenizer, item, rollout, values, use_colour)
 

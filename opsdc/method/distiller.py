@@ -7,6 +7,7 @@ both. The logits of neither model exist.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,25 +28,31 @@ from opsdc.method.mixture import (
     check_mixable,
     widened,
 )
-from opsdc.models.head import Head, TokenBatch, check_head, hidden_states, read_head
+from opsdc.models.admit import admit, check_adapter_off
+from opsdc.models.head import Head, TokenBatch, check_head, evaluating, hidden_states, read_head
+from opsdc.models.positions import longest_sequence
 
 
 class Distiller(nn.Module):
     """The divergence of a student from its teacher, per response token, in `forward`.
 
     Args:
-        student: A causal language model of transformers, or a PEFT model around one.
+        student: A causal language model of transformers, or a PEFT model around one. Its trained
+            parameters become float32.
         teacher: Another one with the same vocabulary; it is frozen. None stands for the student
             with its adapter switched off.
         loss: Divergence, backend and scratch budget. The mean is over tokens, since their number
             is all that `Trainer` says of the whole step.
         mix: How the teacher is mixed from its contexts, see `opsdc.method.mixture`.
         start: For an anchor, the model before training; it is frozen. None stands for the teacher.
+        vocab_size: The number of tokens, where heads have further rows of padding; None for all
+            rows, whose number must then be the same in all models.
 
     Raises:
-        ModelError: A head computes something the loss does not describe, there is no teacher, or
-            a mixture is asked of a head that caps its logits softly.
-        ConfigError: The normalization is not "token".
+        ModelError: A model cannot be used (see `opsdc.models.admit`), a head computes something the
+            loss does not describe, the teacher shares parameters with the student or would move
+            with it, or a mixture is asked of a head that caps its logits softly.
+        ConfigError: The normalization is not "token", or vocab_size does not fit the heads.
     """
 
     # Makes Trainer pass `num_items_in_batch` and leave the accumulation to us.
@@ -60,6 +67,7 @@ class Distiller(nn.Module):
         loss: LossConfig = LossConfig(normalization="token"),  # noqa: B008 (frozen)
         mix: Mix = Mix(),  # noqa: B008 (frozen)
         start: Any = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         if loss.normalization != "token":
@@ -72,19 +80,29 @@ class Distiller(nn.Module):
                 "teacher=None is the student with its adapter off, and this student has none; "
                 "pass a teacher, copy.deepcopy(student) for one that stays as the student is now"
             )
+        admit(student)
+        for name, model in (("teacher", teacher), ("start", start)):
+            if model is not None:
+                _check_apart(student, model, name)
+                admit(model, trained=False)
+        models = [model for model in (student, teacher, start) if model is not None]
+        _check_vocabulary([len(read_head(model).weight) for model in models], vocab_size)
         self.student = student
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval()
         self.start = None if start is None else start.requires_grad_(False).eval()
         # Trainer and its loggers read the model's properties here.
         self.config = student.config
-        self._loss = loss
+        self._loss, self._vocab_size = loss, vocab_size
+        limits = [limit for model in models if (limit := longest_sequence(model)) is not None]
+        self._longest = min(limits, default=None)
         self._contexts = mix.weights(start_is_teacher=start is None)
         self._anchor = mix.anchor
-        for model in (student, teacher, start):
-            if model is not None:
-                check_head(model)
-                if mix != Mix():
-                    check_mixable(read_head(model), "mix")
+        for model in models:
+            check_head(model)
+            if mix != Mix():
+                check_mixable(read_head(model), "mix")
+        if teacher is None:
+            check_adapter_off(student)
         self.register_state_dict_post_hook(_keep_only_trained)
         self.register_load_state_dict_post_hook(_expect_only_trained)
 
@@ -115,7 +133,8 @@ class Distiller(nn.Module):
                 The last is laid out as labels are; Trainer would take that name for more labels.
 
         Raises:
-            DataError: The responses of two sides differ, or a side that `mix` needs is missing.
+            DataError: The responses of two sides differ, a side that `mix` needs is missing, or a
+                row is longer than the positions of a model allow.
         """
         batch = from_labels(input_ids, attention_mask, labels)
         batches = {
@@ -138,19 +157,23 @@ class Distiller(nn.Module):
                 against_input_ids, against_attention_mask, against_responses
             )
             _check_equal_responses(batch, batches[AGAINST], "against_responses")
+        width = max(batches[context].input_ids.shape[1] for context in (PLAIN, *self._contexts))
+        if self._longest is not None and width > self._longest[0]:
+            raise DataError(
+                f"rows of {width} tokens, and a model is to have {self._longest[0]} at most: "
+                f"{self._longest[1]}; give shorter prompts or responses"
+            )
         teacher_hidden, teacher_head = self._score_as_teacher(batches)
         student_hidden = hidden_states(self.student, batch)
         count = len(batch.targets) if num_items_in_batch is None else num_items_in_batch
         weight = torch.ones(len(batch.targets), device=student_hidden.device) / count
-        states = (
-            student_hidden,
-            read_head(self.student),
-            teacher_hidden.to(student_hidden.dtype),
-            teacher_head,
+        states = _in_one_dtype(
+            student_hidden, read_head(self.student), teacher_hidden, teacher_head
         )
+        size = self._vocab_size
         if self._loss.token_share < 1:
-            weight, _ = select_tokens(*states, weight, batch.lengths, self._loss)
-        loss, _ = distillation_loss(*states, weight, self._loss)
+            weight, _ = select_tokens(*states, weight, batch.lengths, self._loss, vocab_size=size)
+        loss, _ = distillation_loss(*states, weight, self._loss, vocab_size=size)
         return {"loss": loss}
 
     @torch.no_grad()
@@ -167,6 +190,8 @@ class Distiller(nn.Module):
             return blend(hidden, self._contexts, wide=False), head
         hidden[START] = hidden_states(self.start, batches[START])
         start_head = read_head(self.start)
+        if self._vocab_size is not None:
+            head, start_head = (_cut(h, self._vocab_size) for h in (head, start_head))
         wide = start_head.weight is not head.weight
         mixed = blend(hidden, self._contexts, wide=wide)
         return mixed, widened(head, start_head, self._anchor) if wide else head
@@ -217,16 +242,67 @@ def _check_equal_responses(batch: TokenBatch, other: TokenBatch, labels: str) ->
         )
 
 
+def _check_apart(student: Any, teacher: Any, name: str) -> None:
+    """Raise ModelError where freezing the teacher would freeze parameters of the student."""
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    # An adapter's parameters stand within the base that it was put around.
+    if any(id(p) in trained for p in teacher.parameters()):
+        raise ModelError(
+            f"the {name} holds parameters of the student that are trained; pass "
+            "copy.deepcopy(student), or for the base of the student's adapter no teacher"
+        )
+
+
+def _check_vocabulary(sizes: Sequence[int], vocab_size: int | None) -> None:
+    """Raise ConfigError unless all heads, of so many rows, score the same tokens."""
+    if vocab_size is None and len(set(sizes)) > 1:
+        raise ConfigError(
+            f"the heads of student, teacher and start have {', '.join(map(str, sizes))} rows; with "
+            "one tokenizer the rest is padding: give its number of tokens, "
+            "vocab_size=len(tokenizer)"
+        )
+    if vocab_size is not None and not 1 <= vocab_size <= min(sizes):
+        raise ConfigError(
+            f"vocab_size must be between 1 and {min(sizes)}, the rows of the smallest head, got "
+            f"{vocab_size}"
+        )
+
+
+def _cut(head: Head, rows: int) -> Head:
+    """Return the first rows of a frozen head."""
+    bias = None if head.bias is None else head.bias[:rows]
+    return dataclasses.replace(head, weight=head.weight[:rows], bias=bias)
+
+
+def _in_one_dtype(
+    student_hidden: torch.Tensor,
+    student_head: Head,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head,
+) -> tuple[torch.Tensor, Head, torch.Tensor, Head]:
+    """Widen what is narrower than the rest, such as a bfloat16 teacher's head."""
+    states = student_hidden, student_head, teacher_hidden, teacher_head
+    # Under autocast the loss brings all to its dtype.
+    if torch.is_autocast_enabled(student_hidden.device.type):
+        return states
+    dtype = student_hidden.dtype
+    for tensor in (student_head.weight, teacher_hidden, teacher_head.weight):
+        dtype = torch.promote_types(dtype, tensor.dtype)
+
+    def widen(head: Head) -> Head:
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return dataclasses.replace(head, weight=head.weight.to(dtype), bias=bias)
+
+    return (
+        student_hidden.to(dtype), widen(student_head), teacher_hidden.to(dtype), widen(teacher_head)
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def _adapter_off(model: Any) -> Iterator[None]:
     """Let the model compute as a teacher within the block: adapter off, no dropout."""
-    training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        model.train(training)
+    with evaluating(model), model.disable_adapter():
+        yield
 
 
 def _trained_names(module: nn.Module) -> set[str]:

@@ -23,6 +23,7 @@ def distillation_loss(
     reduction: str = "sum",
     target_ids: torch.Tensor | None = None,
     exact_value: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """Compute Σ_t w_t · D(student_t, teacher_t) over the full vocabulary, at temperature 1.
 
@@ -37,6 +38,7 @@ def distillation_loss(
         reduction: "sum" in training; "none" returns one value per token.
         target_ids: [n] int64, adds the sampled tokens' log-probabilities to the statistics.
         exact_value: Take loss and statistics from all columns.
+        vocab_size: Take only the first so many rows of both heads; the rest is padding.
 
     Returns:
         The loss in nats, a scalar or [n], and statistics per token without gradient.
@@ -61,6 +63,7 @@ def distillation_loss(
         workspace_bytes=config.workspace_bytes,
         skip_tolerance=tolerance,
         exact_value=exact_value and tolerance is not None,
+        vocab_size=vocab_size,
     )
 
 
@@ -73,6 +76,8 @@ def select_tokens(
     token_weight: torch.Tensor,
     lengths: Sequence[int],
     config: LossConfig,
+    *,
+    vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """Zero the weights of the tokens that `config.token_share` leaves out.
 
@@ -83,8 +88,9 @@ def select_tokens(
         The weights [n], and the statistics of all tokens.
     """
     _, stats = distillation_loss(
-        student_hidden, student_head, teacher_hidden, teacher_head, None, config, reduction="none"
-    )
+        student_hidden, student_head, teacher_hidden, teacher_head, None, config,
+        reduction="none", vocab_size=vocab_size,
+    )  # fmt: skip
     by_entropy = config.token_criterion == "entropy"
     value = stats.student_entropy if by_entropy else stats.divergence
     return token_weight * kept_tokens(value, lengths, config.token_share), stats

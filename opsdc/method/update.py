@@ -22,7 +22,7 @@ from opsdc.method.measures import PER_TOKEN, UpdateResult, of_left_out, of_token
 from opsdc.method.mixture import START, blend, widened
 from opsdc.method.out_of_memory import fit_into_memory
 from opsdc.method.teacher import Teacher
-from opsdc.models.head import Head, TokenBatch, hidden_states, read_head
+from opsdc.models.head import Head, TokenBatch, evaluating, hidden_states, read_head
 from opsdc.ranks import shard
 from opsdc.ranks.talk import ALONE, Ranks, is_out_of_memory
 from opsdc_kernels import DivergenceStats
@@ -102,7 +102,7 @@ def teacher_pass(
     hidden: dict[int, dict[str, torch.Tensor]] = {}
     for context, groups in plan.teacher_groups.items():
         weights = teacher.start_weights() if context == START else teacher.weights()
-        with weights, torch.no_grad(), autocast(device, plan.layout.dtype):
+        with weights, evaluating(model), torch.no_grad(), autocast(device, plan.layout.dtype):
             for group in groups:
                 ranks.check_stop()
                 batch = plan.teacher_batch(context, group, device)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from opsdc.errors import ModelError
-from opsdc.models.adapters import unwrap
+from opsdc.models.adapters import architecture, perturbed, unwrap
 
 _SCALES = {"logit_scale": 1, "logits_scaling": -1, "lm_head_multiplier": 1}
 """Architectures scale their logits by these attributes of their config, to these powers."""
@@ -75,29 +77,70 @@ def read_head(model: Any) -> Head:
     )
 
 
+def backbone(model: Any) -> Any:
+    """Return the module whose last hidden state enters the head; raise ModelError without one."""
+    module = unwrap(model).get_decoder()
+    # Some architectures answer with themselves: then it is the model within, which has no head.
+    while module.get_output_embeddings() is not None:
+        inside = [m for m in module.children() if isinstance(m, PreTrainedModel)]
+        if len(inside) != 1:
+            raise ModelError(
+                f"{type(module).__name__} does not say which of its modules is the backbone under "
+                "the head; use an architecture whose get_decoder() does"
+            )
+        module = inside[0]
+    return module
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Let the model compute without dropout within the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
 def check_head(model: Any) -> float:
     """Compare the described head with the model's own logits on a few tokens.
+
+    An adapter is moved away from its start for it, at which it may do nothing, and its wrapper's
+    logits count.
 
     Returns the largest difference relative to the largest logit. Raises ModelError when it is more
     than rounding: the model then does something between hidden states and logits that is not in
     its description, and training on the description would be silently wrong.
     """
-    base = unwrap(model)
-    head = read_head(model)
-    device = head.weight.device
-    ids = torch.arange(7, device=device)[None] % head.weight.shape[0]
-    was_training = base.training
-    base.eval()
-    model_logits = base(input_ids=ids, use_cache=False).logits[0].float()
-    hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-    base.train(was_training)
+    name, head = architecture(model), read_head(model)
+    ids = torch.arange(7, device=head.weight.device)[None] % head.weight.shape[0]
+    with evaluating(model), perturbed(model):
+        try:
+            model_logits = model(input_ids=ids, use_cache=False).logits[0].float()
+            hidden = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+            dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+            raise ModelError(
+                f"{name}, whose parameters are {', '.join(sorted(dtypes))}, cannot compute the "
+                f"logits of a few tokens: {error}. Give all of its parts one dtype, or use another "
+                "causal language model"
+            ) from error
     logits = head.logits(hidden).float()
     largest = model_logits.abs().max().clamp_min(1e-30)
-    difference = float((model_logits - logits).abs().max() / largest)
-    if model_logits.shape != logits.shape or not difference <= _HEAD_TOLERANCE[head.weight.dtype]:
+    if model_logits.shape != logits.shape:
         raise ModelError(
-            f"the logits of {type(base).__name__} are not softcap(scale·(h·Wᵀ + b)): relative "
+            f"{name} gives logits of shape {list(model_logits.shape)} where its backbone and head "
+            f"give {list(logits.shape)}: something acts outside of them, which the loss does not "
+            "see; use LoRA for an adapter"
+        )
+    difference = float((model_logits - logits).abs().max() / largest)
+    if not difference <= _HEAD_TOLERANCE[head.weight.dtype]:
+        raise ModelError(
+            f"the logits of {name} are not softcap(scale·(h·Wᵀ + b)): relative "
             f"difference {difference:.1e} on a probe. The head has a feature that the fused loss "
             "does not describe, so this model cannot be trained exactly"
         )
@@ -106,7 +149,7 @@ def check_head(model: Any) -> float:
 
 def hidden_states(model: Any, batch: TokenBatch) -> torch.Tensor:
     """Run the backbone and return the head's input at the scored positions, [n, D]."""
-    output = unwrap(model).get_decoder()(
+    output = backbone(model)(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -27,6 +27,7 @@ from opsdc.config.settings import ModelConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models import demo_model, quantize
 from opsdc.models.adapters import architecture, unwrap, with_adapter
+from opsdc.models.admit import admit
 from opsdc.models.faster_layers import compile_layers, use_liger
 
 # One bar for every folder read or written would hide this program's own lines.
@@ -56,6 +57,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     It is never tokenized again: training uses the sampled ids.
     """
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id for padded places: the tokenizer's, or 0 where the model has no such row.
+
+    Masks hide it, so that any id does.
+    """
+    pad, embedding = tokenizer.pad_token_id, cast(Any, unwrap(model).get_input_embeddings())
+    return pad if pad is not None and pad < len(embedding.weight) else 0
 
 
 def load_architecture(name: str, *, revision: str | None = None) -> PreTrainedConfig:
@@ -147,7 +157,10 @@ def load_trained(config: ModelConfig, folder: str | Path) -> Any:
 
 
 def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
-    """Attach the adapter, set the layers' kernels and their checkpointing, as the settings say."""
+    """Attach the adapter, set the layers' kernels and their checkpointing, as the settings say.
+
+    Raises ModelError for a model that cannot be trained, whoever made it; see `admit`.
+    """
     if config.quantize is not None:
         quantize.check(model)
         quantize.compute_in_training_precision(model)
@@ -155,6 +168,7 @@ def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:
         use_liger(model)
     if config.lora is not None:
         model = with_adapter(model, config.lora)
+    admit(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from opsdc.models.adapters import unwrap
+from opsdc.models.load import padding_id
 from opsdc.ranks import stop
 from opsdc.rollout.base import Request, Rollout, SamplingParams, stream_seed
 
@@ -42,8 +43,7 @@ class HFSampler:
         self._model = model
         self._seed = seed
         self._eos_ids = eos_token_ids(model, tokenizer)
-        pad = tokenizer.pad_token_id
-        self._pad_id = self._eos_ids[0] if pad is None else pad
+        self._pad_id = padding_id(model, tokenizer)
         self._version = -1
 
     def push(self, model: torch.nn.Module, version: int) -> dict[str, float]:

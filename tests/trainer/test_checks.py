@@ -1,20 +1,20 @@
 import pytest
 import torch
 from helpers.tiny import byte_tokenizer, tiny_model
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MptConfig, MptForCausalLM
 
 from opsdc import checks
 from opsdc.config.settings import OPSDCConfig, TeacherConfig
-from opsdc.errors import CheckpointError, ModelError
+from opsdc.errors import ModelError
 from opsdc.method.batch import Pair
 from opsdc.method.teacher import Teacher
-from opsdc.record import checkpoint
 from opsdc.rollout.hf import HFSampler
 
 SEQUENCES = [[1, 30, 31, 32], [5, 40], [9, 50, 51, 52, 53]]
 
 
-def config(**train):
-    return OPSDCConfig.from_dict({"train": train})
+def config(rollout=None, **train):
+    return OPSDCConfig.from_dict({"train": train, "rollout": rollout or {}})
 
 
 def pairs():
@@ -67,6 +67,7 @@ def test_all_checks_pass_on_a_sound_model_and_say_one_line_each():
     _, lines = run(model)
     assert [line.split(":")[0] for line in lines] == [
         "head",
+        "length",
         "layout",
         "disk",
         "memory",
@@ -77,9 +78,22 @@ def test_all_checks_pass_on_a_sound_model_and_say_one_line_each():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_dropout_is_found_by_the_same_prompt_check():
+def test_dropout_is_the_students_alone_and_is_said():
     model = tiny_model(attention_dropout=0.5).train()
-    with pytest.raises(ModelError, match="do not compute alike"):
+    lines = run(model)[1]
+    (said,) = [line for line in lines if line.startswith("dropout")]
+    assert float(said.split()[1]) > 1e-3
+    assert lines[-1].startswith("same prompt on both sides: 0.0e+00")
+
+
+def test_a_model_that_does_not_repeat_itself_is_refused():
+    model = tiny_model().train()
+
+    def noise(module, inputs, output):
+        return output + torch.randn_like(output) if torch.is_grad_enabled() else output
+
+    model.model.layers[0].mlp.register_forward_hook(noise)
+    with pytest.raises(ModelError, match=r"do not compute alike.*attn_implementation"):
         run(model)
 
 
@@ -110,42 +124,79 @@ def test_where_both_prompts_end_alike():
     assert checks.common_suffix([one, other]) == 2
 
 
-def test_the_disk_must_hold_the_checkpoints(tmp_path, monkeypatch):
+def grows(model):
+    """Scales its hidden states by the length of the row, from 40 tokens on."""
+    plain = model.model.forward
+
+    def forward(*arguments, **settings):
+        output = plain(*arguments, **settings)
+        output.last_hidden_state = output.last_hidden_state * max(
+            1.0, output.last_hidden_state.shape[1] / 40
+        )
+        return output
+
+    model.model.forward = forward
+    return model
+
+
+def bidirectional():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 264}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    settings = {**sizes, **heads, **ids, "use_bidirectional_attention": True}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**settings, initializer_range=0.3))
+
+
+@pytest.mark.parametrize("make", [lambda: grows(tiny_model()), bidirectional])
+def test_a_model_that_looks_at_the_length_is_found_at_the_runs_own(make):
+    model = make().eval()
+    with pytest.raises(ModelError, match=r"tokens is computed otherwise.*max_new_tokens"):
+        checks.check_length(model, SEQUENCES, 80, config())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sound_model_begins_alike_at_any_length(dtype):
+    settings = OPSDCConfig.from_dict({"model": {"dtype": dtype}})
+    assert "length: 400 tokens" in checks.check_length(tiny_model(), SEQUENCES, 400, settings)
+
+
+def test_a_length_that_the_model_cannot_compute_is_an_error_of_a_line():
+    mpt = MptConfig(vocab_size=264, d_model=32, n_layers=2, n_heads=4, max_seq_len=50)
+    model = MptForCausalLM(mpt)
+    checks.check_length(model, SEQUENCES, 50, config())
+    with pytest.raises(ModelError, match=r"cannot compute the 60 tokens.*prompt\.max_tokens"):
+        checks.check_length(model, SEQUENCES, 60, config())
+
+
+class Spy(HFSampler):
+    """The sampler, which also notes what it is asked."""
+
+    def generate(self, requests, params, *, label):
+        self.asked = [*getattr(self, "asked", []), ([len(r.prompt_ids) for r in requests], params)]
+        return super().generate(requests, params, label=label)
+
+
+def equally_long():
+    return [
+        Pair(student_prompt_ids=[1, 30 + i, 40, 41], teacher_prompt_ids=[77], response_ids=[9])
+        for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_the_sampler_is_checked_as_it_will_run(batch_size):
     model = tiny_model()
-    teacher = Teacher(model, TeacherConfig())
-    settings = OPSDCConfig.from_dict({"output_dir": str(tmp_path / "a" / "run")})
-    # What one really takes: the weights of both and two moments, and some headers.
-    state = {"teacher_version": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "config": {}}
-    folder = checkpoint.save(tmp_path, 1, model, teacher, stepped(model), state, keep=1)
-    size = sum(p.stat().st_size for p in folder.rglob("*.safetensors"))
-    for free, fits in ((2.7 * size, False), (3.3 * size, True)):
-        usage = type("usage", (), {"free": free})
-        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path, usage=usage: usage)
-        if fits:
-            assert str(tmp_path) in checks.check_disk(model, teacher, settings)
-        else:
-            with pytest.raises(CheckpointError, match=r"lower train\.keep"):
-                checks.check_disk(model, teacher, settings)
-
-
-def stepped(model):
-    optimizer = torch.optim.AdamW(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    return optimizer
-
-
-def test_too_little_memory_is_a_warning_with_the_remedy(monkeypatch):
-    model = tiny_model()
-    trained = sum(p.numel() for p in model.parameters())
-    for free, warns in ((12 * trained, True), (1 << 40, False), (None, False)):
-        monkeypatch.setattr(checks, "_free_bytes", lambda device, free=free: free)
-        line = checks.check_memory(model, config())
-        assert line.startswith("warning") == warns
-        assert ("max_tokens_per_micro_batch" in line) == warns
-
-
-def test_free_memory_is_read_from_the_system():
-    free = checks._free_bytes(torch.device("cpu"))
-    assert free is None or 1 << 20 < free < 1 << 50
+    sampler = Spy(model, byte_tokenizer(), seed=0)
+    settings = config({"batch_size": batch_size, "max_new_tokens": 20})
+    checks.check_sampler(sampler, model, equally_long(), settings, length=60)
+    assert [lengths for lengths, _ in sampler.asked] == [[4, 3, 2], [52]]
+    assert {params.batch_size for _, params in sampler.asked} == {batch_size}
+    # A setting under which the padded batch would be wrong is refused, and one that suits is not.
+    deaf = model.model.forward
+    model.model.forward = lambda *a, attention_mask=None, **k: deaf(*a, **k)
+    if batch_size == 1:
+        checks.check_sampler(sampler, model, equally_long(), settings, length=60)
+    else:
+        with pytest.raises(ModelError, match=r"Use rollout\.batch_size 1"):
+            checks.check_sampler(sampler, model, equally_long(), settings, length=60)

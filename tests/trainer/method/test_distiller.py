@@ -23,6 +23,7 @@ from opsdc import Distiller, collate
 from opsdc.config.settings import LossConfig
 from opsdc.errors import ConfigError, DataError, ModelError
 from opsdc.method.batch import Pair
+from opsdc.method.mixture import Mix
 
 
 def make_pairs(count=4, seed=0):
@@ -180,6 +181,94 @@ def test_without_a_teacher_it_is_the_base_of_the_adapter(dropout):
     if not dropout:
         want = truth(student, base, pairs)
         assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+        peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    ],
+)
+def test_an_adapter_that_the_loss_does_not_see_is_refused(config):
+    with pytest.raises(ModelError, match="virtual tokens"):
+        Distiller(peft.get_peft_model(tiny_model(), config), tiny_model(seed=1))
+
+
+def with_norm():
+    student = adapted(0.0)
+    student.get_base_model().model.norm.weight.requires_grad_(True)
+    return student
+
+
+def test_a_teacher_made_of_the_student_may_not_drift():
+    with pytest.raises(ModelError, match=r"norm\.weight.*pass a teacher"):
+        Distiller(with_norm())
+    # With a teacher of its own it is trained like the rest.
+    loss = Distiller(with_norm(), tiny_model())(**collate(make_pairs()))["loss"]
+    assert float(loss.detach()) > 0
+
+
+@pytest.mark.parametrize("alias", ["itself", "its base", "its layers", "start"])
+def test_a_teacher_that_is_the_student_is_refused(alias):
+    student = tiny_model()
+    teacher, start = student, None
+    if alias == "its base":
+        student = peft.get_peft_model(student, peft.LoraConfig(target_modules=["q_proj"]))
+    if alias == "its layers":
+        teacher = tiny_model(seed=1)
+        teacher.model.layers[1] = student.model.layers[1]
+    if alias == "start":
+        teacher, start = tiny_model(seed=1), student
+    name = "start" if alias == "start" else "teacher"
+    with pytest.raises(ModelError, match=rf"the {name} holds.*copy\.deepcopy\(student\)"):
+        Distiller(student, teacher, mix=Mix(anchor=0.2), start=start)
+    assert any(p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(264, 272), (280, 264), (272, 280)])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("anchor", [0.0, 0.3])
+def test_other_padding_of_the_vocabulary_is_cut_off(ours, theirs, share, anchor):
+    student = tiny_model(vocab_size=ours).double()
+    teacher = tiny_model(seed=1, vocab_size=theirs).double()
+    start = tiny_model(seed=2, vocab_size=theirs + 8).double() if anchor else None
+    pairs, settings = make_pairs(), LossConfig(normalization="token", token_share=share)
+    with pytest.raises(ConfigError, match=rf"{ours}, {theirs}.*vocab_size=len\(tokenizer\)"):
+        Distiller(student, teacher, settings)
+    with pytest.raises(ConfigError, match=r"between 1 and 2.*got 281"):
+        Distiller(student, teacher, settings, vocab_size=281)
+
+    def first_rows(model):
+        """The same model with 264 rows."""
+        model = copy.deepcopy(model)
+        model.resize_token_embeddings(264)
+        return model
+
+    twin, mix = first_rows(student), Mix(anchor=anchor)
+    frozen = [m and first_rows(m) for m in (teacher, start)]
+    want = Distiller(twin, frozen[0], settings, mix, frozen[1])(**collate(pairs))["loss"]
+    want.backward()
+    got = Distiller(student, teacher, settings, mix, start, 264)(**collate(pairs))["loss"]
+    got.backward()
+    assert float(got.detach()) == pytest.approx(float(want.detach()), rel=1e-9)
+    for (name, p), q in zip(student.named_parameters(), twin.parameters(), strict=True):
+        assert not p.grad[len(q) :].any(), name
+        assert torch.allclose(p.grad[: len(q)], q.grad, rtol=1e-6, atol=1e-12), name
+
+
+@pytest.mark.parametrize("theirs", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("ours", [torch.bfloat16, torch.float32])
+def test_student_and_teacher_of_two_dtypes_meet_in_the_wider(ours, theirs):
+    student, teacher = tiny_model().to(ours), tiny_model(seed=1).to(theirs)
+    # A bfloat16 student is trained in float32.
+    wide, rounded = copy.deepcopy(student).float(), copy.deepcopy(teacher)
+    loss = Distiller(student, teacher)(**collate(make_pairs()))["loss"]
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    want = truth(wide, rounded, make_pairs())
+    # The textbook rounds the teacher's logits to bfloat16 too.
+    rel = 2e-2 if theirs == torch.bfloat16 else 1e-5
+    assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=rel)
 
 
 class Gradients(TrainerCallback):
