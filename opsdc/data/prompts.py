@@ -245,9 +245,7 @@ def _encode(
                 "encode that as ordinary text; remove it from the data"
             )
     pattern = _any_of(tuple(control.values()))
-    written = Counter(
-        name for piece in pieces for name in (pattern.findall(piece) if pattern else ())
-    )
+    written = Counter(name for piece in pieces for name in pattern.findall(piece))
     for token, count in Counter(filter(control.__contains__, ids)).items():
         if count > written[control[token]]:
             raise DataError(
