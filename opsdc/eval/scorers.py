@@ -11,7 +11,7 @@ r"""Scorers that decide whether a response is right, by name, from strict to len
 
 "Equals as text" ignores what is not content in LaTeX: spacing, \left and \right, \text and fonts,
 \dfrac for \frac, dollars, degree and percent signs, a final full stop, brackets around one option
-letter. "As a number" is exact: 0.5 is 1/2, 1,234 is 1234, 0.33 is not 1/3. `opsdc.eval.notation`
+letter. "As a number" is exact: 0.5 is 1/2, 1,234 is 1234, 0.33 is not 1/3. `opsdc.data.notation`
 reads both, for all scorers but exact. There is no algebra in either: x+1 and 1+x differ.
 math-verify does algebra; like it, `math_verify` and `dual` do not compare units (5 cm is 5 inches),
 but unlike it they tell 52_8 from 52_9.
@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from opsdc.data.notation import has_adjacent_numbers, numbers, same_answer, spelled_out, value
 from opsdc.data.text import boxes, last_boxed
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval import grader
-from opsdc.eval.notation import has_adjacent_numbers, numbers, same_answer, spelled_out, value
 
 if TYPE_CHECKING:
     from opsdc.data.problem import Problem

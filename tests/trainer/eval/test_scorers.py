@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsdc.data.notation import same_answer
 from opsdc.data.problem import Problem
 from opsdc.data.sources import load_problems
 from opsdc.data.text import last_boxed
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval import grader
-from opsdc.eval.notation import same_answer
 from opsdc.eval.scorers import SCORERS, Score, last_answer_line, score
 
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from opsdc.data.notation import numbers, same_answer, spelled_out, value
 from opsdc.data.problem import Problem
 from opsdc.data.text import last_boxed
-from opsdc.eval.notation import numbers, same_answer, spelled_out, value
 from opsdc.eval.scorers import last_answer_line, score
 
 
