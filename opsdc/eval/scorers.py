@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -61,13 +61,14 @@ def score(response: str, problem: Problem, scorer: str) -> Score:
     return _SCORERS[scorer](response, problem)
 
 
-def check_scorer(scorer: str, problems: Iterable[Problem], setting: str) -> None:
+def check_scorer(scorer: str, problems: Sequence[Problem], setting: str) -> None:
     """Check before anything is sampled that a scorer can judge answers to the problems.
 
     setting: The setting that names the scorer, for the error.
 
     Raises:
-        ConfigError: The scorer is unknown, or its package is not installed.
+        ConfigError: The scorer is unknown, its package is not installed or fails, or the task's own
+            scorer is not to be used.
         DataError: A problem's answer is none that the scorer compares with.
     """
     if scorer not in _SCORERS:
@@ -83,8 +84,14 @@ def check_scorer(scorer: str, problems: Iterable[Problem], setting: str) -> None
             _number_gold(problem)
         elif scorer == "reasoning_gym":
             _task_entry(problem)
-        else:
-            _gold(problem)
+        elif not same_answer(gold := _gold(problem), gold) and scorer != "exact":
+            raise DataError(
+                f"problem {problem.id}: nothing is left of the answer {gold!r} to compare with; "
+                "give an answer, or use the scorer exact"
+            )
+    if package is not None and problems:
+        # A package that is there may still fail at its first question, and a task have no scorer.
+        score(problems[0].answer or "", problems[0], scorer)
 
 
 def last_answer_line(text: str) -> str | None:
