@@ -18,10 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from opsdc import checks
 from opsdc.config.settings import OPSDCConfig
-from opsdc.data.prompted import prompted_sets
 from opsdc.errors import OutOfMemoryError
 from opsdc.eval.answers import Answer, mark_right
-from opsdc.eval.arms import Arms
+from opsdc.eval.arms import Arms, scored_sets
 from opsdc.eval.best import BestStep
 from opsdc.eval.gate import Gate
 from opsdc.eval.report import finish_run
@@ -70,7 +69,7 @@ class OPSDCTrainer:
         self.ranks = talk.join(config.distributed)
         module, self.tokenizer, settings = receive_model(model, config.model, processing_class)
         self.config = config = replace(config, model=settings)
-        sets = prompted_sets(config, self.tokenizer, train_dataset, eval_dataset)
+        sets = scored_sets(config, self.tokenizer, train_dataset, eval_dataset)
         self.problems, self.held_out = sets.training, sets.held_out
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,16 +71,19 @@ def read_dataset(source: str, split: str, options: Mapping[str, Any]) -> Iterato
     return iter(dataset)
 
 
-def column(row: Mapping[str, Any], name: str) -> Any:
+def column(row: Mapping[str, Any], name: str, where: str) -> Any:
     """Return the value of a column, or None.
 
-    A dot in the name leads into a nested column, unless a column has the dot in its own name.
+    A dot in the name leads into a nested column, which may be JSON text, unless a column has the
+    dot in its own name. Raises DataError for text that begins as JSON and is none.
     """
     if name in row or "." not in name:
         return row.get(name)
     outer, inner = name.split(".", 1)
-    nested = row.get(outer)
-    return column(nested, inner) if isinstance(nested, Mapping) else None
+    nested, place = row.get(outer), f"{where}, column {outer}"
+    if isinstance(nested, str) and nested.lstrip().startswith("{"):
+        nested = _json_text(nested, "an object", place)
+    return column(nested, inner, place) if isinstance(nested, Mapping) else None
 
 
 def pick(
@@ -90,7 +95,7 @@ def pick(
     listing the columns that exist, where there is no value.
     """
     for name in [named] if named is not None else usual:
-        value = column(row, name)
+        value = column(row, name, where)
         if value is not None:
             return name, value
     wanted = f"'{named}'" if named is not None else "any of " + ", ".join(usual)
@@ -117,8 +122,11 @@ def text(value: Any, where: str) -> str:
 def chat(value: Any, where: str) -> tuple[dict[str, str], ...]:
     """Return a chat: a text as one user turn, or a list of turns up to its last user turn.
 
-    Raises DataError for other types and roles, and where no user turn is left at the end.
+    The list may be JSON text. Raises DataError for other types and roles, and where no user turn is
+    left at the end.
     """
+    if isinstance(value, str) and _CHAT_TEXT.match(value):
+        value = _json_text(value, "a list of messages", where)
     if isinstance(value, str):
         return ({"role": "user", "content": text(value, where)},)
     if not isinstance(value, Sequence) or isinstance(value, bytes):
@@ -139,14 +147,30 @@ def chat(value: Any, where: str) -> tuple[dict[str, str], ...]:
     return tuple(turns)
 
 
+_CHAT_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content)['"]\s*:""")
+"""A text that begins as a list of messages does: stored as JSON, or as Python prints it."""
+
+
+def _json_text(value: str, expected: str, where: str) -> Any:
+    try:
+        return _parse_json(value.encode("utf-8", "surrogatepass"), where)
+    except DataError as error:
+        raise DataError(
+            f"{where} looks like {expected} written as text, but is not JSON; store {expected} or "
+            "its JSON"
+        ) from error
+
+
 def number_or_text(value: Any, where: str) -> str:
     """Return a text, or a finite number as text; raise DataError for anything else.
 
     70.0 becomes "70", because a column with gaps turns integers into floats.
     """
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, numbers.Real | Decimal) and not isinstance(value, bool):
         if not math.isfinite(value):
             raise DataError(f"{where} is {value}; give a number, a text or nothing")
+        if isinstance(value, Decimal):
+            return format(value.normalize(), "f")
         return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if not isinstance(value, str):
         _wrong(value, "text or a number", where)

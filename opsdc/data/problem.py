@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ class ProblemSet:
 
     def __getitem__(self, index: int) -> Problem:
         return self._problems[index]
+
+    def __iter__(self) -> Iterator[Problem]:
+        return iter(self._problems)
 
     def batch(self, step: int, size: int) -> list[Problem]:
         """Return the `size` problems of a step, counted from 1.

@@ -31,7 +31,7 @@ class PromptedSet:
     def __init__(
         self, problems: ProblemSet, tokenizer: PreTrainedTokenizerBase, config: OPSDCConfig
     ) -> None:
-        self._problems = problems
+        self.problems = problems
         self._tokenizer = tokenizer
         self._config = config
         self._instruction = load_instruction(config.prompt.instruction)
@@ -41,14 +41,14 @@ class PromptedSet:
         """The most tokens of a prompt, and the largest id in one; `within_limit` finds them."""
 
     def __len__(self) -> int:
-        return len(self._problems)
+        return len(self.problems)
 
     def __getitem__(self, index: int) -> Prompted:
-        return self._prompted(self._problems[index])
+        return self._prompted(self.problems[index])
 
     def batch(self, step: int, size: int) -> list[Prompted]:
         """Return the problems of a step with their prompts; see `ProblemSet.batch`."""
-        return [self._prompted(p) for p in self._problems.batch(step, size)]
+        return [self._prompted(p) for p in self.problems.batch(step, size)]
 
     def _prompted(self, problem: Problem) -> Prompted:
         prompts = build_prompts(
@@ -92,7 +92,7 @@ class PromptedSet:
                 f"least {longest} or shorten prompt.instruction"
             )
         kept = PromptedSet(
-            ProblemSet(short_enough, seed=self._problems.seed), self._tokenizer, self._config
+            ProblemSet(short_enough, seed=self.problems.seed), self._tokenizer, self._config
         )
         kept.longest, kept.largest_id = longest_kept, largest_id
         return kept

@@ -22,6 +22,7 @@ spelled out in it ("<|im_end|>") becomes ordinary tokens: see `_encode`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -124,10 +125,11 @@ def build_prompts(
     if against is not None:
         sides["against"] = _teacher_messages(problem.messages, against, placement)
     ids, texts, suffixes = [], [], {}
+    control = _control_tokens(tokenizer)
     for side, messages in sides.items():
         where = f"problem {problem.id}, {side} prompt"
-        pieces, suffix = _render(messages, tokenizer, options, where)
-        ids.append(_encode(pieces, tokenizer, where))
+        pieces, suffix = _render(messages, tokenizer, control, options, where)
+        ids.append(_encode(pieces, tokenizer, control, where))
         texts.append("".join(pieces))
         suffixes[side] = suffix
     for side, suffix in suffixes.items():
@@ -157,7 +159,11 @@ def _teacher_messages(
 
 
 def _render(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], where: str
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    control: dict[int, str],
+    options: dict[str, Any],
+    where: str,
 ) -> tuple[list[str], str]:
     """Return the prompt's text in pieces, and the suffix behind its last user turn.
 
@@ -168,13 +174,12 @@ def _render(
     for message in messages:
         if fault := text_fault(message["content"]):
             raise DataError(f"{where} holds {fault}; remove it from the data")
-    template = _chat_template(tokenizer)
-    control = _control_tokens(tokenizer, template)
-    used = set(template).union(*(message["content"] for message in messages))
+    pattern = _any_of(tuple(control.values()))
+    used = set(_chat_template(tokenizer)).union(*(message["content"] for message in messages))
     free = (chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in used)
     cut, end = next(free), next(free)
     prepared = [
-        {"role": message["role"], "content": _cut(message["content"], control, cut)}
+        {"role": message["role"], "content": _cut(message["content"], pattern, cut)}
         for message in messages
     ]
     # The end is marked before trailing blanks, because templates may strip those.
@@ -203,10 +208,10 @@ def _render(
     return rendered.replace(end, "").split(cut), suffix
 
 
-def _cut(text: str, control: re.Pattern[str] | None, mark: str) -> str:
+def _cut(text: str, control: re.Pattern[str], mark: str) -> str:
     """Put `mark` inside every occurrence of a control token, overlapping ones included."""
     cuts: list[int] = []
-    for spelling in control.finditer(text) if control else ():
+    for spelling in control.finditer(text):
         start, stop = spelling.span(1)
         if not (cuts and start < cuts[-1] < stop):
             cuts.append(start + 1)
@@ -214,13 +219,19 @@ def _cut(text: str, control: re.Pattern[str] | None, mark: str) -> str:
     return mark.join(text[a:b] for a, b in pairwise(edges))
 
 
-def _encode(pieces: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+def _encode(
+    pieces: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    control: dict[int, str],
+    where: str,
+) -> list[int]:
     """Encode pieces so that control tokens come from the chat template alone.
 
     A tokenizer looks for control tokens before anything else, so each of them splits the text.
     Text cut inside a control token that a message spells out therefore cannot form it, and the
     pieces are encoded as the ordinary text they are. Without such a spelling there is one piece:
-    exactly what `apply_chat_template` encodes.
+    exactly what `apply_chat_template` encodes. Control tokens are counted in the result, because a
+    tokenizer may look for them after it has changed the text: ＜|im_end|＞ under NFKC.
     """
     ids: list[int] = []
     for encoded in tokenizer(pieces, add_special_tokens=False)["input_ids"]:
@@ -232,6 +243,14 @@ def _encode(pieces: list[str], tokenizer: PreTrainedTokenizerBase, where: str) -
             raise DataError(
                 f"{where} spells out a control token of the model, and this tokenizer cannot "
                 "encode that as ordinary text; remove it from the data"
+            )
+    pattern = _any_of(tuple(control.values()))
+    written = Counter(name for piece in pieces for name in pattern.findall(piece))
+    for token, count in Counter(filter(control.__contains__, ids)).items():
+        if count > written[control[token]]:
+            raise DataError(
+                f"{where} holds text that the tokenizer's normalizer turns into the control token "
+                f"{control[token]}; remove it from the data"
             )
     return ids
 
@@ -250,27 +269,27 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from error
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str] | None:
-    """Return a pattern of spelled-out control tokens: special ones, and those the template writes.
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the control tokens by id, longest first: special ones, and those the template writes.
 
     Some models' turn markers are added tokens without the special flag. Added tokens that are
     neither (runs of blanks, HTML tags) are text and stay what they are.
     """
-    added = tokenizer.added_tokens_decoder.values()
+    template = _chat_template(tokenizer)
     names = {
-        token.content
-        for token in added
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
         if len(token.content) > 1
         and token.content.strip()
         and (token.special or token.content in template)
     }
-    return _any_of(tuple(sorted(names, key=len, reverse=True)))
+    return dict(sorted(names.items(), key=lambda item: len(item[1]), reverse=True))
 
 
 @lru_cache(maxsize=8)
-def _any_of(names: tuple[str, ...]) -> re.Pattern[str] | None:
+def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
     # A look-ahead takes no characters, so overlapping spellings match too.
-    return re.compile(f"(?=({'|'.join(map(re.escape, names))}))") if names else None
+    return re.compile(f"(?=({'|'.join(map(re.escape, names))}))" if names else "(?!)")
 
 
 def _is_file(spec: str) -> bool:

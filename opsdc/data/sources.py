@@ -12,7 +12,8 @@ first that exists unless one is named:
              not added
     group    `group` (a text or a number): problems of one group are held out together
 
-A worked solution as answer is reduced to its last boxed expression, or to what follows "####".
+A worked solution as answer is reduced to its boxed expression (boxes that differ are an error), or
+to what follows "####". A chat, and an object that holds the answer, may be JSON text.
 
 Every row becomes a problem or an error that says where: rows are never skipped or repaired. The one
 exception is counted and said: training rows whose prompt is also held out (`ProblemSet.split`).
@@ -26,8 +27,9 @@ from typing import Any
 
 from opsdc.data import columns
 from opsdc.data.arithmetic import arithmetic
+from opsdc.data.notation import same_answer
 from opsdc.data.problem import Problem, ProblemSet
-from opsdc.data.text import dapo_prompt, last_boxed
+from opsdc.data.text import boxes, dapo_prompt
 from opsdc.data.word_sums import word_sums
 from opsdc.errors import ConfigError, DataError
 
@@ -148,13 +150,21 @@ def _make_problems(
 
 def _answer(row: Mapping[str, Any], answer_column: str | None, where: str) -> str | None:
     """Return a row's answer as text; None where no column holds one and none is named."""
-    if answer_column is None and all(columns.column(row, c) is None for c in _ANSWER_COLUMNS):
+    usual = (columns.column(row, name, where) for name in _ANSWER_COLUMNS)
+    if answer_column is None and all(value is None for value in usual):
         return None
     column, value = columns.pick(row, answer_column, _ANSWER_COLUMNS, "answer", where)
     answer = columns.number_or_text(value, f"{where}, column {column}")
     # In a worked solution the answer is in the last box (MATH) or behind #### (GSM8K).
     _, mark, behind = answer.rpartition("####")
-    return last_boxed(answer) or (behind.strip() if mark else "") or answer
+    boxed = boxes(answer)
+    if differ := [box for box in boxed[:-1] if not same_answer(box, boxed[-1])]:
+        raise DataError(
+            f"{where}, column {column} holds boxed answers that differ, {differ[0]!r} and "
+            f"{boxed[-1]!r}; put the whole answer into one box or into a column of its own, and "
+            "name that in data.answer_column"
+        )
+    return (boxed[-1] if boxed else "") or (behind.strip() if mark else "") or answer
 
 
 def _layout(template: Any) -> Callable[[str], str]:

@@ -34,8 +34,13 @@ def text_fault(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last \boxed{...} or \fbox{...} whose braces close, or None."""
+    return next(reversed(boxes(text)), None)
+
+
+def boxes(text: str) -> list[str]:
+    r"""Return the contents of all \boxed{...} and \fbox{...} that close and hold no other box."""
     open_groups: list[int | None] = []
-    start, content = -1, None
+    closed: list[tuple[int, str]] = []
     for token in _BOX_TOKEN.finditer(text):
         if token["box"]:
             open_groups.append(token.end())
@@ -43,9 +48,9 @@ def last_boxed(text: str) -> str | None:
             open_groups.append(None)
         elif token[0] == "}" and open_groups:
             opened = open_groups.pop()
-            if opened is not None and opened > start:
-                start, content = opened, text[opened : token.start()].strip()
-    return content
+            if opened is not None and not (closed and opened < closed[-1][0]):
+                closed.append((opened, text[opened : token.start()].strip()))
+    return [content for _, content in closed]
 
 
 # Parts of a text that open or close a group; an escaped brace (\{) is a character and no group.

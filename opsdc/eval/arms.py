@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config.settings import EvalConfig, OPSDCConfig
-from opsdc.data.problem import Problem
 from opsdc.data.prompted import ProblemSets, Prompted, PromptedSet, prompted_sets
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval.answers import Answer, answer, headline, one_line, read_answers, write_answers
@@ -54,11 +53,6 @@ class Arms:
         self._config, self._ranks = config, ranks
         self.folder = Path(config.output_dir) / "eval"
         self._validated: tuple[int, list[Answer]] | None = None
-        answered = (p.problem for p in (*self._held_out, *gate) if p.problem.answer is not None)
-        check_scorer(config.eval.scorer, answered, "eval.scorer")
-        if config.data.train_on != "all":
-            training = (problems.training[i].problem for i in range(len(problems.training)))
-            check_right(training, config)
 
     @property
     def can_validate(self) -> bool:
@@ -175,14 +169,30 @@ def validation_name(step: int, base: str) -> str:
     return f"step-{step:06d}" if step else base
 
 
-def check_right(training: Iterable[Problem], config: OPSDCConfig) -> None:
-    """Raise ConfigError unless every training problem has an answer that `data.scorer` takes."""
-    try:
-        check_scorer(config.data.scorer, training, "data.scorer")
-    except DataError as error:
-        raise ConfigError(
-            f"data.train_on {config.data.train_on} tells right responses from wrong ones: {error}"
-        ) from error
+def scored_sets(
+    config: OPSDCConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Sequence[Mapping[str, Any]] | None = None,
+    eval_rows: Sequence[Mapping[str, Any]] | None = None,
+) -> ProblemSets:
+    """Return `prompted_sets`, once the scorers are known to take all answers that they will meet.
+
+    Raises ConfigError and DataError as `scorers.check_scorer`, ConfigError too for a training
+    problem that cannot be judged where `data.train_on` asks for it.
+    """
+    sets = prompted_sets(config, tokenizer, train_rows, eval_rows)
+    held_out = list(sets.held_out.problems)[: config.eval.problems]
+    answered = [p for p in (*held_out, *sets.gate.problems) if p.answer is not None]
+    check_scorer(config.eval.scorer, answered, "eval.scorer")
+    if config.data.train_on != "all":
+        try:
+            check_scorer(config.data.scorer, list(sets.training.problems), "data.scorer")
+        except DataError as error:
+            raise ConfigError(
+                f"data.train_on {config.data.train_on} tells right responses from wrong ones: "
+                f"{error}"
+            ) from error
+    return sets
 
 
 def first_of(problems: PromptedSet, count: int | None) -> list[Prompted]:
@@ -251,7 +261,7 @@ def evaluate_arms(config: OPSDCConfig, trained: str | Path) -> dict[str, Any]:
         DataError: There are no held-out problems.
     """
     tokenizer = load_tokenizer(config.model)
-    held_out = prompted_sets(config, tokenizer).held_out
+    held_out = scored_sets(config, tokenizer).held_out
     problems = first_of(held_out, config.eval.problems)
     if not problems:
         raise DataError("no held-out problems: set data.eval_size and eval.problems above 0")
@@ -265,6 +275,7 @@ def evaluate_arms(config: OPSDCConfig, trained: str | Path) -> dict[str, Any]:
             write_answers(folder / "eval" / f"{name}.jsonl", answers)
             print(f"eval {name}: {one_line(answers)}", flush=True)
 
-    answer_with(load_model(config.model), {"base": "student", "prompt_only": "teacher"})
+    # The trained model first: its folder is the one that may be missing or broken.
     answer_with(load_trained(config.model, trained), {"trained": "student"})
+    answer_with(load_model(config.model), {"base": "student", "prompt_only": "teacher"})
     return write_summary(folder, config, {"trained_folder": str(trained)})

@@ -11,9 +11,10 @@ r"""Scorers that decide whether a response is right, by name, from strict to len
 
 "Equals as text" ignores what is not content in LaTeX: spacing, \left and \right, \text and fonts,
 \dfrac for \frac, dollars, degree and percent signs, a final full stop, brackets around one option
-letter. "As a number" is exact: 0.5 is 1/2, 1,234 is 1234, 0.33 is not 1/3. There is no algebra in
-either: x+1 and 1+x differ. math-verify does algebra; like it, `math_verify` and `dual` do not
-compare units (5 cm is 5 inches), but unlike it they tell 52_8 from 52_9.
+letter. "As a number" is exact: 0.5 is 1/2, 1,234 is 1234, 0.33 is not 1/3. `opsdc.data.notation`
+reads both, for all scorers but exact. There is no algebra in either: x+1 and 1+x differ.
+math-verify does algebra; like it, `math_verify` and `dual` do not compare units (5 cm is 5 inches),
+but unlike it they tell 52_8 from 52_9.
 
 No answer of a model is ever evaluated as Python. math-verify and reasoning-gym run in a process of
 their own with a limit on CPU time (see `opsdc.eval.grader`), from any thread; an answer that
@@ -24,12 +25,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from opsdc.data.text import last_boxed
+from opsdc.data.notation import has_adjacent_numbers, numbers, same_answer, spelled_out, value
+from opsdc.data.text import boxes, last_boxed
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval import grader
 
@@ -59,13 +61,14 @@ def score(response: str, problem: Problem, scorer: str) -> Score:
     return _SCORERS[scorer](response, problem)
 
 
-def check_scorer(scorer: str, problems: Iterable[Problem], setting: str) -> None:
+def check_scorer(scorer: str, problems: Sequence[Problem], setting: str) -> None:
     """Check before anything is sampled that a scorer can judge answers to the problems.
 
     setting: The setting that names the scorer, for the error.
 
     Raises:
-        ConfigError: The scorer is unknown, or its package is not installed.
+        ConfigError: The scorer is unknown, its package is not installed or fails, or the task's own
+            scorer is not to be used.
         DataError: A problem's answer is none that the scorer compares with.
     """
     if scorer not in _SCORERS:
@@ -81,112 +84,41 @@ def check_scorer(scorer: str, problems: Iterable[Problem], setting: str) -> None
             _number_gold(problem)
         elif scorer == "reasoning_gym":
             _task_entry(problem)
-        else:
-            _gold(problem)
+        elif not same_answer(gold := _gold(problem), gold) and scorer != "exact":
+            raise DataError(
+                f"problem {problem.id}: nothing is left of the answer {gold!r} to compare with; "
+                "give an answer, or use the scorer exact"
+            )
+    if package is not None and problems:
+        # A package that is there may still fail at its first question, and a task have no scorer.
+        score(problems[0].answer or "", problems[0], scorer)
 
 
 def last_answer_line(text: str) -> str | None:
-    """Return the text behind the last "Answer:" that starts a line, or None.
+    r"""Return the text behind the last "Answer:" that starts a line, or None.
 
-    Where nothing stands behind it, the next line that is not empty counts.
+    Where nothing stands behind it, the next line that is not empty counts. Of a single \boxed{X} in
+    it X counts.
     """
     lines = text.splitlines()
     for i in range(len(lines) - 1, -1, -1):
         if label := _ANSWER_LINE.match(lines[i]):
             # Markdown's emphasis may stand around the label or the whole line.
             answer = label[1].strip().strip("*").strip()
-            below = (line.strip() for line in lines[i + 1 :])
-            return answer or next((line for line in below if line), None)
+            below = (_MARKERS.sub("", line).strip() for line in lines[i + 1 :])
+            answer = answer or next((line.rstrip("*") for line in below if line), "")
+            boxed = boxes(answer)
+            return (boxed[0] if len(boxed) == 1 else answer) or None
     return None
 
 
-_ANSWER_LINE = re.compile(r"[\s*#>]*(?:final\s+)?answer\s*\**\s*:(.*)", re.IGNORECASE)
+_MARKERS = re.compile(r"^(?:[\s*#>•·]|[-+](?=\s)|\d+[.)](?=\s))*")
+"""Markdown in front of a line: headings, quotes, emphasis, bullets, numbers of a list."""
+
+_ANSWER_LINE = re.compile(
+    rf"{_MARKERS.pattern}(?:final\s+)?answer\s*\**\s*[:：﹕](.*)", re.IGNORECASE
+)
 """A line that starts with "Answer:", whatever Markdown stands before it."""
-
-
-def last_number(text: str) -> str | None:
-    r"""Return the last number: "1,234" → 1234, "-$5" → -5, 3/4, \frac{3}{4}, .5, "12." → 12.
-
-    A minus counts as a sign unless it stands between two terms: "5-3" ends in 3. Digits inside a
-    word (CO2) are no number.
-    """
-    number = None
-    for match in _NUMBER.finditer(text.replace("{,}", ",").replace(r"\!", "")):
-        number = match[0]
-    return None if number is None else re.sub(r"[$,]|\\(?=\$)", "", number.replace("−", "-"))
-
-
-_DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-"""A decimal number without a sign, commas between thousands allowed."""
-
-_NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])[-−])?(?:(?<=[^\w.])|^)(?:\\?\$)?(?:(?<=\$)[-−])?"
-    rf"(?:\\d?frac\{{\d+\}}\{{\d+\}}|{_DECIMAL}(?:/\d+(?!\d|\.\d))?)",
-    re.ASCII,
-)
-"""A number or a fraction in running text, with its sign and dollar."""
-
-
-def same_answer(candidate: str, gold: str) -> bool:
-    """Return True where two answers equal as text or as rational numbers; see the module."""
-    a, b = _plain(candidate), _plain(gold)
-    if a == b:
-        return a != ""
-    x, y = _rational(a), _rational(b)
-    return x is not None and x == y
-
-
-def _plain(text: str) -> str:
-    """Strip a LaTeX answer of all that is not content."""
-    text = text.strip().removesuffix(".")
-    for pattern, replacement in _NOT_CONTENT:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-_NOT_CONTENT = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?", ""),
-        (r"\\(?:displaystyle|q?quad)(?![A-Za-z])|\\[,;:! ()\[\]]|~", ""),
-        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|\\degree(?![A-Za-z])|°", ""),
-        (r"\\?[$%]", ""),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:text|mbox|math|text)(?:rm|bf|it|sf|normal)?\s*\{([^{}]*)\}", r"\1"),
-        (r"\{,\}", ","),
-        (r"\s+", ""),
-        (r"−", "-"),
-        # \frac12 and \frac1{2} are \frac{1}{2}; x^{2} is x^2.
-        (r"\\frac(\d)", r"\\frac{\1}"),
-        (r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}"),
-        (r"([\^_]|\\sqrt)\{(\w)\}", r"\1\2"),
-        (r"^\(([A-Za-z])\)$", r"\1"),
-    )
-)
-"""Patterns that are not content, or another spelling of it, with their replacements, in order."""
-
-
-def _rational(plain: str) -> Fraction | None:
-    """Return the exact value of a number or of a fraction of two, or None."""
-    # Longer texts are no answer, and Python refuses to convert huge ones.
-    match = _RATIONAL.fullmatch(plain) if len(plain) < 1000 else None
-    if match is None:
-        return None
-    over, under = (
-        Fraction((match[latex] or match[text] or "1").replace(",", ""))
-        for latex, text in (("frac_over", "over"), ("frac_under", "under"))
-    )
-    if under == 0:
-        return None
-    return (-1 if match["sign"] == "-" else 1) * over / under
-
-
-_RATIONAL = re.compile(
-    rf"(?P<sign>[-+]?)(?:\\frac\{{(?P<frac_over>-?{_DECIMAL})\}}\{{(?P<frac_under>{_DECIMAL})\}}|"
-    rf"(?P<over>{_DECIMAL})(?:/(?P<under>{_DECIMAL}))?)",
-    re.ASCII,
-)
-"""A whole answer that is a number, or a fraction of two in LaTeX or with a slash."""
 
 
 def _gold(problem: Problem) -> str:
@@ -237,7 +169,7 @@ def _boxed(response: str, problem: Problem) -> Score:
 
 
 def _number_gold(problem: Problem) -> Fraction:
-    gold = _rational(_plain(_gold(problem)))
+    gold = value(_gold(problem))
     if gold is None:
         raise DataError(
             f"problem {problem.id}: scorer 'number' needs a number as answer, got "
@@ -248,29 +180,40 @@ def _number_gold(problem: Problem) -> Fraction:
 
 def _number(response: str, problem: Problem) -> Score:
     gold = _number_gold(problem)
-    number = last_number(response)
-    return Score(number is not None and _rational(_plain(number)) == gold, number)
+    number = next(reversed(numbers(response)), None)
+    return Score(number is not None and value(number) == gold, number)
 
 
 def _math_verify(response: str, problem: Problem) -> Score:
     gold = _gold(problem)
-    ((correct, extracted),) = grader.math_verify(_as_latex(gold), [response])
+    ((correct, extracted),) = _verify(gold, [response])
     box = last_boxed(response)
-    if box is not None and same_answer(box, gold):
-        return Score(True, box)
+    if box is not None and (same_answer(box, gold) or has_adjacent_numbers(box)):
+        return Score(same_answer(box, gold), box)
     return Score(
         correct and not _in_another_base(extracted, response, gold),
         box if extracted is None else extracted,
     )
 
 
+def _verify(gold: str, texts: list[str]) -> list[tuple[bool, str | None]]:
+    """Ask math-verify, which would join adjacent numbers of the gold answer."""
+    readings = grader.math_verify(
+        _as_latex(spelled_out(gold)), [spelled_out(text) for text in texts]
+    )
+    joins = has_adjacent_numbers(gold)
+    return [(correct and not joins, extracted) for correct, extracted in readings]
+
+
 def _dual(response: str, problem: Problem) -> Score:
     gold, line = _gold(problem), last_answer_line(response)
+    if line is not None and has_adjacent_numbers(line) and last_boxed(response) is None:
+        return Score(same_answer(line, gold), line)
     of_response = _math_verify(response, problem)
     if line is None or of_response.correct:
         return of_response
     # Once as LaTeX that lacks its dollars, once as an ordinary sentence.
-    readings = grader.math_verify(_as_latex(gold), [rf"\boxed{{{line}}}", f"Answer: {line}"])
+    readings = _verify(gold, [rf"\boxed{{{line}}}", f"Answer: {line}"])
     verified = any(correct for correct, _ in readings) and not _in_another_base(line, line, gold)
     return Score(verified or same_answer(line, gold), line)
 
@@ -292,8 +235,8 @@ def _reasoning_gym(response: str, problem: Problem) -> Score:
     """
     entry = _task_entry(problem)
     answer = last_answer_line(response) or last_boxed(response)
-    if problem.answer is not None and _rational(_plain(problem.answer)) is not None:
-        answer = last_number(answer or response)
+    if problem.answer is not None and value(problem.answer) is not None:
+        answer = next(reversed(numbers(answer or response)), None)
     elif answer is None:
         lines = [line.strip() for line in response.splitlines() if line.strip()]
         answer = lines[-1] if lines else None

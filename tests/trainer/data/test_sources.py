@@ -158,45 +158,7 @@ def test_no_prompt_is_trained_and_held_out(capsys):
         same.split(2)
 
 
-# --- columns --------------------------------------------------------------------------------------
-
-
-def test_columns(tmp_path):
-    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-    asked = ({"role": "user", "content": "Q"},)
-    rows = [
-        ({"problem": "Q", "answer": "5"}, "5"),
-        ({"question": "Q", "solution": r"so \boxed{\frac{1}{2}} it is"}, r"\frac{1}{2}"),
-        ({"question": "Q", "answer": "2 * 3 = <<2*3=6>>6\n#### 1,006"}, "1,006"),
-        ({"prompt": turns[:1], "reward_model": {"ground_truth": "34"}}, "34"),
-        ({"messages": [*turns, turns[1]], "prompt": "not this", "ground_truth": 7}, "7"),
-        ({"messages": None, "prompt": "Q", "answer": 70.0}, "70"),
-        ({"prompt": "Q", "answer": 0.25}, "0.25"),
-        ({"prompt": "Q", "answer": None}, None),
-        ({"prompt": "Q"}, None),
-    ]
-    found = load(written(tmp_path, [row for row, _ in rows]))
-    assert ids(found) == [f"p.jsonl:{i}" for i in range(1, 10)]
-    for problem, (_, answer) in zip(found, rows, strict=True):
-        assert problem.messages == asked
-        assert problem.answer == answer
-        assert problem.teacher_messages is None
-
-
-def test_named_columns_and_a_teacher_prompt(tmp_path):
-    row = {
-        "problem": "not this",
-        "text": "Q",
-        "gold": {"value": "9"},
-        "answer": "not this",
-        "teacher_prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "T"}],
-    }
-    path = written(tmp_path, [row, {**row, "teacher_prompt": None}])
-    first, second = load(path, prompt_column="text", answer_column="gold.value")
-    assert first.messages == ({"role": "user", "content": "Q"},)
-    assert first.answer == "9"
-    assert first.teacher_messages == tuple(row["teacher_prompt"])
-    assert second.teacher_messages is None
+# --- sources --------------------------------------------------------------------------------------
 
 
 def test_prompt_template(tmp_path):
@@ -212,21 +174,6 @@ def test_prompt_template(tmp_path):
     for wrong in ("no place", "{problem} {problem}", 3):
         with pytest.raises(ConfigError, match="prompt_template must be"):
             load(path, options={"prompt_template": wrong})
-
-
-def test_json_and_parquet_hold_the_same(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    rows = [
-        {"prompt": [{"role": "user", "content": f"Q{i}"}], "reward_model": {"ground_truth": str(i)}}
-        for i in range(4)
-    ]
-    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1), "utf-8")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
-    expected = list(load(written(tmp_path, rows)))
-    for name in ("p.json", "p.parquet"):
-        for found, same in zip(load(tmp_path / name), expected, strict=True):
-            assert (found.messages, found.answer) == (same.messages, same.answer)
 
 
 def test_a_dataset_folder_and_rows_in_memory(tmp_path):

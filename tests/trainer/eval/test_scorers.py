@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opsdc.data.notation import same_answer
 from opsdc.data.problem import Problem
 from opsdc.data.sources import load_problems
 from opsdc.data.text import last_boxed
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval import grader
-from opsdc.eval.scorers import SCORERS, Score, last_answer_line, last_number, same_answer, score
+from opsdc.eval.scorers import SCORERS, Score, last_answer_line, score
 
 
 def problem(answer: str | None, **fields) -> Problem:
@@ -64,6 +64,17 @@ def test_last_boxed(text, found):
         ("**Answer: 5**", "5"),
         ("### Final Answer: $5$", "$5$"),
         ("Answer:\n\n42\nend", "42"),
+        (r"Answer: \boxed{42}", "42"),
+        (r"Answer: $\boxed{42}$.", "42"),
+        (r"Answer: \boxed{3} or \boxed{5}", r"\boxed{3} or \boxed{5}"),
+        ("- Answer: 42", "42"),
+        ("2. **Answer:** 42", "42"),
+        ("• Answer: 42", "42"),
+        ("Answer:\n- 42", "42"),
+        ("Answer: - 42", "- 42"),
+        ("Answer:\n1) **42**", "42"),
+        ("Answer：４２。", "４２。"),
+        ("-Answer: 5", None),
         ("Answer:", None),
         ("The Answer: 5", None),
         ("My answer is 5", None),
@@ -72,101 +83,6 @@ def test_last_boxed(text, found):
 )
 def test_last_answer_line(text, found):
     assert last_answer_line(text) == found
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("she has 1,234.", "1234"),
-        ("it costs $1,234.50.", "1234.50"),
-        (r"it costs \$18", "18"),
-        ("-5", "-5"),
-        ("−7 degrees", "-7"),
-        ("-$5", "-5"),
-        ("$-5", "-5"),
-        ("5-3", "3"),
-        ("5 - 3", "3"),
-        ("x = -3", "-3"),
-        ("2 - -1", "-1"),
-        ("(-4)", "-4"),
-        ("**-4**", "-4"),
-        ("$-4$", "-4"),
-        ("3/4.", "3/4"),
-        (r"-\frac{3}{4}", r"-\frac{3}{4}"),
-        ("about .5 of", ".5"),
-        ("1{,}234", "1234"),
-        ("1,2345", "2345"),
-        ("x = 3,4", "4"),
-        ("50%", "50"),
-        ("12,000,000 people", "12000000"),
-        ("8 molecules of CO2", "8"),
-        ("1st or 3rd", "3"),
-        ("none", None),
-        ("", None),
-    ],
-)
-def test_last_number(text, found):
-    assert last_number(text) == found
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (r"\dfrac{1}{2}", r"\frac12"),
-        ("0.5", r"\frac{1}{2}"),
-        ("1/2", "0.50"),
-        (r"-\frac{1}{2}", "-.5"),
-        (r"\frac{-1}{2}", "-1/2"),
-        ("1,234", "1234"),
-        (r"1{,}234", "1,234.0"),
-        (r"\$18.90", "18.9"),
-        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
-        (r"\text{Evelyn}", "Evelyn"),
-        (r"\text{(C)}", "C"),
-        (r"90^\circ", "90"),
-        (r"50\%", "50"),
-        (r"x^{2}", "x^2"),
-        ("$7$", "7."),
-        ("007", "7"),
-    ],
-)
-def test_same_answer(a, b):
-    assert same_answer(a, b)
-    assert same_answer(b, a)
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        ("5", "6"),
-        ("0.33", "1/3"),
-        ("-5", "5"),
-        ("1,2", "12"),
-        ("(1,234)", "1234"),
-        ("x+1", "1+x"),
-        ("A", "B"),
-        ("1/0", "1/0.0"),
-        (r"\sqrt{2}", "2"),
-        ("52_8", "52_9"),
-        ("", "5"),
-        ("", ""),
-        ("12", "1 and 2"),
-    ],
-)
-def test_other_answers(a, b):
-    assert not same_answer(a, b)
-    assert not same_answer(b, a)
-
-
-def test_extraction_takes_linear_time():
-    began = time.perf_counter()
-    for text in (r"\boxed{" * 100_000, "{" * 300_000, "}" * 300_000, "Answer:\n" * 100_000):
-        last_boxed(text)
-        last_answer_line(text)
-    for text in ("1," * 100_000, "9" * 300_000, "-$" * 100_000, r"\frac{" * 50_000, "1/" * 100_000):
-        last_number(text)
-        same_answer(text, "5")
-    assert time.perf_counter() - began < 20
 
 
 # --- scorers --------------------------------------------------------------------------------------
