@@ -68,6 +68,7 @@ class OPSDCTrainer:
     ) -> None:
         self.started = time.perf_counter()
         self.ranks = talk.join(config.distributed)
+        self.events = Callbacks(config, callbacks or [])
         module, self.tokenizer, settings = receive_model(model, config.model, processing_class)
         self.config = config = replace(config, model=settings)
         sets = prompted_sets(config, self.tokenizer, train_dataset, eval_dataset)
@@ -89,7 +90,7 @@ class OPSDCTrainer:
         self.state = RunState(
             self.model, self.teacher, self.optimizer, config, self.ranks, self.dial, self.gate
         )
-        self.callbacks, self.out_of_memory = list(callbacks or []), 0
+        self.out_of_memory = 0
 
     def train(self) -> dict[str, Any]:
         """Run training, or go on with it, and return the contents of summary.json.
@@ -97,7 +98,7 @@ class OPSDCTrainer:
         SIGTERM or SIGINT ends it early: the last completed step is saved, the unfinished one is
         dropped and later replayed exactly, and {"stopped": signal, "steps": completed} is returned.
         """
-        with stop.on_signal(), self.ranks.listening():
+        with stop.on_signal(), self.ranks.listening(), self.state.claimed():
             try:
                 return self._train()
             except stop.Stopped as signal:
@@ -171,15 +172,14 @@ class OPSDCTrainer:
         """Resume, run the checks and answer as the base; return the layout and guards' verdict."""
         config, state, ranks = self.config, self.state, self.ranks
         state.resume()
-        self.record = RunRecord(config, after_step=state.step, ranks=ranks)
         self.sampler.push(self.model, state.step)
         layout = checks.before_first_step(
             self.model, self.teacher, self.sampler, self.problems, self.tokenizer, config,
             step=state.step, ranks=ranks,
         )  # fmt: skip
-        self.events = Callbacks(
-            config, self.callbacks, self.model, self.tokenizer, self.optimizer, first=ranks.first
-        )
+        self.events.begin(self.model, self.tokenizer, self.optimizer, state.step, ranks)
+        # Nothing is written before all checks have passed.
+        self.record = RunRecord(config, after_step=state.step, ranks=ranks)
         self.arms.begin(state.step)
         self.dial.begin(
             state.step, lambda: sample_plain_lengths(self.sampler, self.problems, config.rollout)
@@ -187,7 +187,6 @@ class OPSDCTrainer:
         verdict = guard.apply(guard.check_steps(self.record.history, config.guard))
         # The run before may have ended between a step and its evaluation.
         verdict = verdict or self.arms.judge(state.step, self.events.emit, again=False)
-        self.events.emit("on_train_begin", step=state.step)
         return layout, verdict
 
     def _between_steps(self, step: int) -> str | None:

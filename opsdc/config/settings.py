@@ -376,7 +376,8 @@ class OPSDCConfig:
     """
 
     output_dir: Annotated[str, MustBe("a folder", str.strip)] = "runs/opsdc"
-    """Folder where the run leaves its record and checkpoints."""
+    """Folder where the run leaves its record and checkpoints; a file of settings that names none
+    gets runs/ and the file's own name."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Problems, samples and dropout follow from it."""
     model: ModelConfig = ModelConfig()
@@ -407,7 +408,8 @@ class OPSDCConfig:
 
         Raises ConfigError naming the file and the key.
         """
-        tree = read_file(source)
+        # Two experiments must not share a folder because neither names one.
+        tree = {"output_dir": f"runs/{Path(source).stem}"} | read_file(source)
         for name, value in (overrides or {}).items():
             *sections, key = name.split(".")
             node = tree

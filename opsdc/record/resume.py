@@ -1,15 +1,17 @@
 """The state that steps change: how it is saved, resumed, rolled back, or given up.
 
 state = RunState(...)
-state.resume()                      # from the checkpoint that `train.resume` names
-state.complete(step, skipped)       # after each step
-state.save()                        # now and then; at the end; when a signal asks to stop
+with state.claimed():                   # no other run may use the folder
+    state.resume()                      # from the checkpoint that `train.resume` names
+    state.complete(step, skipped)       # after each step
+    state.save()                        # now and then; at the end; when a signal asks to stop
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,7 @@ from opsdc.method.teacher import Teacher
 from opsdc.models.load import describe
 from opsdc.ranks.talk import Ranks
 from opsdc.record import checkpoint, guard
+from opsdc.record.folder import claimed
 from opsdc.record.lines import RunRecord, write_json
 from opsdc.record.versions import versions
 
@@ -68,6 +71,14 @@ class RunState:
         self._folder = Path(config.output_dir)
         self._checkpoints = self._folder / "checkpoints"
         self._saved: Path | None = None
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the run's folder within the block, see `folder.claimed`."""
+        with contextlib.ExitStack() as held:
+            hold = claimed(self._folder)
+            self._ranks.on_first_rank(lambda: held.enter_context(hold))
+            yield
 
     def complete(self, step: int, skipped: bool) -> None:
         """Count a step as done, once its record is on disk."""
