@@ -33,7 +33,7 @@ from opsdc.method.teacher import Teacher
 from opsdc.method.update import make_optimizer, update
 from opsdc.models.load import describe, prepare_model, receive_model
 from opsdc.ranks import shard, stop, talk
-from opsdc.record import guard
+from opsdc.record import contents, guard
 from opsdc.record.callbacks import Callbacks
 from opsdc.record.checkpoint import write_model
 from opsdc.record.lines import RunRecord, is_due
@@ -66,13 +66,14 @@ class OPSDCTrainer:
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
-        self.started = time.perf_counter()
+        self.started, self.out_of_memory = time.perf_counter(), 0
         self.ranks = talk.join(config.distributed)
         self.events = Callbacks(config, callbacks or [])
         module, self.tokenizer, settings = receive_model(model, config.model, processing_class)
-        self.config = config = replace(config, model=settings)
+        self.config = config = contents.dated(replace(config, model=settings), self.ranks)
         sets = prompted_sets(config, self.tokenizer, train_dataset, eval_dataset)
         self.problems, self.held_out = sets.training, sets.held_out
+        made_of = contents.read_contents(module, self.tokenizer, sets, config, self.ranks)
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)
         self.model = prepare_model(module, config.model)
@@ -88,9 +89,9 @@ class OPSDCTrainer:
         self.dial = Dial(config.teacher)
         self.gate = Gate(config.teacher, self.arms, self.model, self.teacher, self.optimizer)
         self.state = RunState(
-            self.model, self.teacher, self.optimizer, config, self.ranks, self.dial, self.gate
-        )
-        self.out_of_memory = 0
+            self.model, self.teacher, self.optimizer, config, made_of,
+            self.ranks, self.dial, self.gate,
+        )  # fmt: skip
 
     def train(self) -> dict[str, Any]:
         """Run training, or go on with it, and return the contents of summary.json.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import array
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +40,8 @@ class PromptedSet:
         self._instruction = load_instruction(config.prompt.instruction)
         against = config.teacher.against
         self._against = None if against is None else load_instruction(against, "teacher.against")
+        self.problems_sha256 = self.prompts_sha256 = ""
+        """Digests of the problems and of the token ids of their prompts, once these were read."""
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -56,6 +61,7 @@ class PromptedSet:
             against=self._against,
             placement=self._config.prompt.placement,
             enable_thinking=self._config.prompt.enable_thinking,
+            date=self._config.prompt.date,
         )
         return Prompted(problem, prompts)
 
@@ -67,13 +73,20 @@ class PromptedSet:
         """
         limit = self._config.prompt.max_tokens
         short_enough, longest = [], 0
+        problems, ids = hashlib.sha256(), hashlib.sha256()
         for i in tqdm(range(len(self)), desc=f"{name} prompts", leave=False, delay=2):
             item = self[i]
             prompts = item.prompts
-            n = max(map(len, (prompts.student_ids, prompts.teacher_ids, prompts.against_ids)))
+            sides = (prompts.student_ids, prompts.teacher_ids, prompts.against_ids)
+            n = max(map(len, sides))
             longest = max(longest, n)
+            problem = item.problem
+            said = (problem.messages, problem.teacher_messages, problem.answer, problem.group)
+            problems.update(json.dumps(said).encode())
+            for side in sides:
+                ids.update(array.array("q", [len(side), *side]))
             if n <= limit:
-                short_enough.append(item.problem)
+                short_enough.append(problem)
         dropped = len(self) - len(short_enough)
         if dropped:
             print(
@@ -86,9 +99,11 @@ class PromptedSet:
                 f"every {name} prompt is longer than prompt.max_tokens {limit}; raise it to at "
                 f"least {longest} or shorten prompt.instruction"
             )
-        return PromptedSet(
+        kept = PromptedSet(
             ProblemSet(short_enough, seed=self._problems.seed), self._tokenizer, self._config
         )
+        kept.problems_sha256, kept.prompts_sha256 = problems.hexdigest(), ids.hexdigest()
+        return kept
 
 
 class ProblemSets(NamedTuple):
