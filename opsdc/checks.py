@@ -14,6 +14,7 @@ from opsdc.config.describe import ignored_settings
 from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import ProblemSets, PromptedSet
 from opsdc.errors import ModelError
+from opsdc.eval import plots
 from opsdc.method.batch import Layout, Pair, plan_step, token_batch
 from opsdc.method.teacher import Teacher
 from opsdc.method.update import autocast, student_pass, teacher_pass
@@ -316,8 +317,9 @@ def before_first_step(
         length=problems.longest + _trained_tokens(config),
         ranks=ranks,
     )
-    for line in [*ignored_settings(config), *lines]:
-        print(line, flush=True)
+    for line in [*ignored_settings(config), *lines, plots.no_picture()]:
+        if line:
+            print(line, flush=True)
     return layout
 
 

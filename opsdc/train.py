@@ -32,7 +32,7 @@ from opsdc.method.teacher import Teacher
 from opsdc.method.update import make_optimizer, update
 from opsdc.models.load import describe, prepare_model, receive_model
 from opsdc.ranks import shard, stop, talk
-from opsdc.record import guard
+from opsdc.record import contents, guard
 from opsdc.record.callbacks import Callbacks
 from opsdc.record.checkpoint import write_model
 from opsdc.record.lines import RunRecord, is_due
@@ -65,12 +65,14 @@ class OPSDCTrainer:
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
-        self.started = time.perf_counter()
+        self.started, self.out_of_memory = time.perf_counter(), 0
         self.ranks = talk.join(config.distributed)
+        self.events = Callbacks(config, callbacks or [])
         module, self.tokenizer, settings = receive_model(model, config.model, processing_class)
-        self.config = config = replace(config, model=settings)
+        self.config = config = contents.dated(replace(config, model=settings), self.ranks)
         sets = scored_sets(config, self.tokenizer, train_dataset, eval_dataset)
         self.problems, self.held_out = sets.training, sets.held_out
+        made_of = contents.read_contents(module, self.tokenizer, sets, config, self.ranks)
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)
         self.model = prepare_model(module, config.model).train()
@@ -86,9 +88,9 @@ class OPSDCTrainer:
         self.dial = Dial(config.teacher)
         self.gate = Gate(config.teacher, self.arms, self.model, self.teacher, self.optimizer)
         self.state = RunState(
-            self.model, self.teacher, self.optimizer, config, self.ranks, self.dial, self.gate
-        )
-        self.callbacks, self.out_of_memory = list(callbacks or []), 0
+            self.model, self.teacher, self.optimizer, config, made_of,
+            self.ranks, self.dial, self.gate,
+        )  # fmt: skip
 
     def train(self) -> dict[str, Any]:
         """Run training, or go on with it, and return the contents of summary.json.
@@ -96,7 +98,7 @@ class OPSDCTrainer:
         SIGTERM or SIGINT ends it early: the last completed step is saved, the unfinished one is
         dropped and later replayed exactly, and {"stopped": signal, "steps": completed} is returned.
         """
-        with stop.on_signal(), self.ranks.listening():
+        with stop.on_signal(), self.ranks.listening(), self.state.claimed():
             try:
                 return self._train()
             except stop.Stopped as signal:
@@ -170,15 +172,14 @@ class OPSDCTrainer:
         """Resume, run the checks and answer as the base; return the layout and guards' verdict."""
         config, state, ranks = self.config, self.state, self.ranks
         state.resume()
-        self.record = RunRecord(config, after_step=state.step, ranks=ranks)
         self.sampler.push(self.model, state.step)
         layout = checks.before_first_step(
             self.model, self.teacher, self.sampler, self.problems, self.tokenizer, config,
             step=state.step, ranks=ranks,
         )  # fmt: skip
-        self.events = Callbacks(
-            config, self.callbacks, self.model, self.tokenizer, self.optimizer, first=ranks.first
-        )
+        self.events.begin(self.model, self.tokenizer, self.optimizer, state.step, ranks)
+        # Nothing is written before all checks have passed.
+        self.record = RunRecord(config, after_step=state.step, ranks=ranks)
         self.arms.begin(state.step)
         self.dial.begin(
             state.step, lambda: sample_plain_lengths(self.sampler, self.problems, config.rollout)
@@ -186,7 +187,6 @@ class OPSDCTrainer:
         verdict = guard.apply(guard.check_steps(self.record.history, config.guard))
         # The run before may have ended between a step and its evaluation.
         verdict = verdict or self.arms.judge(state.step, self.events.emit, again=False)
-        self.events.emit("on_train_begin", step=state.step)
         return layout, verdict
 
     def _between_steps(self, step: int) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
@@ -102,6 +103,9 @@ def _read(raw: Any, kind: Any) -> Any:
         return {"true": True, "false": False}[str(raw).lower()]
     if origin is str and is_text:
         return raw
+    if origin is str and type(raw) is datetime.date:
+        # YAML reads a bare 2026-01-31 as a day.
+        return raw.isoformat()
     if origin is float and not is_bool:
         return float(raw)
     if origin is int and not is_bool:

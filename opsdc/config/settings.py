@@ -6,7 +6,9 @@ page of settings and the errors are made from these. Rules between settings stan
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import functools
 import re
 from collections.abc import Mapping
@@ -114,6 +116,12 @@ class DataConfig:
     """Judge of training responses where train_on is not all; as eval.scorer."""
 
 
+def _is_day(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return datetime.date.fromisoformat(text).isoformat() == text
+    return False
+
+
 @_section
 class PromptConfig:
     """What student and teacher are asked."""
@@ -124,6 +132,9 @@ class PromptConfig:
     """The instruction's place: before the problem in the user's turn, or in a system turn."""
     enable_thinking: bool | None = None
     """Passed to the chat template on both sides; unset: not passed."""
+    date: Annotated[str | None, MustBe("a day such as 2026-01-31", _is_day)] = None
+    """The day that a chat template prints; unset: the one on which the run began, however long it
+    takes and however often it goes on."""
     max_tokens: Annotated[int, Field(ge=1)] = 1024
     """Longer prompts (on either side) are dropped and counted, never cut; paper: 1024."""
 
@@ -376,7 +387,8 @@ class OPSDCConfig:
     """
 
     output_dir: Annotated[str, MustBe("a folder", str.strip)] = "runs/opsdc"
-    """Folder where the run leaves its record and checkpoints."""
+    """Folder where the run leaves its record and checkpoints; a file of settings that names none
+    gets runs/ and the file's own name."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Problems, samples and dropout follow from it."""
     model: ModelConfig = ModelConfig()
@@ -407,7 +419,8 @@ class OPSDCConfig:
 
         Raises ConfigError naming the file and the key.
         """
-        tree = read_file(source)
+        # Two experiments must not share a folder because neither names one.
+        tree = {"output_dir": f"runs/{Path(source).stem}"} | read_file(source)
         for name, value in (overrides or {}).items():
             *sections, key = name.split(".")
             node = tree

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import array
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +42,8 @@ class PromptedSet:
         self._against = None if against is None else load_instruction(against, "teacher.against")
         self.longest = self.largest_id = 0
         """The most tokens of a prompt, and the largest id in one; `within_limit` finds them."""
+        self.problems_sha256 = self.prompts_sha256 = ""
+        """Digests of the problems and of the token ids of their prompts, once these were read."""
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -58,6 +63,7 @@ class PromptedSet:
             against=self._against,
             placement=self._config.prompt.placement,
             enable_thinking=self._config.prompt.enable_thinking,
+            date=self._config.prompt.date,
         )
         return Prompted(problem, prompts)
 
@@ -69,14 +75,20 @@ class PromptedSet:
         """
         limit = self._config.prompt.max_tokens
         short_enough, longest, longest_kept, largest_id = [], 0, 0, 0
+        problems, rendered = hashlib.sha256(), hashlib.sha256()
         for i in tqdm(range(len(self)), desc=f"{name} prompts", leave=False, delay=2):
             item = self[i]
             prompts = item.prompts
             sides = (prompts.student_ids, prompts.teacher_ids, prompts.against_ids)
             n = max(map(len, sides))
             longest = max(longest, n)
+            problem = item.problem
+            said = (problem.messages, problem.teacher_messages, problem.answer, problem.group)
+            problems.update(json.dumps(said).encode())
+            for side in sides:
+                rendered.update(array.array("q", [len(side), *side]))
             if n <= limit:
-                short_enough.append(item.problem)
+                short_enough.append(problem)
                 longest_kept = max(longest_kept, n)
                 largest_id = max(largest_id, *(max(ids, default=0) for ids in sides))
         dropped = len(self) - len(short_enough)
@@ -95,6 +107,7 @@ class PromptedSet:
             ProblemSet(short_enough, seed=self.problems.seed), self._tokenizer, self._config
         )
         kept.longest, kept.largest_id = longest_kept, largest_id
+        kept.problems_sha256, kept.prompts_sha256 = problems.hexdigest(), rendered.hexdigest()
         return kept
 
 

@@ -21,6 +21,7 @@ spelled out in it ("<|im_end|>") becomes ordinary tokens: see `_encode`.
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -98,6 +99,7 @@ def build_prompts(
     against: str | None = None,
     placement: str = "user",
     enable_thinking: bool | None = None,
+    date: str | None = None,
 ) -> PromptPair:
     """Make the prompts of a problem, each ending where the response begins.
 
@@ -106,6 +108,7 @@ def build_prompts(
         against: Another one, for a third prompt.
         placement: "user" or "system"; without effect on a problem that has `teacher_messages`.
         enable_thinking: Passed to the chat template on both sides, unless it is None.
+        date: The day that a chat template prints, as 2026-01-31; None: today.
 
     For text without control tokens the ids are those of `tokenizer.apply_chat_template`.
 
@@ -120,7 +123,12 @@ def build_prompts(
     teacher_messages = problem.teacher_messages
     if teacher_messages is None:
         teacher_messages = _teacher_messages(problem.messages, instruction, placement)
-    options = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+    options: dict[str, Any] = {}
+    if enable_thinking is not None:
+        options["enable_thinking"] = enable_thinking
+    if date is not None and "strftime_now" in _chat_template(tokenizer):
+        # Stands before transformers' own function of this name, which reads the clock.
+        options["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
     sides = {"student": problem.messages, "teacher": teacher_messages}
     if against is not None:
         sides["against"] = _teacher_messages(problem.messages, against, placement)

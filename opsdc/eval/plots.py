@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from opsdc.config.settings import OPSDCConfig
-from opsdc.errors import DataError
+from opsdc.errors import ConfigError, DataError
 from opsdc.eval.answers import headline, read_answers
 from opsdc.record.lines import read_lines
+
+
+def no_picture() -> str | None:
+    """Say in a line why runs are not drawn here; None where they are."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return None
+    return 'plot.png: not drawn, matplotlib is not installed: pip install "opsdc[plot]"'
 
 
 def plot_run(run: Path, file: Path | None = None) -> Path:
     """Draw `run`/metrics.jsonl and `run`/eval as a PNG, with the teacher's refreshes marked.
 
     Returns the picture: `file`, by default `run`/plot.png. Raises DataError where the folder holds
-    no record.
+    no record, ConfigError where matplotlib is missing.
     """
     rows = read_lines(run / "metrics.jsonl")
     if not rows:
         raise DataError(f"no steps in {run / 'metrics.jsonl'}: is {run} the folder of a run?")
+    if missing := no_picture():
+        raise ConfigError(missing)
     import matplotlib
 
     matplotlib.use("Agg")

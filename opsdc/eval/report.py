@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,18 @@ _SHOWN_CHARACTERS = 400
 
 
 def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write a finished run's summary.json and plot.png; return the summary."""
+    """Write a finished run's summary.json and plot.png; return the summary.
+
+    A picture that cannot be drawn is a line on stderr: the run is complete without it.
+    """
     base = folder / "eval" / ("gate-base.jsonl" if config.data.gate_size else "base.jsonl")
     if base.is_file():
         facts = facts | {"evaluated": candidates(folder / "eval", read_answers(base), config)}
     summary = write_summary(folder, config, facts)
-    plot_run(folder)
+    try:
+        plot_run(folder)
+    except Exception as error:  # Fonts, backends and versions fail in many different ways.
+        print(f"{folder} is not drawn: {error}; later: opsdc plot {folder}", file=sys.stderr)
     return summary
 
 

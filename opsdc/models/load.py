@@ -197,22 +197,26 @@ def save_weights(model: Any, folder: str | Path) -> None:
 def load_weights(model: Any, folder: str | Path) -> None:
     """Copy the parameters of a folder that `save_weights` wrote into the model, bit for bit.
 
-    Raises KeyError for one that is not there, ValueError for one of another shape.
+    Raises KeyError for one that is not there or has no place in the model, ValueError for one of
+    another shape.
     """
     if hasattr(model, "peft_config"):
         import peft
 
         # peft's own loader would look on the Hub for what a folder lacks, pickles included.
         adapter = load_file(Path(folder) / "adapter_model.safetensors")
-        _none_missing(peft.get_peft_model_state_dict(model).keys() - adapter.keys())
+        names = peft.get_peft_model_state_dict(model).keys()
+        _none(names - adapter.keys(), "are missing")
+        _none(adapter.keys() - names, "have no place in this model")
         peft.set_peft_model_state_dict(model, adapter)
         return
     # Without use_safetensors a folder that has no safetensors would be unpickled.
     saved, loading_info = type(model).from_pretrained(
         str(folder), dtype=torch.float32, use_safetensors=True, output_loading_info=True
     )
-    # transformers fills missing tensors with random numbers.
-    _none_missing(loading_info["missing_keys"])
+    # transformers fills missing tensors with random numbers, and drops what does not fit.
+    _none(loading_info["missing_keys"], "are missing")
+    _none(loading_info["unexpected_keys"], "have no place in this model")
     parameters = dict(model.named_parameters())
     for name, parameter in saved.named_parameters():
         target = parameters[name]
@@ -223,7 +227,7 @@ def load_weights(model: Any, folder: str | Path) -> None:
         target.copy_(parameter)
 
 
-def _none_missing(names: Collection[str]) -> None:
-    """Raise KeyError where names of missing tensors are given."""
+def _none(names: Collection[str], fault: str) -> None:
+    """Raise KeyError where names of tensors with a fault are given."""
     if names:
-        raise KeyError(f"{len(names)} tensors are missing, {min(names)} for one")
+        raise KeyError(f"{len(names)} tensors {fault}, {min(names)} for one")

@@ -1,15 +1,17 @@
 """The state that steps change: how it is saved, resumed, rolled back, or given up.
 
 state = RunState(...)
-state.resume()                      # from the checkpoint that `train.resume` names
-state.complete(step, skipped)       # after each step
-state.save()                        # now and then; at the end; when a signal asks to stop
+with state.claimed():                   # no other run may use the folder
+    state.resume()                      # from the checkpoint that `train.resume` names
+    state.complete(step, skipped)       # after each step
+    state.save()                        # now and then; at the end; when a signal asks to stop
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +25,8 @@ from opsdc.method.teacher import Teacher
 from opsdc.models.load import describe
 from opsdc.ranks.talk import Ranks
 from opsdc.record import checkpoint, guard
+from opsdc.record.contents import changes
+from opsdc.record.folder import claimed
 from opsdc.record.lines import RunRecord, write_json
 from opsdc.record.versions import versions
 
@@ -55,6 +59,7 @@ class RunState:
         teacher: Teacher,
         optimizer: torch.optim.Optimizer,
         config: OPSDCConfig,
+        contents: dict[str, Any],
         ranks: Ranks,
         *parts: Stateful,
     ) -> None:
@@ -64,10 +69,19 @@ class RunState:
         """Number of steps so far whose loss or gradient was not finite."""
         self._skipped_in_a_row = 0
         self._model, self._teacher, self._optimizer = model, teacher, optimizer
-        self._config, self._ranks, self._parts = config, ranks, parts
+        self._config, self._contents = config, contents
+        self._ranks, self._parts = ranks, parts
         self._folder = Path(config.output_dir)
         self._checkpoints = self._folder / "checkpoints"
         self._saved: Path | None = None
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Hold the run's folder within the block, see `folder.claimed`."""
+        with contextlib.ExitStack() as held:
+            hold = claimed(self._folder)
+            self._ranks.on_first_rank(lambda: held.enter_context(hold))
+            yield
 
     def complete(self, step: int, skipped: bool) -> None:
         """Count a step as done, once its record is on disk."""
@@ -90,6 +104,7 @@ class RunState:
             "skipped_in_a_row": self._skipped_in_a_row,
             "model": describe(self._model),
             "config": self._config.to_dict(),
+            "contents": self._contents,
             **{part.name: part.state() for part in self._parts},
         }
         checkpoint.save(
@@ -124,9 +139,10 @@ class RunState:
             return
         state = self._restore(Path(folder))
         print(f"resuming after step {self.step} from {folder}", flush=True)
-        changed = _changes(state["config"], self._config.to_dict())
+        changed = changes(state["config"], self._config.to_dict(), but=_NO_EFFECT)
+        changed += changes(state.get("contents", {}), self._contents)
         # Other software, processors or thread counts may round otherwise: the bits may differ.
-        changed += _changes(state["versions"], versions())
+        changed += changes(state["versions"], versions())
         for line in changed:
             print(f"  changed since that checkpoint: {line}", file=sys.stderr)
 
@@ -195,7 +211,35 @@ class RunState:
         problem = checkpoint.verify(folder)
         if problem:
             raise ConfigError(f"train.resume {wanted}: not a good checkpoint: {problem}")
+        self._check_same_run(folder)
         return str(folder)
+
+    def _check_same_run(self, folder: Path) -> None:
+        """Raise ConfigError for the checkpoint of another run than this.
+
+        A run may go on with other settings, not by itself with other contents, and never with
+        another architecture. One that is finished has nothing left to do with other settings.
+        """
+        state, remedy = checkpoint.read_state(folder), "restore that, or name another output_dir"
+        there, here = state.get("contents", self._contents), self._contents
+        kinds = [contents["model"]["architecture"] for contents in (there, here)]
+        if kinds[0] != kinds[1]:
+            raise ConfigError(f"{folder} is of a {kinds[0]}, not of a {kinds[1]}: {remedy}")
+        settings = changes(
+            state["config"], self._config.to_dict(), but=(*_NO_EFFECT, "train.steps")
+        )
+        changed = changes(there, here)
+        if changed and self._config.train.resume == "auto":
+            raise ConfigError(
+                f"{folder} is of a run with other contents ({'; '.join(changed + settings)}): "
+                f"{remedy}, or go on all the same with train.resume {folder}"
+            )
+        steps = max(state["config"]["train"]["steps"], self._config.train.steps)
+        if settings and state["step"] >= steps:
+            raise ConfigError(
+                f"{folder} is the end of a run with other settings ({'; '.join(settings)}): "
+                f"{remedy}, or raise train.steps to go on"
+            )
 
     def _restore(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint and its counters on all ranks, and return its state."""
@@ -223,15 +267,3 @@ def write_batch(path: Path, step: int, pairs: Sequence[Pair], config: OPSDCConfi
         for p in pairs
     ]
     write_json(path, {"step": step, "config": config.to_dict(), "pairs": rows})
-
-
-def _changes(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """List the entries of two nested mappings that differ, but for those of `_NO_EFFECT`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in {**old, **new}
-            if prefix + key not in _NO_EFFECT
-            for line in _changes(old.get(key), new.get(key), f"{prefix}{key}.")
-        ]
-    return [] if old == new else [f"{prefix.rstrip('.')}: {old!r} → {new!r}"]

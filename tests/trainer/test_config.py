@@ -114,12 +114,8 @@ def test_paper_recipes_hold_the_paper_values(name):
 
 
 def test_a_setting_without_effect_is_said():
-    changes = {
-        "teacher.mode": "frozen",
-        "teacher.refresh_steps": 7,
-        "loss.beta": 0.3,
-        "loss.token_criterion": "entropy",
-    }
+    changes = {"teacher.mode": "frozen", "loss.beta": 0.3, "loss.token_criterion": "entropy"}
+    changes["teacher.refresh_steps"] = 7
     notes = " ".join(ignored_settings(OPSDCConfig.load("smollm2-cpu", changes)))
     assert "teacher.refresh_steps" in notes
     assert "loss.beta" in notes
@@ -139,6 +135,7 @@ REFUSED = {
     "output_dir": ["", " \n"],
     "model.name_or_path": ["", " \n"],
     "prompt.instruction": ["", " \n"],
+    "prompt.date": ["", "30 June", "2025-6-3", "2025-02-30", "20250630"],
     "rollout.server_address": ["host", "host:", "host:x", "1"],
     "optim.betas": [(0.9,), (0.9, 0.9, 0.9), (0.9, 1.0), (-0.1, 0.5)],
 }
