@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 SERIES_BELOW = 0.3
 """Below this |x| the difference expm1(x) − x has lost too many digits."""
@@ -44,6 +45,14 @@ def log_mixture(r: Tensor, beta: float) -> Tensor:
     """a = log((1−β) + β·e^r) (6)."""
     far = torch.logaddexp(torch.full_like(r, math.log1p(-beta)), r + math.log(beta))
     return torch.where(r > 1, far, torch.expm1(r).mul_(beta).log1p_())
+
+
+def log_mixture_from(x: Tensor, r0: Tensor, beta: float) -> Tensor:
+    """The same less its value at the log-ratio `r0` [N, 1], at x = r − r0 (11)."""
+    log_odds = r0 + (math.log(beta) - math.log1p(-beta))
+    log_w = logsigmoid(log_odds)
+    near = torch.expm1(x.clamp(max=1)).mul_(log_w.exp()).log1p_()
+    return torch.where(x > 1, torch.logaddexp(logsigmoid(-log_odds), log_w + x), near)
 
 
 def capped(x: Tensor, cap: float | None, temperature: float) -> Tensor:

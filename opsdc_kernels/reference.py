@@ -23,7 +23,13 @@ to autograd, so that each checks the other)::
 
     reverse KL   −q·c                                                                          (8)
     forward KL   q − p = −q·(e^r − 1)                                                          (9)
-    JSD          −(1−β)·q·(a + E_q[f(a)]),    E_q[a] = −E_q[f(a)] = −KL(q‖m̄)                 (10)
+    JSD          −(1−β)·q·(a − E_q[a])                                                        (10)
+    a − a₀ = log1p(w·(e^(r−r₀) − 1)),   w = β·e^r₀ / ((1−β) + β·e^r₀)                          (11)
+
+In (10) any constant may be taken off a. Where student and teacher are sure of different tokens, a
+is log(1−β) in nearly all of the student's mass, and hides what a − E_q[a] is there. So the passes
+measure a by (11) from its value a₀ at a typical log-ratio r₀: the mean one (r − r₀ = c), or that at
+the student's peak. They take the mean of these very numbers.
 
 The teacher is a constant, with a shared head too: W receives the gradient of s alone.
 

@@ -139,7 +139,8 @@ class _Pass:
     def over_chunks(self, ahead: bool) -> tuple[Result, Realised]:
         """Run chunk after chunk, until one is dense."""
         problem = self.problem
-        if self.count >= LOOK_LEAST and self._looks_dense():
+        looks = self.count >= LOOK_LEAST and self.height > 1  # at two halves of some tokens
+        if looks and self._looks_dense():
             return self.all_columns()
         self.result = Result.empty(problem, self.wanted._replace(weight=False))
         if self.wanted.weight:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsdc_kernels.maths import excess, log_mean_exp, log_mixture, weighted_excess
+from opsdc_kernels.maths import log_mean_exp, log_mixture, log_mixture_from, weighted_excess
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.row_pass.result import exact_rows
 
@@ -140,12 +140,11 @@ def _other_divergence(
     value = value - (1 - beta) * math.log1p(-beta) * outside_q
     value = (value - beta * math.log(beta) * outside_p).squeeze(1)
     if dz is not None:
-        # −E_q[a] = E_q[f(a)] + β·P_out: the mixture has β·P_out of its mass where the student has
-        # none.
-        a = torch.where(only_student, math.log1p(-beta), a)
-        centre = torch.where(only_student, full_q * excess(a), 0.0).sum(1, keepdim=True)
-        centre = from_student + centre + beta * outside_p
-        torch.mul(full_q, a.add_(centre), out=dz).mul_(beta - 1)  # (10)
+        # (10), a from its value at the mean of r over F (11); without a teacher r is −∞.
+        c = block.c.masked_fill(only_student, -math.inf)
+        a = log_mixture_from(c, log_share_p - log_share_q - block.kl, beta)
+        mean = (full_q * a).sum(1, keepdim=True) / full_q.sum(1, keepdim=True)
+        torch.mul(full_q, a.sub_(mean), out=dz).mul_(beta - 1)
     return value
 
 

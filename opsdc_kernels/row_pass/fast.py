@@ -184,8 +184,12 @@ def _jsd(block: Block, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     for rows in few_at_once(block.coarse):
         to_mixture[rows] = _mean_excess(block.q[rows], a[rows], y[rows])
     value = beta * (symmetric - block.kl) - (from_mixture - to_mixture)
+    size = _dot(block.q, a, block.z).abs_()
     dz = torch.ops.aten._softmax_backward_data(a, block.q, 1, a.dtype, grad_input=block.z)
-    return value, dz, ~((value >= symmetric * beta / 64) & (symmetric < SYMMETRIC_LIMIT))
+    # a − E_q[a] carries a rounding error of eps·|E_q[a]|, much where a hardly differs from it.
+    settled = size > NOISE_LIMIT * torch.linalg.vector_norm(dz, dim=1)
+    doubtful = ~((value >= symmetric * beta / 64) & (symmetric < SYMMETRIC_LIMIT)) | settled
+    return value, dz, doubtful
 
 
 def _statistics(s: Tensor, block: Block, target_ids: Tensor | None) -> tuple[Tensor, ...]:

@@ -51,8 +51,9 @@ static inline float log_one_plus(float y)
 
 /* What a panel has gathered; c = (d - anchor) - mean. */
 typedef struct {
-    float peak[W], anchor[W], mean[W], share[W], log_ratio[W], middle[W], poison[W], farthest[W];
-    double total[W], moment[W], value[W], other[W];
+    float peak[W], anchor[W], mean[W], share[W], log_ratio[W], poison[W], farthest[W];
+    float weight[W], middle[W]; /* of the JSD: w of (11), and the mean of its a */
+    double total[W], moment[W], value[W], other[W], sum_a[W];
     float peak_s[W], peak_t[W]; /* from here to below_t: of the statistics */
     double total_s[W], below_s[W], total_t[W], below_t[W];
     int doubt[W], doubts;
@@ -250,12 +251,12 @@ static void forward_kl(const Job *job, Block *b, Panel *p)
     LANES p->other[j] += sum[j];
 }
 
-/* The JSD (7) from a and b (6), b = a - r where r is not small. Leaves a in `d`, and q times the
-   soft-cap's slope in s. */
-static void jsd(const Job *job, Block *b, Panel *p)
+/* The JSD (7) from a and b (6), b = a - r where r is not small. With `gradient`, leaves a from the
+   mean of r (11) in `d`, and q times the soft-cap's slope in s. */
+static inline void add_jsd(const Job *job, Block *b, Panel *p, const int gradient)
 {
     const float beta = job->beta;
-    float sum_q[W] = {0}, sum_p[W] = {0};
+    float sum_q[W] = {0}, sum_p[W] = {0}, sum_a[W] = {0};
     EACH_COLUMN(b) LANES {
         float r = LOG_RATIO, q = exponential(b->s[v][j] - p->peak[j]) * p->share[j];
         float minus_one = r + excess(r), a = log_one_plus(beta * minus_one);
@@ -264,21 +265,31 @@ static void jsd(const Job *job, Block *b, Panel *p)
         float far = (1 + beta * minus_one) - (1 + minus_one) * (1 + a - r);
         sum_q[j] += q * excess(a);
         sum_p[j] += q * (fabsf(r) < 1 ? near : far);
-        b->d[v][j] = a;
-        b->s[v][j] = q;
+        if (gradient) {
+            float c = (b->d[v][j] - p->anchor[j]) - p->mean[j];
+            float from_mean = log_one_plus(p->weight[j] * (c + excess(c)));
+            sum_a[j] += q * from_mean;
+            b->d[v][j] = from_mean;
+            b->s[v][j] = q;
+        }
     }
-    if (job->student.range) EACH_COLUMN(b) LANES b->s[v][j] *= b->slope[v][j];
+    if (gradient && job->student.range) EACH_COLUMN(b) LANES b->s[v][j] *= b->slope[v][j];
     LANES {
         p->other[j] += sum_q[j];
         p->value[j] += sum_p[j];
+        p->sum_a[j] += sum_a[j];
     }
 }
+
+static void jsd(const Job *job, Block *b, Panel *p) { add_jsd(job, b, p, 0); }
+
+static void jsd_terms(const Job *job, Block *b, Panel *p) { add_jsd(job, b, p, 1); }
 
 /* q (a - E_q[a]) (10) replaces q. */
 static void jsd_gradient(const Job *job, Block *b, Panel *p)
 {
     (void)job;
-    EACH_COLUMN(b) LANES b->s[v][j] = flushed(b->s[v][j] * (b->d[v][j] + p->middle[j]));
+    EACH_COLUMN(b) LANES b->s[v][j] = flushed(b->s[v][j] * (b->d[v][j] - p->middle[j]));
 }
 
 static void divergences(const Job *job, Panel *panels, int64_t count)
@@ -294,12 +305,18 @@ static void divergences(const Job *job, Panel *panels, int64_t count)
             memcpy(panels[i].value, panels[i].other, sizeof panels[i].value);
     }
     if (job->divergence == JSD) {
-        for (int64_t i = 0; i < count; i++) memset(panels[i].value, 0, sizeof panels[i].value);
-        sweep(job, panels, jsd, job->gradient ? WRITES_BOTH : READS);
         for (int64_t i = 0; i < count; i++) {
             Panel *p = panels + i;
             for (int j = 0; j < W; j++) {
-                p->middle[j] = (float)p->other[j];
+                p->weight[j] = (float)(job->beta / (job->beta + (1 - job->beta) * exp(p->value[j])));
+                p->value[j] = 0;
+            }
+        }
+        sweep(job, panels, job->gradient ? jsd_terms : jsd, job->gradient ? WRITES_BOTH : READS);
+        for (int64_t i = 0; i < count; i++) {
+            Panel *p = panels + i;
+            for (int j = 0; j < W; j++) {
+                p->middle[j] = (float)p->sum_a[j];
                 p->value[j] = (1 - job->beta) * p->other[j] + job->beta * p->value[j];
             }
         }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from opsdc_kernels.triton.numerics import expm1, log_ratios_to_mixture, tanh
+from opsdc_kernels.triton.numerics import expm1, log_mixture_from, tanh
 
 
 class SideOfTriton(NamedTuple):
@@ -73,18 +73,18 @@ def logit_gradient(
     """Gradient with respect to s, without the factors that are constant in a row.
 
     reverse KL -q (d - E_q[d]); forward KL q - p = -q expm1(r), r = log(p / q); JSD, without its
-    1 - beta, -q (a - E_q[a]), a = log(mixture / q). Nothing flows through an infinite logit s.
+    1 - beta, -q (a - E_q[a]), a = log(mixture / q) from its value at the anchor. Nothing flows
+    through an infinite logit s.
     """
     q = tl.exp(s - normalizer[:, None])
-    c = (d - anchor[:, None]) - offset[:, None]
+    x = d - anchor[:, None]
+    c = x - offset[:, None]
     if DIVERGENCE == 1:
         far = tl.exp(tl.minimum(s - normalizer[:, None] + c, 0.0)) - q
         c = tl.where(c < 20, q * expm1(tl.minimum(c, 20.0)), far)
     else:
         if DIVERGENCE == 2:
-            c, _ = log_ratios_to_mixture(c, beta)
-            a_anchor, _ = log_ratios_to_mixture(-offset, beta)
-            c = (c - a_anchor[:, None]) - mean[:, None]
+            c = log_mixture_from(x, -offset[:, None], beta) - mean[:, None]
         c = q * c
     if MASKED:
         c = tl.where(s == float("-inf"), 0.0, c)

@@ -49,6 +49,19 @@ def tanh(x):
 
 
 @triton.jit
+def log_mixture_from(x, r0, beta):
+    """log(m / q) less its value where log(p / q) is r0, for any x = log(p / q) - r0. It is
+    log(1 + w expm1(x)), w the share of beta p in m there."""
+    log_odds = r0 + tl.log(beta / (1 - beta))
+    w = 1 / (1 + tl.exp(-log_odds))
+    y = x + tl.minimum(log_odds, 0.0) - log1p(tl.exp(-tl.abs(log_odds)))
+    near = w * expm1(tl.minimum(x, 20.0))
+    return tl.where(x < 20, 0.0, tl.maximum(y, 0.0)) + log1p(
+        tl.where(x < 20, near, tl.exp(-tl.abs(y)))
+    )
+
+
+@triton.jit
 def log_ratios_to_mixture(r, beta):
     """(log(m / q), log(m / p)) for r = log(p / q) and m = (1 - beta) q + beta p, at any r."""
     near = log1p(tl.where(r > 0, 1 - beta, beta) * expm1(-tl.abs(r)))

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from opsdc_kernels.triton.numerics import expm1, log1p, log_ratios_to_mixture, psi
+from opsdc_kernels.triton.numerics import expm1, log1p, log_mixture_from, log_ratios_to_mixture, psi
 
 RESULTS = 12
 """Rows of `store_results`: every `Stat`, then what the gradient needs."""
@@ -263,7 +263,8 @@ def jsd_terms(s, t, d, lse_s, lse_t, anchor, offset, beta):
     # Probabilities of the tile, and their log-ratios to the mixture.
     q = tl.exp(s - lse_s[:, None])
     p = tl.exp(t - lse_t[:, None])
-    a, b = log_ratios_to_mixture((d - anchor[:, None]) - offset[:, None], beta)
+    x = d - anchor[:, None]
+    a, b = log_ratios_to_mixture(x - offset[:, None], beta)
     # Each side's terms: q psi(a) where a is small, and where it is large mixture - q (1 + a).
     mixture = (1 - beta) * q + beta * p
     far_q = mixture - tl.where(q > 0, q * (1 + a), 0.0)
@@ -271,6 +272,6 @@ def jsd_terms(s, t, d, lse_s, lse_t, anchor, offset, beta):
     from_q = tl.where(a < 2, q * psi(tl.minimum(a, 2.0)), far_q)
     from_p = tl.where(b < 2, p * psi(tl.minimum(b, 2.0)), far_p)
     value = tl.sum((1 - beta) * from_q + beta * from_p, 1)
-    # The gradient's mean of a, measured from the anchor, where r is -offset.
-    a_anchor, _ = log_ratios_to_mixture(-offset, beta)
-    return value, tl.sum(tl.where(q > 0, q * (a - a_anchor[:, None]), 0.0), 1)
+    # The gradient's mean of a: at the anchor r is -offset.
+    from_anchor = log_mixture_from(x, -offset[:, None], beta)
+    return value, tl.sum(tl.where(q > 0, q * from_anchor, 0.0), 1)

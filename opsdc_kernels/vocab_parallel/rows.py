@@ -82,8 +82,8 @@ class RowScalars(NamedTuple):
     """The same over the columns inside."""
     to_mean: Tensor
     """E_q[d] − E_{q_g}[d]."""
-    to_log_ratio: Tensor
-    """r = log(p/q) is c less this, c = d − E_{q_g}[d]."""
+    log_ratio: Tensor
+    """r = log(p/q) is d − E_q[d] less this."""
 
 
 def sharded_rows_(
@@ -121,17 +121,15 @@ def sharded_rows_(
     statistics = _merge_statistics(parts, gathered[count:]) if options.return_stats else ()
 
     # 3. The JSD's integrand needs both normalizers of all shards: its sums are exchanged now.
-    scalars = _row_scalars(merged, Summary(*ours[:count]), torch.cat(peaks), dtype)
+    scalars = _row_scalars(merged, parts, Summary(*ours[:count]), torch.cat(peaks), dtype)
     blockwise = [
         (s_CV[block], other_CV[block], RowScalars(*(x[block] for x in scalars))) for block in blocks
     ]
     centre_C1 = None
     if jsd:
         jsd_sums = torch.cat([_jsd_sums_(*x, problem) for x in blockwise], 1)
-        from_student, from_teacher = gather(jsd_sums).sum(0)
+        from_student, from_teacher, centre = gather(jsd_sums).sum(0)
         value = value + (1 - beta) * from_student + beta * from_teacher
-        centre = from_student + beta * merged.outside_p
-        centre = centre + merged.outside_q * maths.excess(centre.new_tensor(math.log1p(-beta)))
         centre_C1 = centre.to(dtype)[:, None]
 
     # 4. The gradient of this shard's logits, from c (KLs) or a (JSD) and the scalars of its rows.
@@ -269,16 +267,20 @@ def _merge_statistics(parts: Summary, extra: tuple[Tensor, ...]) -> tuple[Tensor
     return (lse_s, lse_t, *entropies, agreement, *logprobs)
 
 
-def _row_scalars(merged: Merged, ours: Summary, peak: Tensor, dtype: torch.dtype) -> RowScalars:
+def _row_scalars(
+    merged: Merged, parts: Summary, ours: Summary, peak: Tensor, dtype: torch.dtype
+) -> RowScalars:
     """Differences of float64 numbers, rounded once."""
     log_peak_inside = peak.double() - merged.inside
     shares = merged.log_share_q - merged.log_share_p
+    # By the differences: where our shard has all but nothing of the mass, they are all of it.
+    to_mean = (torch.softmax(parts.inside, 0) * (parts.mean - ours.mean)).sum(0)
     columns = (
         peak,
         log_peak_inside + merged.log_share_q,
         log_peak_inside,
-        merged.mean - ours.mean,
-        merged.log_ratio - ours.mean + shares,
+        to_mean,
+        merged.log_ratio - merged.mean + shares,
     )
     return RowScalars(*(x.to(dtype)[:, None] for x in columns))
 
@@ -292,20 +294,24 @@ def _student_logits(x_BV: Tensor, problem: Problem) -> tuple[Tensor, Tensor | No
 
 
 def _jsd_sums_(student_BV: Tensor, c_BV: Tensor, row: RowScalars, problem: Problem) -> Tensor:
-    """Σ q·f(a) and Σ p·f(b) over the columns inside, float64 [2, B]; `c_BV` becomes a."""
+    """Σ q·f(a) and Σ p·f(b) over the columns inside, Σ q·a over all, float64 [3, B]; a, in the last
+    measured from the mean of r (11), replaces `c_BV`."""
     beta = problem.options.beta
     s, _ = _student_logits(student_BV, problem)
     no_student, no_teacher = torch.isneginf(s), torch.isneginf(c_BV)
     outside = no_student | no_teacher
-    log_q = (s - row.peak + row.log_peak).masked_fill_(outside, -math.inf)
-    r = (c_BV - row.to_log_ratio).masked_fill_(outside, 0.0)
+    log_full_q = s - row.peak + row.log_peak
+    log_q = log_full_q.masked_fill(outside, -math.inf)
+    c_BV.sub_(row.to_mean)
+    r = (c_BV - row.log_ratio).masked_fill_(outside, 0.0)
     log_p = log_q + r
     a, b = maths.log_mixture(r, beta), maths.log_mixture(-r, 1 - beta)
     log_m = torch.logaddexp(log_q + math.log1p(-beta), log_p + math.log(beta))
     from_student = maths.weighted_excess(log_q, a, log_m).sum(1)
     from_teacher = maths.weighted_excess(log_p, b, log_m).sum(1)
-    c_BV.copy_(a.masked_fill_(no_teacher, math.log1p(-beta)))
-    return torch.stack((from_student, from_teacher)).double()
+    c_BV.copy_(maths.log_mixture_from(c_BV, -row.log_ratio, beta))
+    centre = (log_full_q.exp_() * c_BV).sum(1)
+    return torch.stack((from_student, from_teacher, centre)).double()
 
 
 def _gradient_(
@@ -316,7 +322,7 @@ def _gradient_(
     log_q = s - row.peak
     if centre_B1 is not None:
         q = log_q.add_(row.log_peak).exp_()
-        dz = q.mul_(c_BV.add_(centre_B1)).mul_(problem.options.beta - 1)
+        dz = q.mul_(c_BV.sub_(centre_B1)).mul_(problem.options.beta - 1)
     else:
         no_teacher = torch.isneginf(c_BV)
         outside = no_teacher | torch.isneginf(s)
@@ -327,7 +333,7 @@ def _gradient_(
         else:
             log_q = log_q.add_(row.log_peak)
             q = log_q.exp()
-            r = c_BV.sub_(row.to_log_ratio)
+            r = c_BV.sub_(row.to_mean).sub_(row.log_ratio)
             far = q - torch.exp(log_q + r)  # where e^r alone could overflow
             dz = torch.where(r > 1, far, -q * torch.expm1(r.clamp(max=1.0)))
     if slope is not None:

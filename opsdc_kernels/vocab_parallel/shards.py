@@ -53,7 +53,7 @@ def bytes_per_token(
     float64), a ring all-reduce sends and receives less than twice as much. ``reduction="none"``
     with a trainable head gathers once more in backward, without statistics.
     """
-    gathered = len(Summary._fields) + 2 * (divergence == "jsd")
+    gathered = len(Summary._fields) + 3 * (divergence == "jsd")
     gathered += return_stats * (5 + 2 * target_ids)
     wide = 8 if dtype == torch.float64 else 4
     return 8 * gathered + gradient * wide * student_dim

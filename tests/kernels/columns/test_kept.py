@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.kernels import make_problem
+from helpers.kernels import make_problem, sizes_of
 
 from opsdc_kernels import linear_divergence, plan, testing
 from opsdc_kernels.chunked.run import run_chunks
@@ -296,6 +296,23 @@ def test_a_look_hands_a_flat_call_over(tokens):
     assert float(found.gemm_units) < 4 + 1.2 * columns.LOOK_ROWS / tokens
     for name in ("per_token", "hidden_gradient", "weight_gradient"):
         assert torch.equal(getattr(got, name), getattr(exact, name))
+
+
+@pytest.mark.parametrize("height", [1, 2, 3])
+def test_a_workspace_of_a_row_or_two(monkeypatch, height):
+    """Calls long enough to be looked at."""
+    case = language_case(temperature=0.4, tokens=columns.LOOK_LEAST + 1)
+    least = plan.scratch_bytes(1, sizes_of(V, (D, D), torch.float64))  # what a call may ask for
+    problem = problem_of(case, skip_tolerance=1e-2, workspace_bytes=least)
+    needs = GradientsWanted(True, True, False)
+    if height > 1:
+        monkeypatch.setattr(columns.plan, "column_chunk_rows", lambda *_: height)
+    got, found = run_columns(problem, needs, None, None)
+    exact = run_chunks(problem, needs, None, None)
+    assert float(found.hidden_gradient_bound) <= 1e-2
+    for name in ("hidden_gradient", "weight_gradient"):
+        a, b = getattr(got, name), getattr(exact, name)
+        assert (a - b).norm() <= 1e-2 * b.norm()
 
 
 @pytest.mark.parametrize("kept", [None, torch.arange(N)])

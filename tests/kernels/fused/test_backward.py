@@ -3,10 +3,12 @@
 The interpreter truncates to bf16 where a GPU rounds to nearest: a harsher test of the correction.
 """
 
+import functools
 import os
 
 import pytest
 import torch
+from helpers.saturated import failures, gradient_of_heads
 
 from opsdc_kernels import linear_divergence
 
@@ -107,6 +109,11 @@ def test_fp16_neither_underflows_nor_overflows(near, divergence):
     assert relative(got[0], truth[0]) <= 1e-4
     assert relative(got[1], truth[1]) <= 2e-3
     assert relative(got[2], truth[2]) <= 2e-3
+
+
+def test_saturated_rows():
+    """Gradients of rows whose student and teacher are sure of different tokens."""
+    assert not failures(functools.partial(gradient_of_heads, backend="fused"))
 
 
 def test_scale_bounds_the_gradient():

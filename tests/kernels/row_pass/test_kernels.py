@@ -5,6 +5,8 @@ import os
 
 import pytest
 import torch
+from helpers.kernels import make_problem
+from helpers.saturated import COLUMNS, LIMIT, errors, logits
 
 from opsdc_kernels.problem import Options, Problem, Stat
 from opsdc_kernels.row_pass.eager import divergence_rows_ as torch_rows_
@@ -79,6 +81,16 @@ def test_equal_to_the_torch_rows(B, V, divergence, variant, dtype):
     assert (gradient - expected).norm() <= 3e-5 * expected.norm() + 1e-12
     if dtype == torch.float16:
         assert mine.abs().max() <= 2**14
+
+
+def test_saturated_rows():
+    from opsdc_kernels.row_pass.kernels import divergence_rows_
+
+    options, empty = {"divergence": "jsd", "beta": 0.1}, torch.zeros(0, 1)
+    problem = make_problem(empty, empty, empty, empty, vocab_size=COLUMNS, **options)
+    s, t = (x[:18] for x in logits())
+    gradient = s * divergence_rows_(s, t, problem, gradient=True).factor[:, None]
+    assert errors(gradient, **options).max() <= LIMIT
 
 
 def test_loss_only_leaves_the_logits():

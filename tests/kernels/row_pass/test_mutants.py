@@ -234,7 +234,7 @@ COMPILED = {
     "JSD with β and 1 − β exchanged": (
         "(1 - job->beta) * p->other[j] + job->beta", "job->beta * p->other[j] + (1 - job->beta)",
     ),
-    "JSD gradient without its mean": ("b->d[v][j] + p->middle[j]", "b->d[v][j]"),
+    "JSD gradient without its mean": ("b->d[v][j] - p->middle[j]", "b->d[v][j]"),
     "log(1 + y) of a rounded sum": ("n ? m - 1 : y", "m - 1"),
 }  # fmt: skip
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from helpers.kernel_ranks import N, V, bound, call, differences, make_case, sharded, whole
 from helpers.kernels import truth_of
+from helpers.saturated import COLUMNS, failures, logits
 
-from opsdc_kernels import products, testing
+from opsdc_kernels import linear_divergence, products, testing
 from opsdc_kernels.chunked import op as chunked_op
 from opsdc_kernels.chunked.run import run_chunks
 from opsdc_kernels.vocab_parallel import rows, shards
@@ -136,6 +137,24 @@ def test_16_bit(ranks, dtype):
     assert max(found[1:3]) <= limit + torch.finfo(dtype).eps / 4
 
 
+def saturated(group, **options):
+    """This rank's columns of the gradient of saturated rows' logits."""
+    size, rank = group.size(), group.rank()
+    rows = slice(COLUMNS * rank // size, COLUMNS * (rank + 1) // size)
+    s, t = logits()
+    weight = torch.eye(COLUMNS)[rows]
+    hidden = s.requires_grad_()
+    loss = linear_divergence(hidden, weight, t, weight.clone(), reduction="sum",
+                             process_group=group, **options)  # fmt: skip
+    loss.backward()
+    return hidden.grad
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_saturated_rows(ranks, size):
+    assert not failures(lambda **options: ranks(saturated, size, **options)[0])
+
+
 def with_rounded_tile(group, case, correct):
     rounded = functools.partial(run_chunks, tile_dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
@@ -174,7 +193,7 @@ def mutated(name):
 
     def only_own_sums(ours, group):
         found = gather(ours, group)
-        if ours.shape[0] == 2:  # the JSD's sums
+        if ours.shape[0] == 3:  # the JSD's sums
             found.zero_()[group.rank()] = ours
         return found
 
@@ -186,7 +205,7 @@ def mutated(name):
         ),
         "each shard has its own normalizers": (
             "rows._row_scalars",
-            lambda *a: (r := scalars(*a))._replace(to_log_ratio=0 * r.to_log_ratio),
+            lambda *a: (r := scalars(*a))._replace(log_ratio=0 * r.log_ratio),
         ),
         "the JSD's sums are local": ("shards._gather", only_own_sums),
         "the divergence within shards is dropped": (
