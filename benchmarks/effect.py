@@ -36,7 +36,7 @@ from opsdc.record.lines import read_lines, write_json
 from opsdc.train import OPSDCTrainer
 
 RECORD = record.RECORDS / "effect" / "cpu.json"
-STEPS, SEEDS, EVERY = 12, (0, 1, 2), 4
+STEPS, SEEDS, EVERY = 8, (0, 1, 2), 4
 COMMON: dict[str, Any] = {
     "train.keep_best": False,
     "train.save_every": 0,
@@ -80,7 +80,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 EVERY_ARM = ARMS | TARGETS | SCHEDULES
 QUICK = ("frozen", "correct only")
-DIFFICULTY_SAMPLES = 4
+DIFFICULTY_SAMPLES = 2
 """Answers per problem, beside those compared, that say how hard it is for the base."""
 
 
@@ -171,11 +171,13 @@ def measure(
         for arm in arms:
             cell = (train_cell, (arm, seed, steps, problems, folder))
             wanted[_file(arm, seed)] = cell
-    setting = {"steps": steps, "problems": problems, "common": COMMON}
 
     def settings_of(name: str) -> dict[str, Any]:
-        arm = wanted[name][1][0]
-        return {**setting, "arm": EVERY_ARM.get(arm, {}) if isinstance(arm, str) else {}}
+        cell, what = wanted[name]
+        answered = {"problems": problems, "common": COMMON}
+        if cell is base_cell:
+            return {**answered, "difficulty_samples": DIFFICULTY_SAMPLES}
+        return {**answered, "steps": steps, "arm": EVERY_ARM[what[0]]}
 
     def stored(name: str) -> dict[str, Any] | None:
         path = folder / "cells" / f"{name}.json"
