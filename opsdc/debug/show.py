@@ -101,12 +101,14 @@ def inspect(
     pair = Pair(
         student_prompt_ids=item.prompts.student_ids,
         teacher_prompt_ids=item.prompts.teacher_ids,
+        against_prompt_ids=item.prompts.against_ids,
         response_ids=rollout.response_ids,
+        dial=config.teacher.dial,
     )
     model.eval()
     values = per_token(model, teacher, pair, config, padded_layout(model, config, tokenizer))
     use_colour = sys.stdout.isatty() if colour is None else colour
-    return _render(tokenizer, item, rollout, values, use_colour)
+    return _render(tokenizer, item, rollout, values, teacher.contexts(pair.dial), use_colour)
 
 
 def _render(
@@ -114,6 +116,7 @@ def _render(
     item: Prompted,
     rollout: Rollout,
     values: dict[str, torch.Tensor],
+    contexts: dict[str, float],
     colour: bool,
 ) -> str:
     """Return the text of a problem, its response and the values of its tokens."""
@@ -123,6 +126,8 @@ def _render(
         f"problem {item.problem.id}   answer {item.problem.answer!r}",
         _prompt("student prompt", prompts.student_text, prompts.student_ids),
         _prompt("teacher prompt", prompts.teacher_text, prompts.teacher_ids),
+        *_against(tokenizer, prompts.against_ids),
+        "── teacher mixed of: " + " ".join(f"{weight:+g} {name}" for name, weight in contexts.items()),
         f"── response: {len(tokens)} tokens, "
         + ("ended by itself" if rollout.finished else "cut at rollout.max_new_tokens")
         + f"\nids {list(rollout.response_ids)}",
@@ -149,6 +154,10 @@ def _render(
 
 def _prompt(name: str, text: str, ids: list[int]) -> str:
     return f"── {name}: {len(ids)} tokens\n{text}\nids {ids}"
+
+
+def _against(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    return [_prompt("prompt with teacher.against", str(tokenizer.decode(ids)), ids)] if ids else []
 
 
 def _coloured(tokens: list[str], kl: torch.Tensor) -> str:
