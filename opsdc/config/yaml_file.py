@@ -49,7 +49,7 @@ def recipe_names() -> list[str]:
 def read_file(source: str | Path) -> dict[str, Any]:
     """Read a recipe by name, or a YAML file; raises ConfigError that names it."""
     path = Path(source)
-    if not path.suffix and str(source) in recipe_names():
+    if str(source) in recipe_names():
         text = (resources.files("opsdc") / "recipes" / f"{source}.yaml").read_text("utf-8")
     elif path.is_file():
         try:

@@ -98,7 +98,16 @@ def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
             attn_implementation=attention if on_gpu else None,
             liger=config.model.liger and on_gpu,
         ),
-        data=replace(config.data, prompt_column="problem", answer_column="answer", eval_size=0),
+        # A random model is never right: decisions by answers are left out, and what is learned from.
+        data=replace(
+            config.data,
+            prompt_column="problem",
+            answer_column="answer",
+            eval_size=0,
+            gate_size=0,
+            train_on="all" if config.data.train_on == "correct" else config.data.train_on,
+        ),
+        teacher=replace(config.teacher, gate=False),
         prompt=replace(config.prompt, max_tokens=1 << 20),
         rollout=replace(
             config.rollout,
@@ -107,7 +116,7 @@ def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
             max_new_tokens=min(config.rollout.max_new_tokens, 8),
             server_address=None,
         ),
-        train=replace(config.train, steps=1, save_every=0, resume="none"),
+        train=replace(config.train, steps=1, save_every=0, resume="none", keep_best=False),
         eval=replace(config.eval, problems=0, every=0),
         log=replace(config.log, report_to=()),
     )
