@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -63,6 +64,9 @@ _ANY = "[--SECTION.KEY VALUE ...]"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command, and return its exit status (2 for a mistake of the user's)."""
+    if not sys.stderr.isatty():
+        # In a log a bar is a line every so often; read when tqdm is loaded, which is later.
+        os.environ.setdefault("TQDM_MININTERVAL", "30")
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
