@@ -321,6 +321,14 @@ def _local(tensor):
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def right_by_length(rank):
+    """Let a response be right where its text has an even length: a random model never is."""
+    from opsdc.eval import answers
+    from opsdc.eval.scorers import Score
+
+    answers.score = lambda text, problem, scorer: Score(len(text) % 2 == 0, text)
+
+
 # What goes wrong on one rank of a run.
 
 

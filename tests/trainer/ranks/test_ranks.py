@@ -209,6 +209,33 @@ def test_ranks_sample_the_same_tokens_and_keep_one_record(settings, alone, tmp_p
     assert json.loads((out / "summary.json").read_text())["ranks"] == 2
 
 
+@pytest.mark.parametrize("train_on", ["dial", pytest.param("correct", marks=pytest.mark.slow)])
+def test_ranks_agree_who_is_right_and_what_the_gate_lets_pass(settings, tmp_path, train_on):
+    """Judged by one, known to all; the target's dial moves alike."""
+    records = []
+    for size in (1, 2):
+        out = tmp_path / f"ranks-{size}"
+        run = settings(out, strategy="ddp")
+        run["data"] |= {"train_on": train_on, "scorer": "number", "gate_size": 5}
+        run["teacher"] |= {"gate": True, "target": 0.4}
+        run["rollout"] |= {"max_new_tokens": 40}
+        run["train"] |= {"keep_best": True}
+        assert t.train(run, size, t.right_by_length) == [0] * size, runs.log(out)
+        records.append(record(out))
+        lines = runs.log(out).splitlines()
+        records[-1].append([line for line in lines if line.startswith(("gate", "keeping"))])
+        records[-1].append(sorted(p.name for p in (out / "eval").iterdir()))
+    one, two = records
+    assert {row["right_share"] for row in one[:-2]} - {0.0, 1.0}
+    assert any(row["dial"] != 1.0 for row in one[:-2])
+    assert len(one[-2]) >= 2
+    assert two[-2:] == one[-2:]
+    for row, wanted in zip(two[:-2], one[:-2]):
+        for key, value in wanted.items():
+            if not key.startswith("perf/"):
+                assert row[key] == pytest.approx(value, rel=1e-4), (row["step"], key)
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(settings, alone, tmp_path):
     out = tmp_path / "run"
     for size, steps in ((2, 2), (1, 4), (3, STEPS)):
