@@ -306,6 +306,6 @@ def test_a_prompted_set_of_hostile_texts_is_dropped_by_length_alone(tokenizer, c
         rows, origin="rows", prompt_column=None, answer_column=None, seed=0
     )
     config = OPSDCConfig.from_dict({"prompt": {"max_tokens": 1000, "instruction": "Be brief."}})
-    kept = PromptedSet(problems, tokenizer, config.prompt).within_limit("training")
+    kept = PromptedSet(problems, tokenizer, config).within_limit("training")
     assert len(rows) - len(kept) == sum(len(r["problem"].encode()) > 900 for r in rows)
     assert f"dropped {len(rows) - len(kept)} of {len(rows)}" in capsys.readouterr().err

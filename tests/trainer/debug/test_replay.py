@@ -20,7 +20,7 @@ SICK_TOKEN = 200
 def gave_up(make_config, tmp_path, monkeypatch):
     """A model in which one token's embedding is not a number: sick where a response holds it."""
     # Not to be found before the first step: one sampled token is nobody's input.
-    monkeypatch.setattr(checks, "_SAMPLED_TOKENS", 1)
+    monkeypatch.setattr(checks, "_RESPONSE_TOKENS", 1)
     model = tiny_model(tied=False)
     with torch.no_grad():
         model.model.embed_tokens.weight[SICK_TOKEN] = math.nan
