@@ -33,7 +33,7 @@ _UNMASKED = "opsdc_unmasked"
 """Under this name transformers has an attention but no mask function, so it makes no mask."""
 
 _TRACE_SECONDS = 30
-"""Layers that loop over tokens in Python would take hours."""
+"""Seconds of the processor for a trace: layers that loop over tokens in Python would take hours."""
 
 AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
 
@@ -222,10 +222,10 @@ class _OnFakes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._end = time.monotonic() + _TRACE_SECONDS
+        self._end = time.process_time() + _TRACE_SECONDS
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if time.monotonic() > self._end:
+        if time.process_time() > self._end:
             raise NotTraced(f"it takes more than {_TRACE_SECONDS} s")
         if func is not torch.ops.aten._grouped_mm.default:
             return func(*args, **(kwargs or {}))
