@@ -111,7 +111,9 @@ def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
             attn_implementation=attention if on_gpu else None,
             liger=config.model.liger and on_gpu,
         ),
-        data=replace(config.data, prompt_column="problem", answer_column="answer", eval_size=0),
+        data=replace(
+            config.data, prompt_column="problem", answer_column="answer", eval_size=0, gate_size=0
+        ),
         prompt=replace(config.prompt, max_tokens=1 << 20),
         rollout=replace(
             config.rollout,
@@ -120,7 +122,9 @@ def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
             max_new_tokens=min(config.rollout.max_new_tokens, 8),
             server_address=None,
         ),
-        train=replace(config.train, steps=1, save_every=0, resume="none"),
+        # Four sums are enough for a step, and none of them is left for decisions about it.
+        teacher=replace(config.teacher, gate=False),
+        train=replace(config.train, steps=1, save_every=0, resume="none", keep_best=False),
         eval=replace(config.eval, problems=0, every=0),
         log=replace(config.log, report_to=()),
     )
@@ -130,9 +134,12 @@ def _load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, str]:
     """Load the model's tokenizer if it is on this machine, else make one; say which."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(demo_model.resolve(name), local_files_only=True)
-        return tokenizer, "the model's own tokenizer"
+        # Of a folder with a config alone transformers makes one without a vocabulary.
+        if "sum" in tokenizer.decode(tokenizer.encode("the sum of 2 and 3")):
+            return tokenizer, "the model's own tokenizer"
     except (OSError, ValueError):
-        return _bytes_tokenizer(), "a tokenizer of bytes (the model's own is not on this machine)"
+        pass
+    return _bytes_tokenizer(), "a tokenizer of bytes (the model's own is not on this machine)"
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerFast:

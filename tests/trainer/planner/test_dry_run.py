@@ -15,7 +15,6 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     Qwen3MoeConfig,
-    RwkvConfig,
     T5Config,
 )
 
@@ -79,7 +78,6 @@ ARCHITECTURES = {
             "long_factor": [4.0] * 4,
         },
     ),
-    "RWKV": RwkvConfig(vocab_size=264, hidden_size=32, num_hidden_layers=2),
 }  # fmt: skip
 
 
