@@ -25,6 +25,7 @@ from opsdc.models.positions import longest_sequence
 from opsdc.planner.room import check_disk, check_memory
 from opsdc.ranks import shard
 from opsdc.ranks.talk import ALONE, Ranks, is_out_of_memory
+from opsdc.record.proof import check_saving
 from opsdc.rollout.base import AGREEMENT, Request, Rollout, Sampler, SamplingParams, difference
 
 _PACKED_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -279,6 +280,12 @@ def response_logprobs(
     with evaluating(model), autocast(device, dtype):
         rows = shard.as_forward(model, logits)
     return rows.log_softmax(1).gather(1, batch.targets[:, None])[:, 0].tolist()
+
+
+def before_sampling(model: Any, sets: ProblemSets, config: OPSDCConfig, ranks: Ranks) -> None:
+    """Run the checks that need no sampler; raise ModelError for one that fails."""
+    check_prompts(model, sets, config)
+    check_saving(model, config.output_dir, ranks)
 
 
 def before_first_step(

@@ -76,8 +76,8 @@ class OPSDCTrainer:
         # An adapter starts from random numbers.
         torch.manual_seed(config.seed)
         self.model = prepare_model(module, config.model).train()
-        checks.check_prompts(self.model, sets, config)
         shard.shard_(self.model, config, self.ranks)
+        checks.before_sampling(self.model, sets, config, self.ranks)
         self.teacher = Teacher(self.model, config.teacher)
         self.optimizer, self.learning_rate = make_optimizer(self.model, config)
         self.sampler = start_sampler(

@@ -31,15 +31,18 @@ def with_adapter(model: PreTrainedModel, lora: LoRAConfig) -> Any:
         raise ModelError('model.lora needs peft: pip install "opsdc[lora]"') from error
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     modules = lora.target_modules
-    adapted = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            target_modules=modules if isinstance(modules, str) else list(modules),
-            task_type="CAUSAL_LM",
-        ),
-    )
+    try:
+        adapted = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                target_modules=modules if isinstance(modules, str) else list(modules),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise ModelError(f"model.lora.target_modules {modules!r}: {error}") from error
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ModelError(
             f"model.lora.target_modules {lora.target_modules!r} puts an adapter on the head "

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -68,11 +69,12 @@ def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     return pad if pad is not None and pad < len(embedding.weight) else 0
 
 
-def load_architecture(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+def load_architecture(config: ModelConfig) -> PreTrainedConfig:
     """Load an architecture's config, by a name of our table, a config.json, a folder or a Hub name.
 
     Raises ModelError, asking for a config.json, where it cannot be read.
     """
+    name = config.name_or_path
     text = (resources.files("opsdc") / "models" / "architectures.yaml").read_text("utf-8")
     known: dict[str, dict[str, Any]] = yaml.safe_load(text)
     if name in known:
@@ -80,8 +82,10 @@ def load_architecture(name: str, *, revision: str | None = None) -> PreTrainedCo
     path = Path(name)
     source = str(path.parent) if path.name == "config.json" else demo_model.resolve(name)
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(
             f"model.name_or_path: no config of '{name}': give its config.json, or a name out of "
             f"{', '.join(known)} ({error})"

@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from opsdc.config.settings import OPSDCConfig
+from opsdc.errors import ModelError
 from opsdc.models import demo_model
+from opsdc.models.head import check_head
 from opsdc.models.load import load_architecture, load_model
 from opsdc.planner.activations import shallower
 from opsdc.planner.report import report
@@ -55,7 +57,7 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
     print(report(config, memory_bytes=memory, gpus=1, tflops=600.0)[1], flush=True)
 
     tokenizer, whose = _load_tokenizer(config.model.name_or_path)
-    shape = load_architecture(config.model.name_or_path, revision=config.model.revision)
+    shape = load_architecture(config.model)
     twin = twin_of(shape, tokenizer)
     print(f"\none step of a twin: {type(twin).__name__}, two layers, {whose}", flush=True)
     if config.rollout.engine != "hf":
@@ -73,7 +75,10 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
 
 
 def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Build the same architecture with two small layers and random weights in float32."""
+    """Build the same architecture with two small layers and random weights in float32.
+
+    Raises ModelError where its dimensions do not shrink together.
+    """
     small = shallower(architecture, 2)
     text = small.get_text_config()
     for name, size in _SMALL.items():
@@ -83,7 +88,15 @@ def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text, name, getattr(tokenizer, name))
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+    try:
+        twin = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+        check_head(twin)
+    except Exception as error:  # whatever an architecture's own code makes of small dimensions
+        raise ModelError(
+            f"--dry-run cannot make a small twin of {type(architecture).__name__}, so that no step "
+            f"is tried; the plan stands, and train.steps 1 tries one on the model itself ({error})"
+        ) from error
+    return twin
 
 
 def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
@@ -126,9 +139,12 @@ def _load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, str]:
     """Load the model's tokenizer if it is on this machine, else make one; say which."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(demo_model.resolve(name), local_files_only=True)
-        return tokenizer, "the model's own tokenizer"
+        # Of a folder with a config alone transformers makes one without a vocabulary.
+        if "sum" in tokenizer.decode(tokenizer.encode("the sum of 2 and 3")):
+            return tokenizer, "the model's own tokenizer"
     except (OSError, ValueError):
-        return _bytes_tokenizer(), "a tokenizer of bytes (the model's own is not on this machine)"
+        pass
+    return _bytes_tokenizer(), "a tokenizer of bytes (the model's own is not on this machine)"
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerFast:

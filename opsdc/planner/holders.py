@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
 from opsdc.config.settings import OPSDCConfig, TeacherConfig
 from opsdc.method.mixture import Mix
-from opsdc.models.load import VARIABLE_LENGTH
 from opsdc.models.quantize import BYTES
-from opsdc.planner.activations import count_activations
+from opsdc.planner.activations import Activations
 from opsdc.planner.sizes import Sizes
 from opsdc_kernels import plan as kernels
 
@@ -43,6 +42,8 @@ class Run:
     """The number of response tokens of a whole step on one device."""
     loss: kernels.Plan
     """The kernels' plan of the loss over the responses of one forward."""
+    activations: tuple[Activations, Activations] | None
+    """Those of one sequence, and of every further one, see `count_activations`; None: unknown."""
 
     @property
     def sharded(self) -> bool:
@@ -108,10 +109,7 @@ def _state(run: Run) -> Iterator[Holder]:
 def _passes(run: Run) -> Iterator[Holder]:
     """Yield what the passes of teacher and student hold beside the state, the loss included."""
     config, sizes, loss = run.config, run.sizes, run.loss
-    # Neither setting changes what is traced, so that one trace serves all of their values.
-    traced = replace(config.model, compile=False, liger=False, quantize=None)
-    masked = config.model.attn_implementation not in VARIABLE_LENGTH
-    one, more = count_activations(run.architecture_json, traced, width=run.width, masked=masked)
+    one, more = run.activations or (Activations.none(), Activations.none())
     rows = one + more * (run.rows - 1)
 
     # Weights that autocast has cast do not grow with rows. A checkpointed backward casts anew.
@@ -180,9 +178,11 @@ def _sampling(run: Run) -> Iterator[Holder]:
             yield f"vLLM ({rollout.engine})", _during(share, *phases)
         return
     text = run.architecture.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    per_layer = 2 * heads * size * run.item
+    # Without attention there is no cache that grows with the tokens.
+    queries = getattr(text, "num_attention_heads", None) or 0
+    heads = getattr(text, "num_key_value_heads", None) or queries
+    size = getattr(text, "head_dim", None) or text.hidden_size // max(queries, 1)
+    per_layer = 2 * heads * size * run.item if queries else 0
 
     def at_once(batch: int, sequences: int) -> int:
         return min(batch, -(-sequences // run.gpus))

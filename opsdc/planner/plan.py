@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from opsdc.config.settings import OPSDCConfig
-from opsdc.models.load import load_architecture
+from opsdc.models.load import VARIABLE_LENGTH, load_architecture
+from opsdc.planner.activations import count_activations
 from opsdc.planner.holders import PHASES, Run, holders
 from opsdc.planner.sizes import Sizes, planned_sizes
 from opsdc_kernels import plan as kernels
@@ -62,6 +63,8 @@ class Plan:
     """The kernels' plan of the loss over the responses of one forward."""
     loss_flop: float
     """The operations of the loss of a whole step on one device."""
+    unknown: str | None
+    """Why activations are unknown and not counted; None where they are."""
 
     def total(self, phase: str) -> float:
         """Return the bytes in one phase of a step."""
@@ -90,6 +93,8 @@ class Plan:
             lines.append(f"{name:<34}{shown}")
         total = "".join(f"{self.total(phase) / 2**30:>10.2f}" for phase in PHASES)
         lines.append(f"{'together':<34}{total}")
+        if self.unknown is not None:
+            lines.append(f"activations unknown, and not in these sums: {self.unknown}")
         return "\n".join(lines)
 
 
@@ -115,7 +120,7 @@ def make_plan(
     if memory_bytes is None:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if architecture is None:
-        architecture = load_architecture(config.model.name_or_path, revision=config.model.revision)
+        architecture = load_architecture(config.model)
     architecture_json = architecture.to_json_string(use_diff=False)
     sizes = planned_sizes(architecture_json, config.model)
     response, width = _lengths(config)
@@ -130,6 +135,11 @@ def make_plan(
     whole_step = loss_plan(sizes, config, sequences * response, device, workspace)
     # A wide teacher's states are twice as long.
     units = whole_step.gemm_units + sizes.widens(config.teacher)
+    # Neither setting changes what is traced, so that one trace serves all of their values.
+    traced = replace(config.model, compile=False, liger=False, quantize=None)
+    masked = config.model.attn_implementation not in VARIABLE_LENGTH
+    activations = count_activations(architecture_json, traced, width=width, masked=masked)
+    unknown = activations if isinstance(activations, str) else None
     run = Run(
         config=config,
         architecture=architecture,
@@ -142,6 +152,7 @@ def make_plan(
         width=width,
         step_tokens=sequences * response,
         loss=loss,
+        activations=None if isinstance(activations, str) else activations,
     )
     return Plan(
         memory_bytes=memory_bytes,
@@ -150,6 +161,7 @@ def make_plan(
         parts={name: part for name, part in holders(run) if any(part.values())},
         loss=loss,
         loss_flop=2.0 * units * sequences * response * sizes.head,
+        unknown=unknown,
     )
 
 

@@ -14,7 +14,7 @@ from opsdc.planner.plan import USABLE, Plan, make_plan
 _MOST_ROWS = 1 << 14
 """No forward is planned with more sequences than this."""
 
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 """Sizes of memory are written with these units, in any case of letters."""
 
@@ -37,9 +37,12 @@ def report(
     if config.model.quantize is not None:
         adapter += f" on {config.model.quantize}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    if plan.fits and plan.unknown:
+        verdict = "fits, but for the activations"
     if not plan.fits and plan.phase == "sampling":
         verdict += " (lower rollout.batch_size and eval.batch_size)"
-    most = largest_rows(config, make)
+    most = f"{(rows := largest_rows(config, make))} x {plan.width:,}"
+    most += f" (train.max_tokens_per_micro_batch {rows * plan.width})"
     lines = [
         f"{config.model.name_or_path}, {adapter}, {config.model.dtype}; {devices}",
         "",
@@ -48,7 +51,7 @@ def report(
         f"{verdict}: peak {plan.peak_bytes / 2**30:.1f} GiB ({plan.phase}) of the "
         f"{USABLE * plan.memory_bytes / 2**30:.1f} GiB that may be filled",
         f"a forward: {plan.rows} x {plan.width:,} tokens; the most that fits: "
-        f"{most} x {plan.width:,} (train.max_tokens_per_micro_batch {most * plan.width})",
+        f"{'unknown' if plan.unknown else most}",
         f"loss of a step: {plan.loss.gemm_units:g} head GEMMs"
         f"{' at most (loss.skip_tolerance)' if config.loss.skip_tolerance else ''}, "
         f"{plan.loss_flop / 1e15:.2f} PFLOP, "
@@ -60,7 +63,7 @@ def report(
         its_plan, rows = make(neighbour), largest_rows(neighbour, make)
         lines.append(
             f"{name:<34}{its_plan.peak_bytes / 2**30:>10.1f}{'yes' if its_plan.fits else 'no':>6}  "
-            f"{rows} x {plan.width:,}"
+            + ("unknown" if its_plan.unknown else f"{rows} x {plan.width:,}")
         )
     return plan, "\n".join(lines)
 
@@ -111,10 +114,13 @@ def _neighbours(config: OPSDCConfig, gpus: int) -> dict[str, OPSDCConfig]:
 def parse_bytes(text: str) -> int:
     """Read a size of memory, such as "80GB" (80·10⁹ bytes) or "76GiB" (76·2³⁰).
 
-    Raises ConfigError for anything else.
+    Raises ConfigError for anything else, such as a number without its unit.
     """
     number = text.upper().rstrip("KMGTIB")
     try:
-        return int(float(number) * _UNITS[text.upper()[len(number) :].strip()])
+        size = float(number) * _UNITS[text.upper()[len(number) :].strip()]
+        if not 0 < size < 1 << 62:
+            raise ValueError(text)
+        return int(size)
     except (ValueError, KeyError):
         raise ConfigError(f"--gpu-memory must be like 80GB or 76GiB, got '{text}'") from None

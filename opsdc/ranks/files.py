@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from opsdc.models import load as whole_model
 from opsdc.models.adapters import unwrap
-from opsdc.ranks.shard import full, is_sharded
+from opsdc.ranks.shard import full, is_sharded, local
 from opsdc.ranks.talk import ALONE, Ranks
 
 
@@ -99,7 +99,7 @@ def load_weights(model: Any, folder: str | Path) -> None:
         import peft
 
         for name, tensor in peft.get_peft_model_state_dict(model).items():
-            _local(tensor).copy_(stored.like(name, tensor))
+            local(tensor).copy_(stored.like(name, tensor))
         return
     base = unwrap(model)
     names: dict[torch.Tensor, list[str]] = {}
@@ -107,7 +107,7 @@ def load_weights(model: Any, folder: str | Path) -> None:
         names.setdefault(parameter, []).append(name)
     for tensor, tied in names.items():
         name = next((n for n in tied if n in stored), tied[0])
-        _local(tensor).copy_(stored.like(name, tensor))
+        local(tensor).copy_(stored.like(name, tensor))
 
 
 class Tensors:
@@ -157,7 +157,3 @@ def like_parameter(local: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -163,6 +163,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def full_head(head: Head, dtype: torch.dtype) -> Head:
     """Return a head with whole tensors, which get the forward's dtype where they were cut."""
 

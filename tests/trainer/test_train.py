@@ -390,12 +390,12 @@ def test_a_response_that_is_only_the_end_token_is_trained(make_config, tmp_path)
     model = tiny_model(tied=False)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-        model.lm_head.weight[2] = 5.0
+        model.lm_head.weight[2] = 50.0
         model.model.norm.weight.fill_(1.0)
         model.model.embed_tokens.weight.abs_()
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(264))
-    with torch.no_grad():
-        model.lm_head.bias[2] = 60.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     trainer = OPSDCTrainer(
         model,
         make_config(**{"eval.problems": 0, "train.steps": 1}),

@@ -75,7 +75,8 @@ from opsdc.models.load import load_architecture
 from opsdc.planner.activations import shallower
 
 with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(shallower(load_architecture("Qwen/Qwen3-8B"), 2))
+    architecture = load_architecture(ModelConfig(name_or_path="Qwen/Qwen3-8B"))
+    model = AutoModelForCausalLM.from_config(shallower(architecture, 2))
 loss = model.forward
 patch(model)
 assert model.forward == loss

@@ -193,7 +193,7 @@ CARDS = {
 @pytest.mark.parametrize("name", CARDS)
 def test_known_architectures_have_the_parameters_of_their_cards(name):
     settings = ModelConfig(dtype="bfloat16")
-    sizes = sizes_of(on_meta(load_architecture(name), settings), settings)
+    sizes = sizes_of(on_meta(load_architecture(ModelConfig(name_or_path=name)), settings), settings)
     total, rest = CARDS[name]
     embeddings = sizes.head * (1 if sizes.tied else 2)
     assert sizes.trained / 1e9 == pytest.approx(total, rel=0.03)
@@ -218,7 +218,9 @@ def test_bytes_as_people_write_them(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "80XB", "eighty"])
+@pytest.mark.parametrize(
+    "text", ["", "GB", "80XB", "eighty", "24", "0GB", "-3GB", "nanGB", "1e99GB"]
+)
 def test_other_bytes_are_refused(text):
     with pytest.raises(ConfigError, match="80GB"):
         parse_bytes(text)
@@ -227,7 +229,7 @@ def test_other_bytes_are_refused(text):
 def test_a_model_without_a_config_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"config\.json"):
-        load_architecture("./no/such/folder")
+        load_architecture(ModelConfig(name_or_path="./no/such/folder"))
 
 
 def test_the_command_says_whether_it_fits(tiny_folder, capsys):
