@@ -142,12 +142,15 @@ def _in_another_base(extracted: str | None, response: str, gold: str) -> bool:
 
     math-verify drops the base, and would take the two for equal.
     """
-    gold_base = re.search(r"\d_\{?(\d+)\}?\W*$", gold)
-    number = re.match(r"\d+", extracted or "")
+    gold_base = re.search(rf"\d{_BASE}\W*$", spelled_out(gold))
+    number = re.match(r"\d+", spelled_out(extracted or ""))
     if gold_base is None or number is None:
         return False
-    bases = re.findall(rf"(?<!\d){number[0]}_\{{?(\d+)", response)
+    bases = re.findall(rf"(?<!\d){number[0]}{_BASE}", spelled_out(response))
     return bool(bases) and bases[-1] != gold_base[1]
+
+
+_BASE = r"\s*_\s*\{?\s*(\d+)"
 
 
 def _score_extracted(extracted: str | None, problem: Problem) -> Score:
