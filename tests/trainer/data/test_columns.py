@@ -95,7 +95,7 @@ def test_structure_stored_as_json_text(tmp_path):
         ),
         ({"prompt": "Q", "solution": r"\boxed{3} or \boxed{5}"}, "differ, '3' and '5'; put the"),
         ({"prompt": "Q", "answer": r"\boxed{1 1/2}, \boxed{11/2}"}, r"differ, '1 1/2' and '11/2'"),
-        ({"prompt": "Q", "solution": r"\boxed{A}\boxed{B}\boxed{B}"}, "differ, 'A' and 'B'"),
+        ({"prompt": "Q", "solution": r"\boxed{B}\boxed{A}\boxed{B}"}, "differ, 'A' and 'B'"),
     ],
 )
 def test_structure_that_cannot_be_told_is_refused(tmp_path, row, message):
