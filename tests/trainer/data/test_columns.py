@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
+from helpers.problems import load, written
 
-from opsdc.data.problem import ProblemSet
-from opsdc.data.sources import load_problems, problems_from_rows
+from opsdc.data.sources import problems_from_rows
 from opsdc.errors import DataError
-
-
-def load(source, **settings_) -> ProblemSet:
-    options = {
-        "split": None,
-        "options": {},
-        "prompt_column": None,
-        "answer_column": None,
-        "seed": 0,
-        **settings_,
-    }
-    return load_problems(str(source), **options)
-
-
-def written(folder: Path, rows: list, name: str = "p.jsonl") -> Path:
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
 
 
 def ids(problems) -> list[str]:
