@@ -93,6 +93,9 @@ _SAME_AS = {
     **dict.fromkeys("º˚", "°"),
     **dict.fromkeys("·⋅", r"\cdot "),
     "×": r"\times ",
+    "√": r"\sqrt ",
+    "π": r"\pi ",
+    "∞": r"\infty ",
     "٪": "%",
     "\u200b": " ",  # A break between words, unlike the joiners, which are nothing.
 }
@@ -247,7 +250,7 @@ _IN_TEXT = re.compile(
     r"(?P<sign>(?:(?<![\w)\]}])-)?(?:(?<=[^\w.])|^)(?:\\?\$)?(?:(?<=\$)-)?)"
     rf"(?P<number>{_MIXED.pattern}|{_FRAC}|"
     rf"{_scaled(_GLUE)}(?: ?/ ?\d+(?!\d|\.\d))?)"
-    r"(?!\d| ?\^(?! ?\{? ?\\circ))",
+    r"(?!\.?\d| ?\^(?! ?\{? ?\\circ))",
     re.ASCII,
 )
 """An exponent or index, which is no number of its own, or a number in running text."""

@@ -81,7 +81,8 @@ def _ask(request: dict[str, Any]) -> dict[str, Any] | None:
             _stop()
             raise
         if not line.endswith(b"\n"):
-            status = _stop()
+            # Without output it is ending: on a busy machine that may take a while.
+            status = _stop(wait_s=30.0)
             # A signal is a limit at work (CPU time, memory); an exit status is a defect.
             if status >= 0:
                 raise RuntimeError(f"{_PROGRAM} ended with status {status}; run it by hand")
@@ -115,8 +116,8 @@ def _running() -> subprocess.Popen[bytes]:
     return _process
 
 
-def _stop() -> int:
-    """End the process, if it has not ended by itself, and return its exit status."""
+def _stop(wait_s: float = 1.0) -> int:
+    """End the process, if it does not end by itself in time, and return its exit status."""
     global _process
     status = 0
     if _process is not None and _owner_pid == os.getpid():
@@ -125,9 +126,9 @@ def _stop() -> int:
                 # Closing writes the rest of the buffer, which has no reader any more.
                 with contextlib.suppress(OSError):
                     pipe.close()
-        # With its pipes closed it is ending; a hang in C is worth no more than a second.
+        # With its pipes closed it is ending, unless it hangs in C.
         with contextlib.suppress(subprocess.TimeoutExpired):
-            _process.wait(timeout=1.0)
+            _process.wait(timeout=wait_s)
         _process.kill()
         status = _process.wait()
     _process = None

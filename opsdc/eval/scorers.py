@@ -6,7 +6,8 @@ r"""Scorers that decide whether a response is right, by name, from strict to len
     number         the last number of the response equals the answer as a rational number
     math_verify    math-verify finds the answer in the response, or the last \boxed{X} equals it
     dual           the last line "Answer: X" passes math-verify, or the whole response does
-                   (the paper's scorer; it is lenient: a matching box anywhere may count)
+                   (the paper's scorer; it is lenient: a matching box anywhere may count, but of
+                   "Answer: 5 or 6" neither)
     reasoning_gym  the task's own scorer gives 1.0
 
 "Equals as text" ignores what is not content in LaTeX: spacing, \left and \right, \text and fonts,
@@ -142,12 +143,15 @@ def _in_another_base(extracted: str | None, response: str, gold: str) -> bool:
 
     math-verify drops the base, and would take the two for equal.
     """
-    gold_base = re.search(r"\d_\{?(\d+)\}?\W*$", gold)
-    number = re.match(r"\d+", extracted or "")
+    gold_base = re.search(rf"\d{_BASE}\W*$", spelled_out(gold))
+    number = re.match(r"\d+", spelled_out(extracted or ""))
     if gold_base is None or number is None:
         return False
-    bases = re.findall(rf"(?<!\d){number[0]}_\{{?(\d+)", response)
+    bases = re.findall(rf"(?<!\d){number[0]}{_BASE}", spelled_out(response))
     return bool(bases) and bases[-1] != gold_base[1]
+
+
+_BASE = r"\s*_\s*\{?\s*(\d+)"
 
 
 def _score_extracted(extracted: str | None, problem: Problem) -> Score:
@@ -207,15 +211,20 @@ def _verify(gold: str, texts: list[str]) -> list[tuple[bool, str | None]]:
 
 def _dual(response: str, problem: Problem) -> Score:
     gold, line = _gold(problem), last_answer_line(response)
-    if line is not None and has_adjacent_numbers(line) and last_boxed(response) is None:
-        return Score(same_answer(line, gold), line)
-    of_response = _math_verify(response, problem)
-    if line is None or of_response.correct:
-        return of_response
-    # Once as LaTeX that lacks its dollars, once as an ordinary sentence.
-    readings = _verify(gold, [rf"\boxed{{{line}}}", f"Answer: {line}"])
-    verified = any(correct for correct, _ in readings) and not _in_another_base(line, line, gold)
-    return Score(verified or same_answer(line, gold), line)
+    if line is None:
+        return _math_verify(response, problem)
+    if same_answer(line, gold):
+        return Score(True, line)
+    # As LaTeX that lacks its dollars; an ordinary sentence counts, and with it the whole response,
+    # unless math-verify would take the first of several numbers.
+    readings = [] if has_adjacent_numbers(line) else [rf"\boxed{{{line}}}"]
+    if len(numbers(line)) <= 1 or last_boxed(response) is not None:
+        of_response = _math_verify(response, problem)
+        if of_response.correct:
+            return of_response
+        readings.append(f"Answer: {line}")
+    verified = any(correct for correct, _ in _verify(gold, readings))
+    return Score(verified and not _in_another_base(line, line, gold), line)
 
 
 def _task_entry(problem: Problem) -> dict[str, Any]:

@@ -133,9 +133,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    for line in path.read_text("utf-8").splitlines():
+    # Bytes end lines at \n alone: a text may hold other ends of lines, and be cut within a letter.
+    for line in path.read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line.decode("utf-8")))
         except ValueError:
             break
     return rows

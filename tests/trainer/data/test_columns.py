@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
+from helpers.problems import load, written
 
-from opsdc.data.problem import ProblemSet
-from opsdc.data.sources import load_problems, problems_from_rows
+from opsdc.data.sources import problems_from_rows
 from opsdc.errors import DataError
-
-
-def load(source, **settings_) -> ProblemSet:
-    options = {
-        "split": None,
-        "options": {},
-        "prompt_column": None,
-        "answer_column": None,
-        "seed": 0,
-        **settings_,
-    }
-    return load_problems(str(source), **options)
-
-
-def written(folder: Path, rows: list, name: str = "p.jsonl") -> Path:
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
 
 
 def ids(problems) -> list[str]:
@@ -95,7 +76,7 @@ def test_structure_stored_as_json_text(tmp_path):
         ),
         ({"prompt": "Q", "solution": r"\boxed{3} or \boxed{5}"}, "differ, '3' and '5'; put the"),
         ({"prompt": "Q", "answer": r"\boxed{1 1/2}, \boxed{11/2}"}, r"differ, '1 1/2' and '11/2'"),
-        ({"prompt": "Q", "solution": r"\boxed{A}\boxed{B}\boxed{B}"}, "differ, 'A' and 'B'"),
+        ({"prompt": "Q", "solution": r"\boxed{B}\boxed{A}\boxed{B}"}, "differ, 'A' and 'B'"),
     ],
 )
 def test_structure_that_cannot_be_told_is_refused(tmp_path, row, message):

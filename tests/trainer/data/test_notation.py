@@ -50,6 +50,7 @@ from opsdc.eval.scorers import last_answer_line, score
         (r"x_{10} = 2^{10} = 1024, x_{11}", "1024"),
         (r"90^\circ", "90"),
         ("90 ^{\\circ}", "90"),
+        ("release 1.2.3", None),
         ("pages 3–5", "5"),
         ("it is –5", "-5"),
         ("costs －３", "-3"),
@@ -112,6 +113,8 @@ def test_last_number(text, found):
         ("５，０００", "5000"),
         ("1\u2044 2", "1/2"),
         ("x₁²", "x_1^2"),
+        ("3√2π", r"3\sqrt{2}\pi"),
+        ("(−∞, 5]", r"(-\infty,5]"),
         ("(1, 2)", "(1,2)"),
         ("3, 5, 7", "3,5,7"),
     ],
@@ -227,6 +230,17 @@ def test_two_numbers_are_not_the_first_of_them(answer):
         item = Problem(id="p", messages=({"role": "user", "content": "Q"},), answer=gold)
         for scorer in ("boxed", "answer_line", "math_verify", "dual"):
             assert not score(READERS[scorer].format(answer), item, scorer).correct
+
+
+@pytest.mark.parametrize("answer", ["5 or 6", "12:30", "1e3, 1e4", "5 6", "5! = 120", "1½ or 5"])
+def test_dual_takes_no_number_of_several(answer):
+    """math-verify takes the first number of a sentence, which is one of two answers."""
+    for gold in ("5", "12", "1000", "3/2", "1"):
+        item = Problem(id="p", messages=({"role": "user", "content": "Q"},), answer=gold)
+        assert not score(f"So.\nAnswer: {answer}", item, "dual").correct
+    item = Problem(id="p", messages=({"role": "user", "content": "Q"},), answer="5")
+    assert score("So.\nAnswer: 5 apples", item, "dual").correct
+    assert score(f"\\boxed{{5}}\nAnswer: {answer}", item, "dual").correct
 
 
 @pytest.mark.parametrize(

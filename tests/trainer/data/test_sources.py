@@ -11,30 +11,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from helpers.problems import load, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsdc.data.problem import Problem, ProblemSet
-from opsdc.data.sources import load_problems, problems_from_rows
+from opsdc.data.sources import problems_from_rows
 from opsdc.errors import ConfigError, DataError
-
-
-def load(source, **settings_) -> ProblemSet:
-    options = {
-        "split": None,
-        "options": {},
-        "prompt_column": None,
-        "answer_column": None,
-        "seed": 0,
-        **settings_,
-    }
-    return load_problems(str(source), **options)
-
-
-def written(folder: Path, rows: list, name: str = "p.jsonl") -> Path:
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
 
 
 def numbered(n: int, seed: int = 0) -> ProblemSet:

@@ -147,6 +147,26 @@ def test_dual_takes_either():
     assert right(r"\boxed{52}", "52_8", "dual")
 
 
+@pytest.mark.parametrize("gold", ["52_8", "52_{8}", "52₈"])
+@pytest.mark.parametrize("scorer", ["math_verify", "dual"])
+@pytest.mark.parametrize(
+    ("response", "is_right"),
+    [
+        ("Not $52_9$ but $52_8$.", True),
+        ("Not $52_8$ but $52_9$.", False),
+        ("Of $52_8$, $52_7$ and $52_{16}$ the last.", False),
+        ("Of $52_{16}$, $52_7$ and $52_8$ the last.", True),
+        ("Answer: 52₈", True),
+        ("Answer: 52₉", False),
+        (r"\boxed{52_{ 9 }}", False),
+        (r"\boxed{52_8} or rather \boxed{52_9}", False),
+        (r"$152_9$, so \boxed{52}", True),
+    ],
+)
+def test_of_several_bases_the_last_counts(gold, scorer, response, is_right):
+    assert right(response, gold, scorer) is is_right
+
+
 def test_algebra_is_for_math_verify_alone():
     assert right(r"$\boxed{1+x}$", "x+1", "math_verify")
     assert not right(r"$\boxed{1+x}$", "x+1", "boxed")

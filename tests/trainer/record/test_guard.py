@@ -44,18 +44,27 @@ def test_each_sign_is_found_once_and_its_limit_named(changes, word):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("measure", "limit", "sick_side"),
     [
-        {"response_tokens_mean": 21.0},
-        {"truncated_share": 0.69},
-        {"repeated_share": 0.09},
-        {"loss_nats": 0.29},
-        {"student_entropy": 0.86},
-        {"student_entropy": 2.8},
+        ("response_tokens_mean", 0.25 * 80, -1),
+        ("truncated_share", 0.5 + 0.2, 1),
+        ("repeated_share", 0.1, 1),
+        ("loss_nats", 3 * 0.1, 1),
+        ("student_entropy", 1.7 / 2, -1),
+        ("student_entropy", 1.7 * 1.7, 1),
     ],
 )
-def test_what_is_just_within_its_limit_is_no_sign(change):
-    assert check_steps(rows(4, **change), GuardConfig()) == []
+def test_limits_are_where_they_are_said_to_be(measure, limit, sick_side):
+    beyond, within = (limit * (1 + side * sick_side * 1e-4) for side in (1, -1))
+    assert len(check_steps(rows(4, **{measure: beyond}), GuardConfig())) == 1
+    assert check_steps(rows(4, **{measure: within}), GuardConfig()) == []
+    # Means over a window of four: each row of the last and of the first counts.
+    stop, swing = GuardConfig(action="stop"), (0.5, -0.5, -0.25, 0.25)
+    for value, count in ((beyond, 1), (within, 0)):
+        last = [{**SOUND, measure: value * (1 + x)} for x in swing]
+        first = [{**SOUND, measure: SOUND[measure] * (1 + x)} for x in swing]
+        assert len(check_steps([*rows(0), *last], stop)) == count
+        assert len(check_steps([*first, *rows(0), *rows(0, **{measure: value})], stop)) == count
 
 
 def test_off_says_nothing_and_stop_keeps_stopping():
@@ -103,6 +112,30 @@ def test_answers_against_the_base_model():
     assert fell.action == "rollback"
     (reached,) = check_answers(base, {"accuracy": None, "tokens_mean": 40.0}, c)
     assert (reached.action, "target_compression" in reached.text) == ("stop", True)
+
+
+@pytest.mark.parametrize("limit", [None, 0.0, 0.03, 0.25])
+def test_a_drop_in_accuracy_is_judged_at_its_limit(limit):
+    config = GuardConfig() if limit is None else GuardConfig(max_accuracy_drop=limit)
+    limit = 0.1 if limit is None else limit
+    base = {"accuracy": 0.5, "tokens_mean": 80.0}
+    for drop, count in ((limit + 1e-6, 1), (limit - 1e-6, 0), (-0.4, 0)):
+        now = {"accuracy": 0.5 - drop, "tokens_mean": 80.0}
+        assert len(check_answers(base, now, config)) == count
+        assert check_answers(base, now, replace(config, action="off")) == []
+        assert check_answers({**base, "accuracy": None}, now, config) == []
+
+
+def test_a_target_is_reached_at_its_value_and_stops_whatever_the_action():
+    base = {"accuracy": None, "tokens_mean": 80.0}
+    for tokens, count in ((60.0, 1), (60.001, 0), (20.0, 1), (160.0, 0)):
+        for action in ("off", "warn", "rollback"):
+            config = GuardConfig(target_compression=0.25, action=action)
+            told = check_answers(base, {"accuracy": None, "tokens_mean": tokens}, config)
+            assert [f.action for f in told] == ["stop"] * count
+    stop, warn, back = (Finding(a, "") for a in ("stop", "warn", "rollback"))
+    assert guard.apply([warn, stop, back]) == guard.apply([back, stop]) == "rollback"
+    assert (guard.apply([warn, stop]), guard.apply([warn]), guard.apply([])) == ("stop", None, None)
 
 
 def run(make_config, tmp_path, **changes):
