@@ -122,14 +122,14 @@ def _is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") or hasattr(module, "unload_and_optionally_merge_module")
 
 
-def _copied(module: nn.Module, dtype: torch.dtype, *, moved: bool = False) -> nn.Module:
+def _copied(module: nn.Module, dtype: torch.dtype, *, moved: bool = False) -> Any:
     """Copy a module with whole parameters, `moved` by noise where they are trained."""
 
     def whole(parameter: nn.Parameter) -> nn.Parameter:
         values = shard.full(parameter.detach()).to(dtype, copy=True)
         if moved and parameter.requires_grad:
             # A parameter with two names is moved alike, and no two parameters are.
-            noise = torch.Generator(values.device).manual_seed(parameter.data_ptr())
+            noise = torch.Generator(values.device).manual_seed(id(parameter))
             size = float(values.square().mean().sqrt()) or 0.2
             values += torch.empty_like(values).normal_(std=0.1 * size, generator=noise)
         return nn.Parameter(values, requires_grad=False)
