@@ -36,6 +36,9 @@ MAX_SKIPPED = 3
 _NO_EFFECT = ("output_dir", "log", "train.resume", "train.keep")
 """Settings that do not change the results of a run."""
 
+_NAMES = ("model.name_or_path", "data.source", "prompt.instruction", "teacher.against")
+"""Settings that name what is compared by its contents."""
+
 
 class Stateful(Protocol):
     """A part of a run whose state, plain JSON, is saved in every checkpoint."""
@@ -140,7 +143,7 @@ class RunState:
         state = self._restore(Path(folder))
         print(f"resuming after step {self.step} from {folder}", flush=True)
         changed = changes(state["config"], self._config.to_dict(), but=_NO_EFFECT)
-        changed += changes(state.get("contents", {}), self._contents)
+        changed += changes(state.get("contents", self._contents), self._contents)
         # Other software, processors or thread counts may round otherwise: the bits may differ.
         changed += changes(state["versions"], versions())
         for line in changed:
@@ -221,14 +224,12 @@ class RunState:
         another architecture. One that is finished has nothing left to do with other settings.
         """
         state, remedy = checkpoint.read_state(folder), "restore that, or name another output_dir"
-        there, here = state.get("contents", self._contents), self._contents
-        kinds = [contents["model"]["architecture"] for contents in (there, here)]
-        if kinds[0] != kinds[1]:
-            raise ConfigError(f"{folder} is of a {kinds[0]}, not of a {kinds[1]}: {remedy}")
-        settings = changes(
-            state["config"], self._config.to_dict(), but=(*_NO_EFFECT, "train.steps")
-        )
-        changed = changes(there, here)
+        changed = changes(state.get("contents", self._contents), self._contents)
+        for line in changed:
+            if line.startswith("model.architecture:"):
+                raise ConfigError(f"{folder} is of another model ({line}): {remedy}")
+        config = self._config.to_dict()
+        settings = changes(state["config"], config, but=(*_NO_EFFECT, *_NAMES, "train.steps"))
         if changed and self._config.train.resume == "auto":
             raise ConfigError(
                 f"{folder} is of a run with other contents ({'; '.join(changed + settings)}): "

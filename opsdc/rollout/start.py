@@ -18,6 +18,7 @@ from opsdc.models.adapters import architecture, unwrap
 from opsdc.ranks.talk import ALONE, Ranks
 from opsdc.rollout.base import Sampler
 from opsdc.rollout.hf import HFSampler, eos_token_ids
+from opsdc.rollout.merge import check_merge
 from opsdc.rollout.ranked import RankedSampler
 
 if TYPE_CHECKING:
@@ -37,13 +38,15 @@ def start_sampler(
     """Build the sampler of a run; vLLM is imported or started only where the settings ask for it.
 
     `probe_ids` is a prompt, whose first tokens are the fixed sequence that proves each push. Raises
-    ConfigError where the engine cannot serve this run.
+    ConfigError where the engine cannot serve this run, ModelError where it cannot be given the
+    model's adapter.
     """
     if config.rollout.engine == "hf":
         in_place = HFSampler(model, tokenizer, seed=config.seed)
         return in_place if ranks.size == 1 else RankedSampler(in_place, ranks, computes_with=model)
     from opsdc.rollout.vllm.sampler import VLLMSampler
 
+    check_merge(model, probe_ids[:_PROBE_TOKENS])
     engine = _start_engine(config, model, ranks)
     print(f"rollouts: {engine.description}", flush=True)
     sampler = VLLMSampler(

@@ -1,8 +1,9 @@
-"""Weights on their way to vLLM: named as in a checkpoint, tied tensors once, LoRA merged."""
+"""Weights on their way to vLLM: named as in a checkpoint, tied tensors once, adapters merged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from opsdc.errors import ModelError, WeightSyncError
 from opsdc.models import quantize
 from opsdc.models.adapters import unwrap
 from opsdc.ranks.shard import full, is_sharded
+from opsdc.rollout.merge import adapted_modules, merged
 
 _SHARD_BYTES = 1 << 30
 """A file of pushed weights is closed at this size."""
@@ -54,11 +56,11 @@ class Weights:
 def named_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor of the model in `dtype`, by the name that a checkpoint gives it.
 
-    An adapter is added to the weights it adapts, 4-bit weights are dequantized. One tensor exists
-    at a time beside the model's own, except for architectures that transformers keeps in another
-    layout than their checkpoints (mixtures of experts). A model that is cut over ranks is gathered
-    tensor by tensor, so all ranks must read at once. Raises ModelError for weights quantized in any
-    other way.
+    An adapter is merged into the modules it adapts, 4-bit weights are dequantized. One module's
+    tensors exist at a time beside the model's own, except for architectures that transformers keeps
+    in another layout than their checkpoints (mixtures of experts). A model that is cut over ranks
+    is gathered tensor by tensor, so all ranks must read at once. Raises ModelError for weights
+    quantized in any other way.
     """
     base = unwrap(model)
     if _changes_layout(base):
@@ -76,15 +78,23 @@ def _changes_layout(base: Any) -> bool:
 
 
 def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the model's tensors by their plain names, adapters added, whole on each rank."""
-    adapted = {n: m for n, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+    """Yield the model's tensors by their plain names, adapters merged, whole on each rank."""
+    adapted = adapted_modules(base)
     in_4_bits = tuple(f"{name}." for name in quantize.quantized(base))
-    seen: set[int] = set()
+    seen, done = set[int](), set[str]()
     for name, tensor in base.state_dict(keep_vars=True).items():
+        owner = next((p for p in accumulate(name.split("."), "{}.{}".format) if p in adapted), None)
         # The scales of a 4-bit weight are named behind it.
-        if id(tensor) in seen or name.startswith(in_4_bits):
+        if id(tensor) in seen or (owner is None and name.startswith(in_4_bits)):
             continue
         seen.add(id(tensor))
+        if owner is not None:
+            # All that stands for the module is read at the first of its tensors.
+            if owner not in done:
+                done.add(owner)
+                for key, value in merged(adapted[owner]).state_dict().items():
+                    yield f"{owner}.{key}", value.to(dtype)
+            continue
         if f"{name}." in in_4_bits:
             tensor = quantize.dequantize(tensor)
         if not tensor.is_floating_point():
@@ -92,18 +102,8 @@ def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]
                 f"'{name}' is {tensor.dtype}: weights that are quantized, but by model.quantize "
                 "nf4, cannot be pushed to vLLM; use rollout.engine hf"
             )
-        owner, _, parameter = name.partition(".base_layer.")
-        if parameter == "weight" and owner in adapted:
-            layer = adapted[owner]
-            # In float32, so that the sum is rounded to the engine's dtype, not each part of it.
-            tensor = tensor.float()
-            for adapter in layer.active_adapters:
-                tensor = tensor + layer.get_delta_weight(adapter).float()
-        elif not parameter and any(name.startswith(f"{n}.") for n in adapted):
-            continue
-        plain = f"{owner}.{parameter}" if parameter else name
         # Rounded before it is gathered, which halves the bytes that ranks exchange.
-        yield plain, full(tensor.detach().to(dtype))
+        yield name, full(tensor.detach().to(dtype))
 
 
 def write_weights(weights: Weights, folder: Path) -> None:

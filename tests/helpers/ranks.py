@@ -288,9 +288,11 @@ def pushed_weights(settings):
     """What a sampler would be given of the model, by name; with an adapter that has learned."""
     import torch
 
+    from opsdc.rollout.merge import check_merge
     from opsdc.rollout.weights import Weights
 
     run = Run(settings)
+    check_merge(run.model, range(5, 25))
     run.move_away()
     weights = Weights(run.model, torch.float32)
     return weights.is_sharded, {name: tensor.numpy() for name, tensor in weights}

@@ -3,7 +3,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opsdc.method.batch import from_labels, micro_batches, to_labels, token_batch, token_weights
+from opsdc.method.batch import (
+    Layout,
+    Pair,
+    from_labels,
+    micro_batches,
+    plan_step,
+    to_labels,
+    token_batch,
+    token_weights,
+)
+from opsdc.method.mixture import AGAINST, CONCISE, PLAIN
 
 CPU = torch.device("cpu")
 SEQUENCES = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([1, 2], [3])]
@@ -78,3 +88,39 @@ def test_weights_sum_to_one_and_skip_empty_responses(normalization):
 def test_sequence_mean_and_token_mean_are_what_they_are_called():
     assert token_weights([2, 8], "sequence") == [1 / 4, 1 / 16]
     assert token_weights([2, 8], "token") == [1 / 10, 1 / 10]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("sides", [(3, 40, 20), (40, 3, 20), (7, 7, 90)], ids=str)
+def test_each_pass_is_cut_by_the_lengths_of_its_own_prompts(sides, packed):
+    """Student's, teacher's and the other style's: a long instruction needs smaller forwards."""
+    generator = torch.Generator().manual_seed(0)
+    many = [
+        Pair(
+            student_prompt_ids=[1] * sides[0],
+            teacher_prompt_ids=[2] * sides[1],
+            against_prompt_ids=[3] * sides[2],
+            response_ids=[4] * int(torch.randint(1, 60, (), generator=generator)),
+        )
+        for _ in range(30)
+    ]
+    budget = 160
+    layout = Layout(packed=packed, max_tokens=budget, pad_id=0, dtype=torch.float32)
+    mix = {CONCISE: 1.5, PLAIN: -0.25, AGAINST: -0.25}
+    plan = plan_step(many, layout, normalization="sequence", contexts=lambda dial: mix)
+    passes = {**plan.teacher_groups, "student": plan.student_groups}
+    assert passes.keys() == {CONCISE, PLAIN, AGAINST, "student"}
+    used = {}
+    for context, groups in passes.items():
+        assert sorted(i for group in groups for i in group) == list(range(30))
+        sizes = [
+            plan.teacher_batch(context, group, CPU).input_ids.numel()
+            if context != "student"
+            else plan.student_batch(group, CPU).input_ids.numel()
+            for group in groups
+        ]
+        assert max(sizes) <= budget
+        used[context] = len(groups)
+    shorter, longer = sorted((CONCISE, PLAIN), key=lambda c: sides[0 if c == PLAIN else 1])
+    assert (used[shorter] < used[longer]) == (sides[0] != sides[1])
+    assert used["student"] == used[PLAIN]

@@ -62,3 +62,23 @@ def test_columns_left_out_of_the_selected_tokens_stay_within_the_tolerance():
     assert stats.kept_share.item() < 0.5
     for a, b in zip(found, exact, strict=True):
         assert 1e-6 < ((a - b).norm() / b.norm()).item() <= 1e-2
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.3])
+def test_an_exact_value_is_of_all_columns_and_its_gradient_is_not(tolerance):
+    config = LossConfig(skip_tolerance=tolerance)
+    given, weight = states(), torch.full((N,), 1 / N)
+    whole, exact, every = gradients(given, weight, LossConfig())
+    bound, _, stats = gradients(given, weight, config)
+    assert stats.kept_share.item() < 0.5
+    assert bound < whole * (1 - 1e-4)
+    assert bool((stats.divergence_error > 0).any())
+    loss, stats = distillation_loss(*given, weight, config, exact_value=True)
+    torch.testing.assert_close(loss.detach(), whole, rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.divergence, every.divergence, rtol=1e-4, atol=1e-6)
+    found = torch.autograd.grad(loss, (given[0], given[1].weight))
+    for a, b in zip(found, exact, strict=True):
+        assert 1e-6 < ((a - b).norm() / b.norm()).item() <= tolerance
+    # A call that only scores has no columns to leave out.
+    values, _ = distillation_loss(*given, None, config, reduction="none", exact_value=True)
+    torch.testing.assert_close(values.mean().detach(), whole, rtol=1e-5, atol=0)

@@ -191,6 +191,22 @@ def test_a_step_that_is_not_finite_touches_nothing(where):
         assert torch.equal(optimizer.state[p]["exp_avg"], moments[name])
 
 
+@pytest.mark.parametrize("share", [0.01, 0.5, 2.0])
+def test_the_gradient_is_clipped_to_its_norm(share):
+    """As a whole, and only where it is longer; the record has the norm before."""
+    steps = []
+    for limit in (1e9, None):
+        model, teacher = moved_model()
+        optimizer = Taken(model.parameters(), lr=1e-3)
+        limit = limit or share * float(flat(steps[0][1]).norm())
+        settings = OPSDCConfig.from_dict({"optim": {"grad_clip": limit}})
+        steps.append((update(model, teacher, pairs(), optimizer, layout(), settings), optimizer))
+    (free, whole), (clipped, taken) = steps
+    assert clipped.grad_norm == free.grad_norm == pytest.approx(float(flat(whole).norm()), rel=1e-5)
+    expected = flat(whole) * min(share, 1.0)
+    assert float((flat(taken) - expected).norm() / expected.norm()) <= 1e-5
+
+
 def test_same_prompt_and_weights_give_exactly_zero():
     model = tiny_model()
     same = [

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import random
 import re
@@ -268,6 +269,51 @@ def test_what_its_loaders_would_unpickle_is_not_even_looked_at(tmp_path):
     with pytest.raises(CheckpointError, match="does not fit"):
         checkpoint.restore(folder, *parts)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("shard", "leads_out"),
+    [
+        ("model.safetensors", False),
+        ("./model.safetensors", True),
+        ("absent.safetensors", True),
+        ("/dev/null", True),
+        ("../model/model.safetensors", True),
+        ("../state.json", True),
+    ],
+)
+def test_an_index_names_neighbours_only(tmp_path, shard, leads_out):
+    folder, _ = write(tmp_path)
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": shard}}
+    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    sealed(folder)
+    fault = f"names a file outside the checkpoint: {shard!r}"
+    assert (checkpoint.verify(folder) or "").endswith(fault) == leads_out
+    assert leads_out or checkpoint.verify(folder) is None
+
+
+def test_all_of_a_checkpoint_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut loses what was not synced: files, their names in folders, the folder's own."""
+    synced, fsync, rename = [], os.fsync, Path.rename
+
+    def record(descriptor):
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path, {p.name for p in path.iterdir()} if path.is_dir() else None))
+
+    def renamed(path, target):
+        for p in (path, *path.rglob("*")):
+            # A folder with the very names that it has now.
+            last = [names for there, names in synced if there == p]
+            assert last[-1:] == [{q.name for q in p.iterdir()} if p.is_dir() else None], p
+        synced.clear()
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", record)
+    monkeypatch.setattr(Path, "rename", renamed)
+    folder, _ = write(tmp_path / "root")
+    assert (folder / "model").is_dir()
+    assert [(p, folder.name in names) for p, names in synced] == [(folder.parent, True)]
 
 
 @pytest.mark.parametrize("adapter", [False, True])

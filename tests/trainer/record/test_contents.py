@@ -147,8 +147,12 @@ def test_the_same_contents_under_other_names_go_on(make_config, mine, tmp_path, 
         "data.source": str(tmp_path / "renamed.jsonl"),
     }
     OPSDCTrainer(None, make_config(**{**mine, **moved})).train()
+    (tmp_path / "moved").rename(tmp_path / "base")
+    (tmp_path / "renamed.jsonl").rename(tmp_path / "data.jsonl")
+    # Finished, it still only reports.
+    OPSDCTrainer(None, make_config(**mine)).train()
     told = [line for line in capsys.readouterr().err.splitlines() if "changed since" in line]
-    assert [line.split(": ")[1] for line in told] == ["model.name_or_path", "data.source"]
+    assert [line.split(": ")[1] for line in told] == 2 * ["model.name_or_path", "data.source"]
     assert len(losses(tmp_path / "run")) == 3
 
 
@@ -226,7 +230,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     for resume in ("auto", str(tmp_path / "run" / "checkpoints" / "step-000001")):
         again = make_config(**config, **{"train.resume": resume})
         trainer = OPSDCTrainer(other(second), again, None, None, tokenizer)
-        with pytest.raises(ConfigError, match=rf"(?i)is of a {first}.*, not of a {second}.*output"):
+        with pytest.raises(
+            ConfigError, match=rf"(?i)another model .*'{first}.* → '{second}.*output"
+        ):
             trainer.train()
     assert losses(tmp_path / "run") == kept
 

@@ -3,7 +3,7 @@ import torch
 from helpers.tiny import byte_tokenizer, tiny_model
 
 from opsdc.rollout.base import Request, SamplingParams
-from opsdc.rollout.hf import HFSampler
+from opsdc.rollout.hf import HFSampler, eos_token_ids
 from opsdc.rollout.weights import sequence_logprobs
 
 PROMPTS = [[1, 40 + i] + [100 + i] * (i % 5) for i in range(9)]
@@ -64,12 +64,30 @@ def test_greedy_is_argmax():
             ids_so_far.append(token)
 
 
+def most_likely(logits, k):
+    return logits.where(logits >= logits.topk(k).values[-1], -torch.inf).softmax(-1)
+
+
+def nucleus(p, mass):
+    """The fewest tokens that hold the mass."""
+    order = p.argsort(descending=True)
+    kept = order[: int((p[order].cumsum(0) < mass).sum()) + 1]
+    return torch.zeros_like(p).index_put((kept,), p[kept] / p[kept].sum())
+
+
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
         ({}, lambda z: z.softmax(-1)),
         ({"temperature": 0.5}, lambda z: (z / 0.5).softmax(-1)),
-        ({"top_k": 3}, lambda z: z.where(z >= z.topk(3).values[-1], -torch.inf).softmax(-1)),
+        ({"top_k": 3}, lambda z: most_likely(z, 3)),
+        ({"top_p": 0.3}, lambda z: nucleus(z.softmax(-1), 0.3)),
+        # The nucleus is taken of what top-k leaves, as vLLM does it: of 3 tokens, not of half.
+        ({"top_k": 3, "top_p": 0.5}, lambda z: nucleus(most_likely(z, 3), 0.5)),
+        (
+            {"top_k": 9, "top_p": 0.9, "temperature": 0.5},
+            lambda z: nucleus(most_likely(z / 0.5, 9), 0.9),
+        ),
     ],
 )
 def test_first_tokens_have_the_models_distribution(params, expected):
@@ -94,3 +112,43 @@ def test_the_folders_generation_config_does_not_leak():
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.temperature = 0.01
     assert ids(generate(requests(), model=model)) == plain
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, 2, [2]),
+        (7, 9, [7, 9, 2]),
+        ([7, 8], [8, 9], [7, 8, 9, 2]),
+        (None, None, [2]),
+        (None, [11, 12], [11, 12, 2]),
+    ],
+)
+def test_every_id_that_ends_a_response_does(generation, config, expected):
+    """By the generation config, the model's config and the tokenizer: any of them may have more."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = generation
+    model.config.eos_token_id = config
+    assert eos_token_ids(model, byte_tokenizer()) == expected
+    found = generate(requests(), model=model, max_new_tokens=200)
+    ends = {r.response_ids[-1] for r in found if r.finished}
+    assert ends <= set(expected)
+    assert len(expected) == 1 or ends - {2}
+    assert not any(set(r.response_ids[:-1]) & set(expected) for r in found)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sampling_is_without_dropout_and_leaves_the_model_as_it_was(fails):
+    model = tiny_model(attention_dropout=0.5)
+    plain = ids(generate(requests(), model=tiny_model().eval()))
+    for training in (True, False):
+        model.train(training)
+        model.generation_config.temperature = 0.3
+        if fails:
+            hook = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                generate(requests(), model=model)
+            hook.remove()
+        assert ids(generate(requests(), model=model)) == plain
+        assert {m.training for m in model.modules()} == {training}
+        assert model.generation_config.temperature == 0.3
