@@ -143,7 +143,7 @@ def linear_divergence(
         exact_value=exact_value, workspace_bytes=workspace_bytes,
     )  # fmt: skip
     problem = check.problem(
-        options, process_group, student_hidden, student_weight, teacher_hidden, teacher_weight,
+        backend, options, process_group, student_hidden, student_weight, teacher_hidden, teacher_weight,
         student_bias, teacher_bias, token_weight, target_ids,
     )  # fmt: skip
     backend = plan.AUTO[0] if backend == "auto" else backend
