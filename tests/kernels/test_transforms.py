@@ -1,5 +1,7 @@
 """Forward AD, `torch.func`, `vmap`, batches of upstream gradients: right, or refused by name."""
 
+import functools
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -81,8 +83,9 @@ def test_every_tensor_is_looked_at():
     with pytest.raises(ValueError, match=f"student_bias is .*{REFUSED}"):
         torch.func.grad(lambda x: loss(h, student_bias=x))(bias)
     for backend in ("auto", "reference"):
+        call = functools.partial(linear_divergence, h, w, backend=backend)
         with pytest.raises(ValueError, match=r"teacher_hidden .* pass teacher_hidden.detach\(\)"):
-            torch.func.jvp(lambda x: linear_divergence(h, w, x, backend=backend), (ht,), (dh,))
+            torch.func.jvp(call, (ht,), (dh,))
     detached = torch.func.grad(lambda x: linear_divergence(x, w, x.detach(), backend="reference"))
     assert torch.equal(detached(h), torch.zeros_like(h))
 
@@ -99,7 +102,7 @@ def test_without_gradients_vmap_is_right():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_batch_of_upstream_gradients(backend, reduction, frozen):
-    leaves = [h.clone().requires_grad_()] if frozen else [x.clone().requires_grad_() for x in (h, w)]
+    leaves = [x.clone().requires_grad_() for x in ((h,) if frozen else (h, w))]
 
     def value():
         return loss(*leaves, backend=backend, reduction=reduction)
