@@ -183,3 +183,24 @@ def test_modules_only_hold_options():
                  lambda: linear_reverse_kl(h, w, ht, divergence="jsd")):  # fmt: skip
         with pytest.raises(TypeError, match=r"linear_divergence|LinearDivergence"):
             call()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_mean_over_sequences_of_the_mean_over_tokens(backend):
+    """By token weights: the lengths of the sequences change nothing."""
+    lengths = (1, 3, 2)
+    weight = torch.cat([torch.full((n,), 1 / (n * len(lengths))) for n in lengths])
+    leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+    loss = linear_divergence(*leaves, ht, token_weight=weight, reduction="sum", backend=backend)
+    per_sequence = [
+        linear_divergence(x, leaves[1], y, backend=backend)
+        for x, y in zip(leaves[0].split(lengths), ht.split(lengths), strict=True)
+    ]
+    mean = torch.stack(per_sequence).mean()
+    torch.testing.assert_close(loss, mean)
+    found, want = (torch.autograd.grad(x, leaves) for x in (loss, mean))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+    # The weights of a mean need not be normalized.
+    again = linear_divergence(*leaves, ht, token_weight=7 * weight, backend=backend)
+    torch.testing.assert_close(again, mean)
