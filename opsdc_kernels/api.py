@@ -143,8 +143,8 @@ def linear_divergence(
         exact_value=exact_value, workspace_bytes=workspace_bytes,
     )  # fmt: skip
     problem = check.problem(
-        options, process_group, student_hidden, student_weight, teacher_hidden, teacher_weight,
-        student_bias, teacher_bias, token_weight, target_ids,
+        backend, options, process_group, student_hidden, student_weight, teacher_hidden,
+        teacher_weight, student_bias, teacher_bias, token_weight, target_ids,
     )  # fmt: skip
     backend = plan.AUTO[0] if backend == "auto" else backend
     if skip_tolerance is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from opsdc_kernels import plan
 from opsdc_kernels.problem import DIVERGENCES, Options, Problem, statistics_dtype
 from opsdc_kernels.row_pass.choose import choose
+from opsdc_kernels.transforms import differentiated
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "chunked", "fused", "reference")
@@ -21,6 +22,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def options(backend: str, **given: Any) -> Options:
     """Everything that is given beside tensors, with pairs resolved."""
+    for name in ("beta", "temperature", "logit_scale", "logit_softcap"):
+        _check_constant(name, given[name])
     scale, softcap, tolerance = (
         given[name] for name in ("logit_scale", "logit_softcap", "skip_tolerance")
     )
@@ -59,6 +62,7 @@ def options(backend: str, **given: Any) -> Options:
 
 
 def problem(
+    backend: str,
     options: Options,
     process_group: Any,
     student_hidden: Tensor,
@@ -83,18 +87,30 @@ def problem(
         teacher_bias=_shard("teacher_bias", teacher_bias, process_group),
     )
     _check_shapes(tensors, options)
+    _check_transforms(backend, tensors)
     if shared and teacher_bias is student_bias:
         tensors["teacher_bias"] = None  # the head's own
     for name in ("student_hidden", "teacher_hidden"):
         tensors[name] = tensors[name].reshape(-1, tensors[name].shape[-1])
     checked = Problem(
         **tensors,
-        token_weight=_token_weight(token_weight, student_hidden),
+        token_weight=_token_weight(token_weight, student_hidden, options.reduction),
         target_ids=_target_ids(target_ids, student_hidden),
         options=options,
     )
     _check_workspace(checked)
     return checked
+
+
+def _check_constant(name: str, value: Any) -> None:
+    """A number that no gradient is asked of."""
+    for x in value if isinstance(value, (tuple, list)) else [value]:
+        if isinstance(x, Tensor) and (x.requires_grad or differentiated(x)):
+            raise ValueError(
+                f"{name}={value!r} requires a gradient and receives none; pass {name}.item(). To "
+                "train a scale or a temperature, apply it to student_hidden, and detached to "
+                "teacher_hidden"
+            )
 
 
 def _pair(name: str, value: Any) -> tuple[Any, Any]:
@@ -223,6 +239,26 @@ def _tensors(**tensors: Tensor | None) -> dict[str, Any]:
     raise TypeError(f"the dtypes differ ({dtypes}); cast to one dtype, or use autocast")
 
 
+def _check_transforms(backend: str, tensors: dict[str, Any]) -> None:
+    """Derivatives that the backend can give. (Within `torch.compile` there are no transforms.)"""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in tensors.items():
+        if x is None or not differentiated(x):
+            continue
+        if name.startswith("teacher"):
+            raise ValueError(
+                f"{name} is differentiated within torch.func or has a tangent, and the teacher is "
+                f"a constant; pass {name}.detach()"
+            )
+        if backend != "reference":
+            raise ValueError(
+                f"{name} is differentiated within torch.func or has a tangent, and "
+                f'backend="{backend}" knows the backward of torch.autograd alone; use '
+                'backend="reference", or torch.autograd.grad'
+            )
+
+
 def _check_shapes(tensors: dict[str, Any], options: Options) -> None:
     """Shapes that fit one another and the options."""
     student, teacher = tensors["student_hidden"], tensors["teacher_hidden"]
@@ -284,13 +320,24 @@ def _per_token(name: str, x: Any, hidden: Tensor) -> Tensor:
     return x.detach().reshape(-1)
 
 
-def _token_weight(token_weight: Any, hidden: Tensor) -> Tensor | None:
+def _token_weight(token_weight: Any, hidden: Tensor, reduction: str) -> Tensor | None:
     if token_weight is None:
         return None
     flat = _per_token("token_weight", token_weight, hidden)
     if getattr(token_weight, "requires_grad", False):
         raise ValueError("token_weight requires a gradient and receives none; pass its .detach()")
-    return flat.to(statistics_dtype(hidden.dtype))
+    dtype = statistics_dtype(hidden.dtype)
+    if reduction == "mean" and flat.is_floating_point() and flat.numel():
+        flat = _near_one(flat if flat.dtype == torch.float64 else flat.float())
+    return flat.to(dtype)
+
+
+def _near_one(weight_N: Tensor) -> Tensor:
+    """Weights over the power of two just above the largest: no sum of them over- or underflows, and
+    a mean keeps its bits."""
+    mantissa, exponent = torch.frexp(weight_N)
+    below = exponent - torch.frexp(weight_N.amax()).exponent
+    return torch.ldexp(mantissa, below.clamp(-126, 0))  # 0 has exponent 0
 
 
 def _target_ids(target_ids: Any, hidden: Tensor) -> Tensor | None:

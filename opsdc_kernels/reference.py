@@ -105,6 +105,8 @@ def logits_and_difference(
     s = logits(x_s, 0)
     with torch.no_grad():
         if problem.shared_logits:
+            # Forward AD knows no `no_grad`: tangents end where gradients do.
+            student_ND, weight, x_s = student_ND.detach(), weight.detach(), x_s.detach()
             delta = uncapped(teacher_NE.to(dtype) - student_ND.to(dtype), weight, None, 0)
             x_t = x_s + delta
             t = logits(x_t, 0)
@@ -115,8 +117,8 @@ def logits_and_difference(
                 d = cap / temperature * torch.tanh(delta / cap) * (1 - both)
         else:
             other_weight = weight if problem.teacher_weight is None else problem.teacher_weight
-            t = logits(uncapped(teacher_NE, other_weight, problem.side(1).bias, 1), 1)
-            d = t - s
+            t = logits(uncapped(teacher_NE, other_weight.detach(), problem.side(1).bias, 1), 1)
+            d = t - s.detach()
     # The value of d is exact; its derivative is that of −s.
     return s, t, d - (s - s.detach())
 

@@ -24,7 +24,7 @@ FLOORS = {
         ["plan"],
         ["row_pass", "fused"],
         ["products", "triton", "reference"],
-        ["maths", "problem", "memory"],
+        ["maths", "problem", "memory", "transforms"],
     ],
     "opsdc": [
         ["__main__"],

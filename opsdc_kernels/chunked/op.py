@@ -29,6 +29,7 @@ from opsdc_kernels.problem import (
     named,
     reduce_tokens,
 )
+from opsdc_kernels.transforms import batched
 from opsdc_kernels.vocab_parallel import Shard, agree
 
 NO_DOUBLE_BACKWARD = (
@@ -160,10 +161,11 @@ def _graph_is_freed(upstream: Tensor) -> bool:
     """True when this backward is the graph's last: what it saved may then be used up.
 
     Spares a second buffer of the head's size in every training step. With `retain_graph`, under
-    tracing (tensor subclasses), or if PyTorch ever drops the query, gradients are copied instead.
+    tracing (tensor subclasses), for a batch of upstream gradients, or if PyTorch ever drops the
+    query, gradients are copied instead.
     """
     kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    return type(upstream) is Tensor and not kept()
+    return type(upstream) is Tensor and not kept() and not batched(upstream)
 
 
 @library.custom_op(

@@ -53,6 +53,30 @@ def test_reductions(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("size", [2.0**127, 2.0**-126, 2.0**-140, 2.0**1000, 2.0**-1000])
+def test_means_over_weights_of_any_size(backend, size):
+    """Sums that over- or underflow fp32: the very bits of weights near 1."""
+    weight = torch.tensor([1.0, 0.0, 0.5, 1.75, 0.0, 1.0])
+
+    def run(token_weight):
+        leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+        loss = linear_divergence(*leaves, ht, token_weight=token_weight, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+    wide = weight.double() * size
+    scaled = wide.float() if 1e-43 < size < 1e39 else wide
+    for a, b in zip(run(scaled), run(weight), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_weight_too_small_beside_the_others_counts_as_almost_nothing():
+    weight = torch.tensor([1e38, 1e-38, 1e38, 0.0, 0.0, 0.0])
+    got, stats = linear_divergence(h, w, ht, token_weight=weight, return_stats=True)
+    torch.testing.assert_close(got, (stats.divergence[0] + stats.divergence[2]) / 2)
+    assert stats.divergence[1] > 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("n", [0, 3])
 def test_nothing_to_score_is_zero(backend, reduction, n):
@@ -159,3 +183,24 @@ def test_modules_only_hold_options():
                  lambda: linear_reverse_kl(h, w, ht, divergence="jsd")):  # fmt: skip
         with pytest.raises(TypeError, match=r"linear_divergence|LinearDivergence"):
             call()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_mean_over_sequences_of_the_mean_over_tokens(backend):
+    """By token weights: the lengths of the sequences change nothing."""
+    lengths = (1, 3, 2)
+    weight = torch.cat([torch.full((n,), 1 / (n * len(lengths))) for n in lengths])
+    leaves = [h.clone().requires_grad_(), w.clone().requires_grad_()]
+    loss = linear_divergence(*leaves, ht, token_weight=weight, reduction="sum", backend=backend)
+    per_sequence = [
+        linear_divergence(x, leaves[1], y, backend=backend)
+        for x, y in zip(leaves[0].split(lengths), ht.split(lengths), strict=True)
+    ]
+    mean = torch.stack(per_sequence).mean()
+    torch.testing.assert_close(loss, mean)
+    found, want = (torch.autograd.grad(x, leaves) for x in (loss, mean))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+    # The weights of a mean need not be normalized.
+    again = linear_divergence(*leaves, ht, token_weight=7 * weight, backend=backend)
+    torch.testing.assert_close(again, mean)

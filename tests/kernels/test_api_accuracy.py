@@ -233,3 +233,16 @@ def test_large_cells_of_the_grid():
     """Seconds each, to make them and to know the truth: every 11th."""
     cells = list(itertools.product(ENTROPIES, KLS, LARGE, DTYPES))[::11]
     assert sum(sweep((e,), (kl,), [size], (dtype,)) for e, kl, size, dtype in cells) >= 40
+
+
+@pytest.mark.parametrize("entropy", [0.05, 0.5, 3.0])
+@pytest.mark.parametrize("kl", [1e-4, 1e-2, 1.0])
+def test_never_worse_than_materialized_bf16_logits(entropy, kl):
+    """At a real vocabulary, in no regime and in nothing that is returned."""
+    case = testing.make_case(tokens=8, dim=64, vocab_size=32_000, entropy=entropy, kl=kl,
+                             dtype=torch.bfloat16)  # fmt: skip
+    true = testing.truth(case)
+    ours = testing.errors(testing.run(case, backend="chunked"), true)
+    naive = testing.errors(testing.naive(case, torch.bfloat16), true)
+    for name in ("loss", "hidden_gradient", "weight_gradient", "worst_row"):
+        assert getattr(ours, name) <= getattr(naive, name), name

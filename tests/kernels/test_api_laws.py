@@ -183,3 +183,42 @@ def test_token_weights_scale_gradients_and_the_mean_is_a_weighted_one(divergence
     _, doubled, _ = run(h, w, ht, None, token_weight=5 * weight, divergence=divergence,
                         reduction="sum")  # fmt: skip
     close(doubled, gh * 5 * weight.sum())
+
+
+@EXAMPLES
+@given(problems(divergence="jsd"))
+def test_the_jsd_at_half_does_not_tell_student_from_teacher(problem):
+    h, w, ht, wt, options = problem
+    wt = w.clone() if wt is None else wt
+    there, stats = linear_divergence(h, w, ht, wt, return_stats=True, **options)
+    back, other = linear_divergence(ht, wt, h, w, return_stats=True, **options)
+    # Logits are off by 3e-7 of their size, and a divergence is the square of their differences.
+    size = 3e-7 * float(torch.stack([h.norm(dim=1).max() * w.norm(dim=1).max() + 1]))
+    slack = (there.clamp(min=1e-30).sqrt() * size + size**2) * 4
+    assert (there - back).abs() <= 1e-5 * there + slack
+    close(stats.student_entropy, other.teacher_entropy)
+    close(stats.teacher_logsumexp, other.student_logsumexp)
+
+
+@EXAMPLES
+@given(problems())
+def test_kl_is_cross_entropy_less_entropy(problem):
+    """Statistics and values of one call belong together: E_q[log q − log p] by both routes."""
+    h, w, ht, wt, options = problem
+    h, w, ht = h.double(), w.double(), ht.double()
+    wt = w if wt is None else wt.double()
+    cap, temperature = options.get("logit_softcap"), options.get("temperature", 1.0)
+    s, t = h @ w.T, ht @ wt.T
+    if cap:
+        s, t = cap * torch.tanh(s / cap), cap * torch.tanh(t / cap)
+    s, t = s / temperature, t / temperature
+    for divergence in ("reverse_kl", "forward_kl"):
+        call = {**options, "divergence": divergence, "return_stats": True, "reduction": "none"}
+        value, stats = linear_divergence(h, w, ht, wt, **call)
+        first, second, entropy = (
+            (s, t - stats.teacher_logsumexp[:, None], stats.student_entropy)
+            if divergence == "reverse_kl"
+            else (t, s - stats.student_logsumexp[:, None], stats.teacher_entropy)
+        )
+        cross_entropy = -(first.softmax(1) * second).sum(1)
+        torch.testing.assert_close(value, cross_entropy - entropy, rtol=1e-9, atol=1e-10)

@@ -3,6 +3,7 @@ named: −inf columns (test_api_infinite_logits), upstream factors and double ba
 (chunked/test_op), gradcheck of every divergence (test_reference), negative values (test_api_laws).
 """
 
+import os
 import subprocess
 import sys
 
@@ -176,3 +177,36 @@ print("works")
 def test_triton_is_imported_only_when_asked_for():
     done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True)
     assert done.stdout.strip() == "works", done.stderr
+
+
+LIGER = """
+import torch
+from liger_kernel.ops.jsd import LigerJSDFunction
+from opsdc_kernels import linear_divergence
+g = torch.Generator().manual_seed(0)
+h, w = torch.randn(5, 8, generator=g), torch.randn(70, 8, generator=g)
+ht, wt = h + 0.4 * torch.randn(5, 8, generator=g), w + 0.2 * torch.randn(70, 8, generator=g)
+for beta, divergence in ((0.0, "forward_kl"), (0.3, "jsd"), (0.5, "jsd"), (1.0, "reverse_kl")):
+    options = {"beta": beta} if divergence == "jsd" else {}
+    found = []
+    for liger in (False, True):
+        x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
+        if liger:
+            q, p = (x @ y.T).log_softmax(1), (ht @ wt.T).log_softmax(1)
+            loss = LigerJSDFunction.apply(q, p, None, beta)
+        else:
+            loss = linear_divergence(x, y, ht, wt, divergence=divergence, **options)
+        found.append((loss.detach(), *torch.autograd.grad(loss, (x, y))))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm(), (divergence, beta)
+print("agrees")
+"""
+
+
+def test_a_second_opinion_of_ligers_kernel():
+    """Its JSD in Triton, interpreted, where it is installed: value, dH and dW."""
+    pytest.importorskip("liger_kernel")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", LIGER]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip().endswith("agrees"), done.stderr[-3000:]

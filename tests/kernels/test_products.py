@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers.kernels import make_problem
 
-from opsdc_kernels import testing
-from opsdc_kernels.chunked.run import run_chunks
+from opsdc_kernels import products, testing
+from opsdc_kernels.chunked.run import Gradients, Result, run_chunks
 from opsdc_kernels.problem import GradientsWanted
 from opsdc_kernels.products import Tile, hidden_gradient, operand_scale, rounded_tile
 
@@ -112,3 +112,54 @@ def test_operand_scale_is_a_power_of_two_that_fits_fp16(size):
     assert torch.equal(torch.log2(scale), torch.log2(scale).round())
     largest = (hidden.abs().amax() * weight.amax() * 0.5 * scale).item()
     assert 2.0**12 <= largest <= 2.0**15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_products_of_some_columns(dtype, tokens):
+    """Of no column at all, too: a gradient that nothing is added to is 0, not what was there."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, D, generator=g).to(dtype)
+    for kept in (torch.arange(3, 40, 5), torch.arange(0)):
+        tile, rows = torch.randn(tokens, len(kept), generator=g), weight[kept].float()
+        out = torch.full((tokens, D), torch.nan)
+        products.hidden_gradient_into(out, tile, weight, kept)
+        torch.testing.assert_close(out, tile @ rows, rtol=1e-4, atol=1e-5)
+        mean = products.mean_row(weight, torch.float32, kept)
+        want = rows.mean(0) if len(kept) else torch.zeros(D)
+        torch.testing.assert_close(mean, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_correction_is_by_the_mean_row_of_the_columns_of_the_tile():
+    """What these rows have in common, the others have not."""
+    case = case_with_common_row(common_mode=0.0)
+    weight = case.student_weight.clone()
+    kept = torch.arange(0, V, 9)
+    weight[kept] += 20 * torch.randn(1, D, generator=torch.Generator().manual_seed(1))
+    problem = make_problem(case.student_hidden, weight, case.teacher_hidden)
+    wanted, tokens = GradientsWanted(True, False, False), slice(0, N)
+    dz = torch.randn(N, len(kept), generator=torch.Generator().manual_seed(2))
+    dz -= dz.mean(1, keepdim=True)
+    result = Result.empty(problem, wanted)
+    gradients = Gradients(problem, wanted, result, None, None, torch.bfloat16)
+    gradients.add(tokens, dz.clone(), torch.empty_like(dz), torch.ones(N, 1), first=True,
+                  columns=kept)  # fmt: skip
+    want = dz.double() @ weight[kept].double()
+    assert relative(result.hidden_gradient.double(), want) <= 4e-3
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e7])
+@pytest.mark.parametrize("onto", [False, True])
+def test_fp16_operands_of_any_weight(size, onto):
+    """dW, whose hidden states carry the weights: lifted into fp16's range, added to, put back."""
+    case = case_with_common_row(common_mode=0.0, entropy=3.0)
+    problem = make_problem(case.student_hidden, case.student_weight, case.teacher_hidden)
+    wanted, weight = GradientsWanted(False, True, False), size * torch.linspace(0.5, 1, N)
+    parts = [torch.arange(0, N // 2), torch.arange(N // 2, N)] if onto else [None]
+    found = []
+    for dtype in (torch.float16, None):
+        result = None
+        for kept in parts:
+            result = run_chunks(problem, wanted, weight, kept, tile_dtype=dtype, onto=result)
+        found.append(result.weight_gradient.double())
+    assert relative(*found) <= 1e-3

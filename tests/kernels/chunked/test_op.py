@@ -232,3 +232,62 @@ def test_teacher_gets_no_graph_and_no_gradient():
     h, w, ht = leaves()
     linear_divergence(h, w, ht).backward()
     assert ht.grad is None
+
+
+@pytest.mark.parametrize("call", [
+    {}, {"reduction": "none"}, {"skip_tolerance": 1e-3}, {"backend": "reference"},
+    {"reduction": "none", "frozen": True},
+], ids=str)  # fmt: skip
+def test_two_live_graphs_over_one_head(call):
+    """One joint backward, or two: neither graph may use up what the other has saved."""
+    call = dict(call)
+    frozen = call.pop("frozen", False)
+
+    def graphs():
+        (h, w, ht), (other, _, other_ht) = leaves(), leaves(seed=1)
+        w = w.detach() if frozen else w
+        calls = ((h, w, ht), (other, w, other_ht))
+        losses = [linear_divergence(*tensors, **call).sum() for tensors in calls]
+        return losses, [x for x in (h, other, w) if x.requires_grad]
+
+    (first, second), inputs = graphs()
+    joint = torch.autograd.grad(first + 3 * second, inputs)
+    (first, second), inputs = graphs()
+    later = torch.autograd.grad(3 * second, inputs, allow_unused=True)
+    sooner = torch.autograd.grad(first, inputs, allow_unused=True)
+    for whole, a, b in zip(joint, sooner, later, strict=True):
+        parts = [x for x in (a, b) if x is not None]
+        torch.testing.assert_close(whole, sum(parts), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_and_an_upstream_gradient(reduction, frozen):
+    """With "none" a token's weight decides whether it counts, and scales nothing."""
+    weight = torch.linspace(0, 3, N)
+    upstream = torch.linspace(-1, 2, N) if reduction == "none" else torch.tensor(0.7)
+    found = []
+    for backend in ("chunked", "reference"):
+        h, w, ht = leaves()
+        inputs = (h,) if frozen else (h, w)
+        w = w.detach() if frozen else w
+        loss = linear_divergence(h, w, ht, token_weight=weight, reduction=reduction,
+                                 backend=backend)  # fmt: skip
+        found.append(torch.autograd.grad(loss, inputs, upstream))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("call", [{}, {"reduction": "none"}, {"skip_tolerance": 1e-3}], ids=str)
+def test_backward_fills_nothing_of_the_size_of_the_head(call):
+    """Outputs that nobody uses need no gradient of zeros, and dW is written, not added to."""
+    h, w, ht = leaves()
+    loss = linear_divergence(h, w, ht, return_stats=True, **call)[0].sum()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        loss.backward()
+    filled = [
+        event.input_shapes[0]
+        for event in profile.events()
+        if event.name in ("aten::zero_", "aten::fill_") and event.input_shapes
+    ]
+    assert not [shape for shape in filled if torch.Size(shape).numel() >= V * D]

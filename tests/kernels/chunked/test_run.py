@@ -228,6 +228,32 @@ def test_peak_memory_is_workspace_plus_gradients(train_head):
     assert memory.peak_mib * 2**20 < 0.12 * naive
 
 
+def test_scratch_grows_by_the_rows_of_a_chunk_alone():
+    """The slope between two heights: what a row of a chunk takes, whatever else is held."""
+    n, d, v = 1024, 16, 16_384
+    h, w, ht = torch.randn(n, d), torch.randn(v, d) * 0.1, torch.randn(n, d)
+    h.requires_grad_()
+    peaks, planned = [], []
+    for budget in (24 << 20, 120 << 20):
+
+        def call(budget=budget):
+            linear_divergence(h, w, ht, backend="chunked", workspace_bytes=budget).backward()
+
+        call()
+        h.grad = None
+        with PeakMemory() as memory:
+            call()
+        h.grad = None
+        peaks.append(memory.peak_mib * 2**20)
+        planned.append(plan.estimate(tokens=n, vocab_size=v, student_dim=d, trainable_head=False,
+                                     workspace_bytes=budget))  # fmt: skip
+    rows = planned[1].chunk_rows - planned[0].chunk_rows
+    assert rows > 300
+    slope = (peaks[1] - peaks[0]) / rows
+    assert slope <= 1.1 * 8 * v  # two logits of fp32 per column
+    assert slope >= 0.8 * 8 * v
+
+
 def test_long_rows_in_short_blocks():
     """V above a block's size: one row at a time."""
     v = 500_000

@@ -59,6 +59,16 @@ def test_gradients_are_linear_in_the_upstream_gradient(tensors, upstream):
             assert (a.float() - exact).norm() <= limit
 
 
+def test_a_batch_of_upstream_gradients(tensors):
+    h, w, ht, wt = tensors
+    upstream = torch.randn(2, N, generator=torch.Generator().manual_seed(0))
+    loss = fused(h, w, ht, wt, reduction="none")
+    got = torch.autograd.grad(loss, (h, w), upstream, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(loss, (h, w), row, retain_graph=True) for row in upstream]
+    for a, b in zip(got, zip(*each)):
+        torch.testing.assert_close(a, torch.stack(b))
+
+
 def test_results_repeat_bit_for_bit(tensors):
     h, w, ht, wt = tensors
     for divergence in ("reverse_kl", "jsd"):

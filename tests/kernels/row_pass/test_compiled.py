@@ -8,7 +8,7 @@ import torch
 from helpers.kernels import make_problem
 
 from opsdc_kernels import linear_divergence, plan, testing
-from opsdc_kernels.problem import DIVERGENCES
+from opsdc_kernels.problem import DIVERGENCES, Stat
 from opsdc_kernels.row_pass import build, threads
 from opsdc_kernels.row_pass import compiled as rows
 
@@ -90,6 +90,35 @@ def test_rows_in_doubt_and_their_neighbours(divergence):
     others = [0, 2, 3, 4, 5]
     alone = call((h[others], w, ht[others], wt), divergence=divergence)
     torch.testing.assert_close(got[1][others], alone[1])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_in_doubt_under_a_soft_cap(divergence):
+    """Their gradient passes the cap's slope, which torch takes for them."""
+    h, w, ht, wt = inputs(scale=4.0)
+    ht[1] = -20 * h[1]
+    options = {"divergence": divergence, "logit_softcap": 60.0, "reduction": "sum"}
+    s, t = (60 * torch.tanh(x[1:2] @ y.T / 60) for x, y in ((h, w), (ht, wt)))
+    assert (t - s).max() > 60
+    want = call([x.double() for x in (h, w, ht, wt)], "reference", **options)
+    got = call((h, w, ht, wt), **options)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    doubtful = [x[-2][1] for x in (got, want)]
+    assert (doubtful[0] - doubtful[1]).norm() <= 1e-4 * doubtful[1].norm()
+
+
+def test_the_first_of_equal_peaks_is_the_students_favourite():
+    """In one block of columns and in two; the teacher agrees with it or with the other."""
+    for first, second in ((3, 9), (3, 700)):
+        s = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)).T.contiguous().T
+        t = s.clone()
+        s[:, [first, second]] = 8.0
+        t[0, first] = t[1, second] = 9.0
+        problem = make_problem(s[:, :1], torch.zeros(1000, 1), s[:, :1], torch.zeros(1000, 1),
+                               return_stats=True)  # fmt: skip
+        got = rows.divergence_rows_(s, t, problem, gradient=False)
+        assert got.values[Stat.AGREEMENT].tolist() == [1, 0]
 
 
 def test_no_gradient_is_small_enough_to_make_denormals():

@@ -83,6 +83,62 @@ def test_equal_to_the_torch_rows(B, V, divergence, variant, dtype):
         assert mine.abs().max() <= 2**14
 
 
+def hard_rows():
+    """(s, t) whose parts differ by more than exponentials hold: peaks apart, peaks that rise and
+    fall by 300 over the columns, equal peaks in a tile and in two, mass in the last column."""
+    g = torch.Generator().manual_seed(0)
+    s, t = torch.randn(8, 200, generator=g), torch.randn(8, 200, generator=g)
+    s[0, 150], t[0, 20] = 30.0, 30.0
+    s[1] += torch.linspace(0, 300, 200)
+    s[2] -= torch.linspace(0, 300, 200)
+    t[1:3] += s[1:3]
+    s[3:5, [10, 130]] = 8.0
+    t[3, 10] = t[4, 130] = 9.0
+    s[5, [10, 20]] = 8.0
+    t[5, 20] = 9.0
+    s[6, -1] = t[6, -1] = 90.0
+    t[7] = s[7]
+    t[7, 3] += 12.0
+    return s, t
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_of_hard_parts(divergence, masked):
+    """Masked: a tile without columns, the first, and one column of a mass that underflows, which
+    only one side has: where that makes the divergence infinite, it is."""
+    from opsdc_kernels.row_pass.kernels import divergence_rows_
+
+    s, t = hard_rows()
+    biases = [None, None]
+    if masked:
+        biases = [torch.zeros(200), torch.zeros(200)]
+        for bias in biases:
+            bias[:64] = bias[100] = -math.inf
+        biases[0 if divergence == "forward_kl" else 1][180] = -math.inf
+        s[:, 180] -= 400.0 if divergence == "reverse_kl" else 0.0
+        t[:, 180] -= 400.0 if divergence == "forward_kl" else 0.0
+
+    def problem(dtype):
+        empty = torch.zeros(0, 1, dtype=dtype)
+        student, teacher = (None if x is None else x.to(dtype) for x in biases)
+        return make_problem(
+            empty, empty, empty, empty, divergence=divergence, beta=0.3, vocab_size=200,
+            return_stats=True, student_bias=student, teacher_bias=teacher,
+        )  # fmt: skip
+
+    truth, mine = s.double(), s.clone()
+    want = torch_rows_(truth, t.double(), problem(torch.float64), gradient=True)
+    got = divergence_rows_(mine, t.clone(), problem(torch.float32), gradient=True)
+    if masked and divergence != "jsd":
+        assert torch.isinf(want.values[Stat.DIVERGENCE]).all()
+    for stat, a, b in zip(list(Stat)[:6], got.values, want.values, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6, msg=stat.name)
+    gradient = mine.double() * got.factor.double()[:, None]
+    expected = truth * want.factor[:, None]
+    assert ((gradient - expected).norm(dim=1) <= 5e-5 * expected.norm(dim=1) + 1e-12).all()
+
+
 def test_saturated_rows():
     from opsdc_kernels.row_pass.kernels import divergence_rows_
 
