@@ -260,10 +260,13 @@ def digest(found: dict[str, Any]) -> str:
     shape = found["shape"]
     speed = {r["contender"]: r for r in found["speed"] if r["mode"] == MODES[0]}
     peaks = {row["contender"]: row["peak_mib"] for row in found["memory"] if row["trainable"]}
-    errors = {(r["contender"], r["dtype"], r["regime"]): r for r in found["accuracy"]}
+    errors = {
+        (r["contender"], (r["dtype"], r["regime"])): r["hidden_gradient"] for r in found["accuracy"]
+    }
     lines = [
-        f"N {shape['tokens']:,} tokens, D {shape['dim']}, V {shape['vocab_size']:,}, fp32, a "
-        "trainable head; time in units of the bare head GEMM; relative error of dH against float64:",
+        f"N {shape['tokens']:,} tokens, D {shape['dim']}, V {shape['vocab_size']:,}, fp32, "
+        "trainable head; time in units of the bare head GEMM; relative error of dH against "
+        "float64:",
         "",
         "| | time | × ours | peak MiB | "
         + " | ".join(f"error, {regime}, {dtype}" for dtype, regime in DIGEST_ERRORS)
@@ -274,7 +277,7 @@ def digest(found: dict[str, Any]) -> str:
         best = f"{name}, compiled" if f"{name}, compiled" in speed else name
         units = speed[best]["units"]
         cells = [f"{units:.2f}", f"{units / speed[OURS]['units']:.2f}", f"{peaks[best]:,.0f}"]
-        cells += [f"{errors[name, *inputs]['hidden_gradient']:.0e}" for inputs in DIGEST_ERRORS]
+        cells += [f"{errors[name, inputs]:.0e}" for inputs in DIGEST_ERRORS]
         lines.append(f"| {best} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"On {record.describe(found['environment'])}."])
 

@@ -1,4 +1,4 @@
-"""The front door and the docs: they build, their links and paths lead somewhere, their code runs."""
+"""The front door and the docs: they build, their links and paths lead on, their code runs."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def blocks(path, language):
 
 
 def missing_paths(text):
-    """Paths of the repository and modules after `python -m` that a text names and that are not there.
+    """Paths of the repository, and modules after `python -m`, that a text names and are not there.
 
     Shell patterns must match something; a test may be named down to its function.
     """
@@ -53,7 +53,9 @@ def test_every_path_is_there(path):
 
 
 def test_a_path_that_is_not_there_is_seen():
-    text = "`tests/trainer/test_plan.py`, opsdc/recipes/*.yaml, docs/none*.md; python -m opsdc.nothing"
+    text = (
+        "`tests/trainer/test_plan.py`, opsdc/recipes/*.yaml, docs/none*.md; python -m opsdc.nothing"
+    )
     assert missing_paths(text) == ["docs/none*.md", "opsdc.nothing", "tests/trainer/test_plan.py"]
 
 
@@ -70,7 +72,9 @@ def test_the_readme_is_short_and_in_order():
 def test_the_readmes_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(README))
     assert len(targets) > 15
-    assert [t for t in targets if "://" not in t and not (ROOT / t.partition("#")[0]).exists()] == []
+    assert [
+        t for t in targets if "://" not in t and not (ROOT / t.partition("#")[0]).exists()
+    ] == []
 
 
 def test_the_readme_lists_every_page_and_every_extra():
@@ -116,7 +120,9 @@ def dead_links(site):
                 continue
             file = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not file.is_file() or (
-                parts.fragment and file in pages and unquote(parts.fragment) not in pages[file].places
+                parts.fragment
+                and file in pages
+                and unquote(parts.fragment) not in pages[file].places
             ):
                 dead.append((path.name, target))
     return dead
