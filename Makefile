@@ -8,7 +8,7 @@ VLLM_NEEDS := aiohttp cachetools cbor2 cloudpickle compressed-tensors einops fas
 	pyzmq uvloop xgrammar
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test test-slow test-gpu chaos fuzz check format bench recipes clean
+.PHONY: help install demo quick test test-slow test-gpu chaos fuzz check format docs dist bench recipes clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +58,13 @@ format: $(STAMP)  ## apply the format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMP)  ## the docs site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+dist: $(STAMP)  ## sdist, and the wheel made of it, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
 PEERS := $(VENV)/.peers
 
 $(PEERS): benchmarks/peers.txt $(STAMP)
@@ -78,4 +85,4 @@ recipes: $(STAMP)  ## plan each recipe anew, into its header
 	  mv $$file.new $$file; done
 
 clean:  ## remove .venv and caches, keep runs
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -14,10 +14,17 @@ EXTRAS = {
     # Exactly: examples/trl_trainer.py replaces a private name of it.
     "trl": ["trl==1.16.0; python_version >= '3.11'"],
     "vllm": ["vllm>=0.27,<0.33"],
+    "docs": [
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.6",
+        "mkdocstrings>=0.30",
+        "mkdocstrings-python>=1.16",
+    ],
     "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"],
 }
-IN_DEV = ("qlora", "liger", "eval", "plot", "embedded", "trl", "bench")
+IN_DEV = ("qlora", "liger", "eval", "plot", "embedded", "trl", "docs", "bench")
 EXTRAS["dev"] = [
+    "build>=1.2",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -35,7 +42,31 @@ setup(
     description="On-policy self-distillation of reasoning models on fused divergence kernels",
     long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="The OPSDC contributors",
+    project_urls={"Paper": "https://arxiv.org/abs/2603.05433"},
+    keywords=[
+        "distillation",
+        "self-distillation",
+        "reasoning",
+        "language models",
+        "KL divergence",
+        "triton",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={

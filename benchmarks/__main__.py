@@ -2,7 +2,7 @@
 
     python -m benchmarks --quick                (about 5 minutes on two CPU cores)
     python -m benchmarks --save cpu-full        (about half an hour; into benchmarks/records/)
-    python -m benchmarks.tables --write         (README tables and plots from the records)
+    python -m benchmarks.tables --write         (tables and plots of the docs from the records)
 
 Peers come from benchmarks/peers.txt; one that cannot be imported, or fails, is listed with its
 reason. What a run with --save has measured when it is stopped is kept in a .part file: the same

@@ -1,10 +1,11 @@
-"""README tables and plots from the committed records.
+"""Tables and plots of the docs from the committed records.
 
     python -m benchmarks.tables              prints them
-    python -m benchmarks.tables --write      into README.md and docs/plots/
+    python -m benchmarks.tables --write      into README.md, docs/benchmarks.md and docs/plots/
 
-README.md holds a pair of comments per record, `<!-- benchmarks: NAME -->` and `<!-- end: NAME -->`;
-what stands between them is written here, and a test fails where the two disagree.
+docs/benchmarks.md holds a pair of comments per record, `<!-- benchmarks: NAME -->` and
+`<!-- end: NAME -->`, and README.md one for the digest of the full record. What stands between them
+is written here, and a test fails where the two disagree.
 """
 
 from __future__ import annotations
@@ -28,8 +29,15 @@ from benchmarks.speed import MODES
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 PLOTS = ROOT / "docs" / "plots"
 OURS = "ours, chunked"
+DIGEST = "cpu-full"
+"""Record that README shows a digest of."""
+DIGEST_ROWS = (OURS, "naive", "Liger, chunked", "TRL, chunked", "unsloth")
+"""Contenders of the digest; each at its best: compiled, where the record has it."""
+DIGEST_ERRORS = (("float32", "training"), ("float32", "near"), ("bfloat16", "near"))
+"""Inputs whose errors the digest shows."""
 
 
 def render(found: dict[str, Any]) -> str:
@@ -247,15 +255,48 @@ def _left_out(row: dict[str, Any]) -> str:
     return f"{row['units']:.2f} ({left['kept_share']:.1%}; {worst:.0e})"
 
 
+def digest(found: dict[str, Any]) -> str:
+    """Five rows of a record: time, memory and errors."""
+    shape = found["shape"]
+    speed = {r["contender"]: r for r in found["speed"] if r["mode"] == MODES[0]}
+    peaks = {row["contender"]: row["peak_mib"] for row in found["memory"] if row["trainable"]}
+    errors = {
+        (r["contender"], (r["dtype"], r["regime"])): r["hidden_gradient"] for r in found["accuracy"]
+    }
+    lines = [
+        f"N {shape['tokens']:,} tokens, D {shape['dim']}, V {shape['vocab_size']:,}, fp32, "
+        "trainable head; time in units of the bare head GEMM; relative error of dH against "
+        "float64:",
+        "",
+        "| | time | × ours | peak MiB | "
+        + " | ".join(f"error, {regime}, {dtype}" for dtype, regime in DIGEST_ERRORS)
+        + " |",
+        "|---|" + "---|" * (3 + len(DIGEST_ERRORS)),
+    ]
+    for name in DIGEST_ROWS:
+        best = f"{name}, compiled" if f"{name}, compiled" in speed else name
+        units = speed[best]["units"]
+        cells = [f"{units:.2f}", f"{units / speed[OURS]['units']:.2f}", f"{peaks[best]:,.0f}"]
+        cells += [f"{errors[name, inputs]:.0e}" for inputs in DIGEST_ERRORS]
+        lines.append(f"| {best} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"On {record.describe(found['environment'])}."])
+
+
+def contents(name: str, found: dict[str, Any]) -> list[tuple[Path, str, str]]:
+    """(file, name of its place, text) of everything that a record fills."""
+    filled = [(PAGE, name, render(found))]
+    return [*filled, (README, f"{name}, digest", digest(found))] if name == DIGEST else filled
+
+
 def between(text: str, name: str) -> str:
-    """What README holds for a record."""
+    """What a page holds at the place of this name."""
     return _found(text, name)[2].rstrip("\n")
 
 
 def _found(text: str, name: str) -> re.Match[str]:
     match = _block(name).search(text)
     if match is None:
-        raise ValueError(f"{README} has no place for {name}: <!-- benchmarks: {name} --> ... end")
+        raise ValueError(f"no place for {name}: <!-- benchmarks: {name} --> ... end")
     return match
 
 
@@ -267,22 +308,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="change README.md and docs/plots/")
+    parser.add_argument("--write", action="store_true", help="change the pages and docs/plots/")
     write = parser.parse_args().write
-    text = README.read_text("utf-8")
     for path in sorted(record.RECORDS.glob("*.json")):
         found = record.load(path)
-        table = render(found)
-        if not write:
-            print(f"== {path.stem}\n\n{table}\n")
-            continue
-        place = _found(text, path.stem)
-        text = text[: place.start(2)] + table + "\n" + text[place.end(2) :]
-        for plot in plots.draw(found, PLOTS, path.stem):
+        for page, name, table in contents(path.stem, found):
+            if not write:
+                print(f"== {name}\n\n{table}\n")
+                continue
+            text = page.read_text("utf-8")
+            place = _found(text, name)
+            text = text[: place.start(2)] + table + "\n" + text[place.end(2) :]
+            page.write_text(text, "utf-8")
+            print(f"written: {page}")
+        for plot in plots.draw(found, PLOTS, path.stem) if write else []:
             print(f"written: {plot}")
-    if write:
-        README.write_text(text, "utf-8")
-        print(f"written: {README}")
 
 
 if __name__ == "__main__":

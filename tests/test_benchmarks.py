@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, and the README shows what the records hold."""
+"""The benchmarks measure what they say, and the pages show what the records hold."""
 
 import json
 import subprocess
@@ -308,10 +308,11 @@ def test_a_dirty_tree_is_not_recorded(tmp_path):
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_readme_shows_the_record(path):
+def test_the_pages_show_the_record(path):
     found = record.load(path)
     assert not found["environment"]["dirty"]
-    assert tables.between(tables.README.read_text("utf-8"), path.stem) == tables.render(found)
+    for page, name, table in tables.contents(path.stem, found):
+        assert tables.between(page.read_text("utf-8"), name) == table
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The examples run, their numbers are right, and the README's blocks do what they replace."""
+"""The examples run, their numbers are right, and the docs' blocks do what they replace."""
 
 import copy
 import os
@@ -174,15 +174,15 @@ def test_the_frozen_head_has_no_gradient_buffer_and_the_adapter_alone_has_gradie
 
 
 def sections():
-    """Of the README's section: the heading's file, and its (before, after) blocks."""
-    text = (ROOT / "README.md").read_text("utf-8")
+    """Of the page's section: the heading's file, and its (before, after) blocks."""
+    text = (ROOT / "docs" / "loss.md").read_text("utf-8")
     section = text.split("\n## Use the loss in your code\n")[1].split("\n## ")[0]
     for part in section.split("\n### ")[1:]:
         name = re.search(r"examples/(\w+)\.py", part.splitlines()[0]).group(1)
         yield name, re.findall(r"```python\n(.*?)```", part, re.DOTALL)
 
 
-def test_the_readme_shows_every_example_before_and_after():
+def test_the_page_shows_every_example_before_and_after():
     shown = {name: len(blocks) for name, blocks in sections()}
     files = {path.stem for path in EXAMPLES.glob("*.py")} - {"start"}
     assert shown == dict.fromkeys(files, 2)
@@ -197,7 +197,7 @@ def training(folder, **settings):
 
 
 def namespace(name, folder):
-    """What a reader of the README is assumed to have at hand."""
+    """What a reader of the page is assumed to have at hand."""
     (student, tokenizer), (teacher, _) = start.load(), start.load(seed=1)
     pairs = start.sample(student, tokenizer)
     pair = pairs[3]
@@ -231,7 +231,7 @@ def namespace(name, folder):
 
 
 @pytest.mark.parametrize(("name", "blocks"), sections(), ids=lambda x: x if type(x) is str else "")
-def test_the_readmes_lines_do_what_they_replace(name, blocks, tmp_path):
+def test_the_pages_lines_do_what_they_replace(name, blocks, tmp_path):
     found = []
     for block in blocks:
         names = namespace(name, tmp_path)
