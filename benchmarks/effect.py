@@ -30,7 +30,7 @@ from tqdm import tqdm
 from benchmarks import record
 from opsdc.config.settings import OPSDCConfig
 from opsdc.eval.answers import Answer, answer, headline, read_answers, write_answers
-from opsdc.eval.arms import first_of
+from opsdc.eval.arms import evaluated_steps, first_of
 from opsdc.eval.compare import by_difficulty, compare
 from opsdc.record.lines import read_lines, write_json
 from opsdc.train import OPSDCTrainer
@@ -78,7 +78,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "32 prompts": {"rollout.prompts_per_step": 32},
     "rate 1.6e-5, dial 1.5": {"optim.lr": 1.6e-5, "teacher.dial": 1.5},
 }
-EVERY_ARM = ARMS | TARGETS | SCHEDULES
+DEMO = "the demo"
+"""The recipe as it is, with what protects it; how many steps it takes is its own."""
+EVERY_ARM = {DEMO: {}, **ARMS, **TARGETS, **SCHEDULES}
 QUICK = ("frozen", "correct only")
 DIFFICULTY_SAMPLES = 2
 """Answers per problem, beside those compared, that say how hard it is for the base."""
@@ -86,11 +88,10 @@ DIFFICULTY_SAMPLES = 2
 
 def config_of(arm: str, seed: int, steps: int, folder: Path) -> OPSDCConfig:
     """The demo's recipe as the arm changes it."""
+    changed = {} if arm == DEMO else {**COMMON, **EVERY_ARM[arm], "train.steps": steps}
     settings = {
-        **COMMON,
-        **EVERY_ARM[arm],
+        **changed,
         "seed": seed,
-        "train.steps": steps,
         "output_dir": str(folder / "runs" / _file(arm, seed)),
         # The cell answers itself: base and told once a seed, not once a cell.
         "eval.problems": 0,
@@ -122,12 +123,13 @@ def train_cell(arm: str, seed: int, steps: int, problems: int, folder: Path) -> 
     trainer.train()
     seconds = time.perf_counter() - started
     _answer(trainer, problems, folder / f"trained-{_file(arm, seed)}", "student")
-    for heavy in ("checkpoints", "model"):
-        shutil.rmtree(run / heavy)
+    for heavy in ("checkpoints", "model", "best"):
+        shutil.rmtree(run / heavy, ignore_errors=True)
     rows = read_lines(run / "metrics.jsonl")
-    evaluated = {0: run / "eval" / "gate-base.jsonl"}
-    evaluated |= {s: run / "eval" / f"step-{s:06d}.jsonl" for s in range(EVERY, steps, EVERY)}
+    evaluated = {0: run / "eval" / "gate-base.jsonl", **evaluated_steps(run / "eval")}
+    choices = json.loads((run / "summary.json").read_text("utf-8")).get("evaluated", [])
     return {
+        "kept": next((row["step"] for row in choices if row["kept"]), len(rows)),
         "seconds": round(seconds, 1),
         "steps": [
             {
@@ -177,7 +179,10 @@ def measure(
         answered = {"problems": problems, "common": COMMON}
         if cell is base_cell:
             return {**answered, "difficulty_samples": DIFFICULTY_SAMPLES}
-        return {**answered, "steps": steps, "arm": EVERY_ARM[what[0]]}
+        arm = what[0]
+        if arm == DEMO:
+            return {**answered, "recipe": OPSDCConfig.load("smollm2-cpu").to_yaml()}
+        return {**answered, "steps": steps, "arm": EVERY_ARM[arm]}
 
     def stored(name: str) -> dict[str, Any] | None:
         path = folder / "cells" / f"{name}.json"
@@ -223,14 +228,23 @@ def _arm(arm: str, seeds: Sequence[int], folder: Path) -> dict[str, Any]:
         "against_base": compare(base, trained),
         "against_told": compare(told, trained),
         "by_difficulty": by_difficulty(hardness, base, trained),
-        "by_seed": [
-            headline(read_answers(folder / f"trained-{_file(arm, s)}.jsonl")) for s in seeds
-        ],
+        "by_seed": [_of_seed(arm, s, folder) for s in seeds],
         "steps_to_half": [_to_half(cell["steps"], plain, lambda step: 1) for cell in cells],
         "minutes_to_half": [
             _to_half(cell["steps"], plain, lambda step: step["seconds"] / 60) for cell in cells
         ],
         "cells": [{k: v for k, v in cell.items() if k != "settings"} for cell in cells],
+    }
+
+
+def _of_seed(arm: str, seed: int, folder: Path) -> dict[str, Any]:
+    base, told, trained = (
+        _together(folder, name, (seed,)) for name in ("base", "told", f"trained-{arm}")
+    )
+    return {
+        **{n: headline(a) for n, a in (("base", base), ("told", told), ("trained", trained))},
+        "against_base": compare(base, trained),
+        "against_told": compare(told, trained),
     }
 
 

@@ -127,7 +127,7 @@ def _render(
         _prompt("student prompt", prompts.student_text, prompts.student_ids),
         _prompt("teacher prompt", prompts.teacher_text, prompts.teacher_ids),
         *_against(tokenizer, prompts.against_ids),
-        "── teacher mixed of: " + " ".join(f"{weight:+g} {name}" for name, weight in contexts.items()),
+        "── teacher mixed of: " + " ".join(f"{w:+g} {name}" for name, w in contexts.items()),
         f"── response: {len(tokens)} tokens, "
         + ("ended by itself" if rollout.finished else "cut at rollout.max_new_tokens")
         + f"\nids {list(rollout.response_ids)}",

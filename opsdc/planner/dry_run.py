@@ -111,7 +111,7 @@ def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
             attn_implementation=attention if on_gpu else None,
             liger=config.model.liger and on_gpu,
         ),
-        # A random model is never right: decisions by answers are left out, and what is learned from.
+        # A random model is never right: nothing is decided by its answers.
         data=replace(
             config.data,
             prompt_column="problem",
