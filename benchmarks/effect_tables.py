@@ -17,17 +17,19 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import record
-from benchmarks.effect import ARMS, RECORD, SCHEDULES, TARGETS
+from benchmarks.effect import ARMS, DEMO, RECORD, SCHEDULES, TARGETS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "effect.md"
-PARETO, STAIRCASE = DOCS / "plots" / "effect-pareto.png", DOCS / "plots" / "effect-steps.png"
+PLOTS = DOCS / "plots"
+PICTURE, PARETO, STAIRCASE = (PLOTS / f"{n}.png" for n in ("demo", "effect-pareto", "effect-steps"))
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:
     """Return each table's Markdown by the name of its place in the page."""
     arms = found["arms"]
     return {
+        "demo": _by_seed(arms[DEMO]),
         "arms": _arms(arms, ARMS),
         "targets": _targets(arms),
         "schedules": _arms(arms, ("frozen", *SCHEDULES)),
@@ -46,6 +48,27 @@ def _arms(arms: dict[str, Any], names: Iterable[str]) -> str:
     lines.append(f"| base | {base['tokens_mean']:.1f} | {base['accuracy']:.1%} | | | | | |")
     lines.append(_arm("base, told", arms["told"]))
     lines += [_arm(name, arms[name]) for name in names if name in arms]
+    return "\n".join(lines)
+
+
+def _by_seed(demo: dict[str, Any]) -> str:
+    lines = [
+        "| seed | base | told | trained | saved | against the base | against told | kept, lost, "
+        "gained | entropy |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for i, (row, cell) in enumerate(zip(demo["by_seed"], demo["cells"], strict=True)):
+        against = row["against_base"]
+        cells = [
+            *(f"{row[n]['tokens_mean']:.1f}, {row[n]['accuracy']:.1%}"
+              for n in ("base", "told", "trained")),
+            f"{against['token_reduction']:.0%}",
+            _points(against),
+            _points(row["against_told"]),
+            f"{against['kept']}, {against['lost']}, {against['gained']}",
+            f"{cell['steps'][0]['entropy']:.2f} → {_last([cell['steps']], 'entropy'):.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {i} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -129,14 +152,35 @@ def _source(found: dict[str, Any]) -> str:
     )
 
 
+def _credit(found: dict[str, Any]) -> str:
+    return _source(found).replace("`", "")
+
+
 def draw(found: dict[str, Any]) -> None:
-    """Write both plots: length against accuracy by arm, and length over steps by teacher."""
+    """Write the plots: the demo's steps, length against accuracy by arm, length by teacher."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     arms = found["arms"]
+    figure, sides = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    measures = (("tokens_mean", 1, "tokens of an answer"), ("accuracy", 100, "right, %"))
+    for plot, (measure, scale, label) in zip(sides, measures, strict=True):
+        for seed, cell in zip(found["seeds"], arms[DEMO]["cells"], strict=True):
+            steps = {int(step): row[measure] * scale for step, row in cell["evaluated"].items()}
+            (line,) = plot.plot([*steps], [*steps.values()], "o-", label=f"seed {seed}")
+            if (kept := cell["kept"]) in steps:
+                plot.plot(kept, steps[kept], "o", ms=10, mfc="none", color=line.get_color())
+        plot.set(xlabel="step (circle: kept)", ylabel=label, ylim=0)
+        plot.grid(alpha=0.3)
+    sides[0].legend()
+    figure.suptitle(
+        "make demo: problems for decisions while training, answered greedily\n" + _credit(found),
+        fontsize=8,
+    )
+    figure.savefig(PICTURE, dpi=110)
+
     figure, plot = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
     told = arms["told"]
     points = {"base": told["base"], "base, told": told["trained"]}
@@ -151,7 +195,7 @@ def draw(found: dict[str, Any]) -> None:
         )  # fmt: skip
     plot.set(xlabel="tokens of a held-out answer", ylabel="right, %")
     plot.grid(alpha=0.3)
-    figure.suptitle(_source(found).replace("`", ""), fontsize=7)
+    figure.suptitle(_credit(found), fontsize=7)
     figure.savefig(PARETO, dpi=110)
 
     figure, plot = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
@@ -166,7 +210,7 @@ def draw(found: dict[str, Any]) -> None:
     plot.set(xlabel="step (dashed: refreshes of “refresh 4”)", ylabel="tokens of a rollout", ylim=0)
     plot.legend()
     plot.grid(alpha=0.3)
-    figure.suptitle(_source(found).replace("`", ""), fontsize=7)
+    figure.suptitle(_credit(found), fontsize=7)
     figure.savefig(STAIRCASE, dpi=110)
     pyplot.close("all")
 
@@ -193,7 +237,7 @@ def main() -> None:
         return
     PAGE.write_text(filled(PAGE.read_text("utf-8"), found), "utf-8")
     draw(found)
-    print(f"written: {PAGE}, {PARETO}, {STAIRCASE}")
+    print(f"written: {PAGE}, {PICTURE}, {PARETO}, {STAIRCASE}")
 
 
 if __name__ == "__main__":
