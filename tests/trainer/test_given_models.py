@@ -142,3 +142,11 @@ def test_a_padding_id_beyond_the_embedding_changes_nothing(make_config, tmp_path
         OPSDCTrainer(tiny_model(), config, processing_class=tokenizer).train()
         seen.append(losses(config))
     assert seen[0] == seen[1]
+
+
+def test_an_adapter_that_no_checkpoint_would_hold_is_refused_before_step_1(make_config, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model(), config, adapter_name="mine")
+    with pytest.raises(ModelError, match=r"would lose weights.*called 'default'"):
+        trainer(make_config(**QUIET), model)
+    assert not (tmp_path / "run").exists()

@@ -271,6 +271,18 @@ def test_student_and_teacher_of_two_dtypes_meet_in_the_wider(ours, theirs):
     assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=rel)
 
 
+@pytest.mark.parametrize("whose", ["student", "teacher", "start"])
+def test_rows_beyond_a_models_positions_are_refused(whose):
+    """Rotary positions that change with the length would make a row depend on its neighbours."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    models = {name: tiny_model(seed=i) for i, name in enumerate(("student", "teacher", "start"))}
+    models[whose] = tiny_model(max_position_embeddings=20, rope_parameters=rope)
+    distiller = Distiller(**models, mix=Mix(anchor=0.2))
+    assert distiller(**collate(make_pairs(2)))["loss"] > 0
+    with pytest.raises(DataError, match=r"rows of 23 tokens.* 20 at most.*dynamic"):
+        distiller(**collate(make_pairs(4)))
+
+
 class Gradients(TrainerCallback):
     def __init__(self):
         self.seen = []
