@@ -188,7 +188,7 @@ def _spaced(answer: str) -> str:
     text = answer.strip()
     if len(text) > _LONGEST:
         return text
-    text = _marks(text).strip().removesuffix(".")
+    text = _marks(text).strip()
     for pattern, replacement in _NO_CONTENT:
         text = pattern.sub(replacement, text)
     return text

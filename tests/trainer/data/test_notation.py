@@ -51,6 +51,8 @@ from opsdc.eval.scorers import last_answer_line, score
         (r"90^\circ", "90"),
         ("90 ^{\\circ}", "90"),
         ("release 1.2.3", None),
+        ("7 bits are 2^{7}", "7"),
+        ("1e3f", "1"),
         ("pages 3–5", "5"),
         ("it is –5", "-5"),
         ("costs －３", "-3"),
@@ -110,6 +112,9 @@ def test_last_number(text, found):
         ("－５．２５", "-5.25"),
         ("٣", "3"),
         ("५।", "5"),
+        ("4\u20602", "42"),
+        (r"1\\ 2", r"1\\2"),
+        ("\u200f٤٢\u200e", "42"),
         ("５，０００", "5000"),
         ("1\u2044 2", "1/2"),
         ("x₁²", "x_1^2"),
@@ -164,6 +169,7 @@ def test_same_answer(a, b):
         ("2^3 4", "2^34"),
         ("2^{3}4", "2^34"),
         ("5²", "52"),
+        ("①", "1"),
         ("x₁2", "x_12"),
         (r"\frac{1 1}{2}", "11/2"),
         (r"\frac{3}{4 5}", "3/45"),
@@ -230,6 +236,12 @@ def test_two_numbers_are_not_the_first_of_them(answer):
         item = Problem(id="p", messages=({"role": "user", "content": "Q"},), answer=gold)
         for scorer in ("boxed", "answer_line", "math_verify", "dual"):
             assert not score(READERS[scorer].format(answer), item, scorer).correct
+
+
+def test_a_mixed_number_is_no_row_of_numbers():
+    item = Problem(id="p", messages=({"role": "user", "content": "Q"},), answer="1 1/2")
+    for scorer in ("math_verify", "dual"):
+        assert score(r"It is $\frac{6}{4}$.", item, scorer).correct
 
 
 @pytest.mark.parametrize("answer", ["5 or 6", "12:30", "1e3, 1e4", "5 6", "5! = 120", "1½ or 5"])
