@@ -31,8 +31,7 @@ def adapted_modules(base: Any) -> dict[str, nn.Module]:
     """Return the modules that an adapter has put in the place of the model's own, by name."""
     adapted: dict[str, nn.Module] = {}
     for name, module in base.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in adapted)
-        if _is_adapted(module) and not inside:
+        if _is_adapted(module) and not any(name.startswith(f"{outer}.") for outer in adapted):
             adapted[name] = module
     return adapted
 
