@@ -20,7 +20,7 @@ from opsdc import OPSDCConfig
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md")
-WRITTEN = [README, ROOT / "CONTRIBUTING.md", *PAGES]
+WRITTEN = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES]
 TREES = ("tests", "opsdc", "opsdc_kernels", "benchmarks", "examples", "docs")
 
 
