@@ -20,7 +20,7 @@ from opsdc import OPSDCConfig
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "LOG.md")
-WRITTEN = [README, ROOT / "CONTRIBUTING.md", *PAGES]
+WRITTEN = [README, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *PAGES]
 TREES = ("tests", "opsdc", "opsdc_kernels", "benchmarks", "examples", "docs")
 
 
@@ -98,13 +98,15 @@ class Links(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.targets, self.places = [], set()
+        self.targets, self.places, self.loaded = [], set(), []
         self.feed(path.read_text("utf-8"))
 
     def handle_starttag(self, tag, attributes):
         for name, value in attributes:
             if name in ("href", "src") and value:
                 self.targets.append(value)
+                if tag != "a":
+                    self.loaded.append(value)
             elif name in ("id", "name") and value:
                 self.places.add(value)
 
@@ -137,6 +139,9 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert dead_links(tmp_path / "site") == []
+    # Nothing is loaded from elsewhere.
+    loaded = [x for path in (tmp_path / "site").rglob("*.html") for x in Links(path).loaded]
+    assert [target for target in loaded if urlsplit(target).netloc] == []
     page = (tmp_path / "site" / "api.html").read_text("utf-8")
     assert "token_weight" in page
     # The same check on a site with a link and a place that are not there.
