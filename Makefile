@@ -8,7 +8,7 @@ VLLM_NEEDS := aiohttp cachetools cbor2 cloudpickle compressed-tensors einops fas
 	pyzmq uvloop xgrammar
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-gpu chaos fuzz check format bench recipes clean
+.PHONY: help install demo test test-slow test-gpu chaos fuzz mutants check format bench recipes clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ chaos: $(STAMP)  ## 200 kills, 200 stops and a soak
 
 fuzz: $(STAMP)  ## malformed settings and data, 8 more seeds
 	$(BIN)/python -m pytest --slow -m fuzz tests
+
+mutants: $(STAMP)  ## small wrong edits, one at a time: which do the tests notice? (~90 min)
+	$(BIN)/python tests/mutants.py
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .
