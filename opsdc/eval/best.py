@@ -20,6 +20,11 @@ _STEP = "opsdc_step.json"
 """File beside the kept weights that says which step they are of."""
 
 
+_AS_SHORT = 1.1
+"""Answers up to so many times as long as the shortest count as equally short: a tenth is less than
+what problems drawn anew would change, and more right answers are worth it."""
+
+
 class BestStep:
     """Weights of the best evaluated step so far, under `best/`, for `train.keep_best`.
 
@@ -81,8 +86,9 @@ def candidates(
     """Return a row for each evaluated step: its answers against the base's, and the choice.
 
     A step is eligible where the lower end of the paired 95 % interval of its accuracy is not below
-    −`train.best_margin`; kept is the eligible step with the fewest tokens, or where there is none
-    the one with the highest lower end. `pareto` marks steps that none beats in both measures.
+    −`train.best_margin`. Of the eligible steps whose answers are as short as the shortest's, to
+    `_AS_SHORT`, the most accurate is kept; where none is eligible, the one with the highest lower
+    end. `pareto` marks steps that none beats in both measures.
     """
     rows: list[dict[str, Any]] = []
     for step, path in evaluated_steps(folder).items():
@@ -103,11 +109,12 @@ def candidates(
     if not rows:
         return []
     eligible = [row for row in rows if row["eligible"]]
-    kept = (
-        min(eligible, key=lambda row: row["tokens"])
-        if eligible
-        else max(rows, key=lambda row: row["accuracy_difference_ci95"][0])
-    )
+    if eligible:
+        short = _AS_SHORT * min(row["tokens"] for row in eligible)
+        shortest = [row for row in eligible if row["tokens"] <= short]
+        kept = max(shortest, key=lambda row: (row["accuracy"], -row["tokens"]))
+    else:
+        kept = max(rows, key=lambda row: row["accuracy_difference_ci95"][0])
     for row in rows:
         row["kept"] = row is kept
         row["pareto"] = not any(

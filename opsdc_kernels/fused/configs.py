@@ -73,6 +73,9 @@ GRADIENT = SEPARATE | {
 }
 """16-bit inputs, gradient of the KLs of two plain heads: only accumulators live long."""
 
+JSD_SLICES = 4
+"""Three logarithms per logit, which the JSD takes, hold more registers than anything else."""
+
 SINGLE = {target: Config(64, 32, 32, 1, 16, 8, 2) for target in TARGETS} | {
     "sm_80": Config(64, 32, 32, 1, 16, 4, 2)
 }
@@ -99,7 +102,9 @@ def config_for(kernel: str, target: str, dtype: str, *, shared: bool, extras: bo
     if dtype == "fp32":
         return SINGLE[target]
     if extras or (kernel == "jsd" and target == "sm_80"):
-        return WITH_EXTRAS[target]
-    if shared:
-        return SHARED[target]
-    return (GRADIENT if kernel == "gradient" else SEPARATE)[target]
+        config = WITH_EXTRAS[target]
+    elif shared:
+        config = SHARED[target]
+    else:
+        config = (GRADIENT if kernel == "gradient" else SEPARATE)[target]
+    return config._replace(SLICES=JSD_SLICES) if kernel == "jsd" else config

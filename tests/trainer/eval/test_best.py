@@ -51,6 +51,11 @@ def test_the_shortest_that_has_not_fallen_is_kept(tmp_path):
     assert kept(tmp_path, steps, last_step=4) == 4
 
 
+def test_of_equally_short_steps_the_most_accurate_is_kept(tmp_path):
+    steps = {4: arm(20, 104), 8: arm(21, 130), 12: arm(24, 140)}
+    assert kept(tmp_path, steps) == 8
+
+
 def test_an_interval_that_reaches_too_far_down_is_not_enough(tmp_path):
     """60 answers of 200 turn, as many for the better: no fall on average, but none excluded."""
     shuffled = arm(10, 100)
