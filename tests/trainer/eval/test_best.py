@@ -44,7 +44,7 @@ def kept(*arguments, **settings):
 
 
 def test_the_shortest_that_has_not_fallen_is_kept(tmp_path):
-    steps = {4: arm(30, 110), 8: arm(20, 104), 12: arm(10, 70), 16: arm(22, 120)}
+    steps = {4: arm(30, 110), 8: arm(20, 104), 12: arm(10, 70), 16: arm(24, 120)}
     assert kept(tmp_path, steps) == 8
     # A margin that excludes only a fall, or lets a large one pass.
     assert kept(tmp_path, steps, margin=0.5) == 12
