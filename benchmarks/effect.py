@@ -156,9 +156,9 @@ def _answer(
     trainer.sampler.push(trainer.model, trainer.state.step)
     answers = answer(
         trainer.sampler, trainer.tokenizer, first_of(trainer.held_out, problems), settings,
-        arm=arm, label=path.stem, stream=stream,
+        arm=arm, label=path.name, stream=stream,
     )  # fmt: skip
-    write_answers(path.with_suffix(".jsonl"), answers)
+    write_answers(path.parent / f"{path.name}.jsonl", answers)
 
 
 def measure(
