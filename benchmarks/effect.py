@@ -78,6 +78,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "32 prompts": {"rollout.prompts_per_step": 32},
     "rate 1.6e-5, dial 1.5": {"optim.lr": 1.6e-5, "teacher.dial": 1.5},
 }
+BASE = "base"
+"""The model as it is, and told: answers that all arms of a seed are compared with."""
 DEMO = "the demo"
 """The recipe as it is, with what protects it; how many steps it takes is its own."""
 EVERY_ARM = {DEMO: {}, **ARMS, **TARGETS, **SCHEDULES}
@@ -163,67 +165,74 @@ def _answer(
 
 def measure(
     arms: Sequence[str], seeds: Sequence[int], steps: int, problems: int, folder: Path, workers: int
-) -> dict[str, Any]:
-    """Run the cells that have no result in `folder` yet; return what all of them say.
+) -> None:
+    """Run the cells that have no result in `folder` yet.
 
     Raises RuntimeError, when the others are through, for cells that failed.
     """
-    wanted = {_file("base", s): (base_cell, (s, problems, folder)) for s in seeds}
-    for seed in seeds:
-        for arm in arms:
-            cell = (train_cell, (arm, seed, steps, problems, folder))
-            wanted[_file(arm, seed)] = cell
-
-    def settings_of(name: str) -> dict[str, Any]:
-        cell, what = wanted[name]
-        answered = {"problems": problems, "common": COMMON}
-        if cell is base_cell:
-            return {**answered, "difficulty_samples": DIFFICULTY_SAMPLES}
-        arm = what[0]
-        if arm == DEMO:
-            return {**answered, "recipe": OPSDCConfig.load("smollm2-cpu").to_yaml()}
-        return {**answered, "steps": steps, "arm": EVERY_ARM[arm]}
-
-    def stored(name: str) -> dict[str, Any] | None:
-        path = folder / "cells" / f"{name}.json"
-        found = json.loads(path.read_text("utf-8")) if path.is_file() else None
-        # A cell of other settings, or of an earlier form of this command, is measured anew.
-        return found if found and found["settings"] == settings_of(name) else None
-
+    wanted = [(BASE, seed) for seed in seeds] + [(arm, seed) for seed in seeds for arm in arms]
     failed = []
     # A process a cell: nothing that one leaves behind reaches another, and memory is given back.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as go:
-        running: dict[Future[Any], str] = {
-            go.submit(cell, *what): name
-            for name, (cell, what) in wanted.items()
-            if stored(name) is None
+        running: dict[Future[Any], tuple[str, int]] = {
+            go.submit(base_cell, seed, problems, folder)
+            if arm == BASE
+            else go.submit(train_cell, arm, seed, steps, problems, folder): (arm, seed)
+            for arm, seed in wanted
+            if stored(arm, seed, steps, problems, folder) is None
         }
         for done in tqdm(as_completed(running), total=len(running), desc="cells"):
-            name = running[done]
+            arm, seed = running[done]
             if done.exception():
-                failed.append(f"{name}: {done.exception()!r}")
+                failed.append(f"{arm}, seed {seed}: {done.exception()!r}")
                 continue
-            path = folder / "cells" / f"{name}.json"
+            path = folder / "cells" / f"{_file(arm, seed)}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"settings": settings_of(name), **done.result()})
+            write_json(path, {"settings": _settings(arm, steps, problems), **done.result()})
     if failed:
         raise RuntimeError(
             "cells failed, and the same command runs them again:\n" + "\n".join(failed)
         )
-    return {arm: _arm(arm, seeds, folder) for arm in arms} | {"told": _told(seeds, folder)}
 
 
-def _arm(arm: str, seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+def _settings(arm: str, steps: int, problems: int) -> dict[str, Any]:
+    """Say what a cell's result depends on, but for its seed."""
+    answered = {"problems": problems, "common": COMMON}
+    if arm == BASE:
+        return {**answered, "difficulty_samples": DIFFICULTY_SAMPLES}
+    if arm == DEMO:
+        return {**answered, "recipe": OPSDCConfig.load("smollm2-cpu").to_yaml()}
+    return {**answered, "steps": steps, "arm": EVERY_ARM[arm]}
+
+
+def stored(arm: str, seed: int, steps: int, problems: int, folder: Path) -> dict[str, Any] | None:
+    """Return a cell's result; None without one, or of other settings: it is measured anew."""
+    path = folder / "cells" / f"{_file(arm, seed)}.json"
+    found = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    return found if found and found["settings"] == _settings(arm, steps, problems) else None
+
+
+def summary(steps: int, problems: int, folder: Path) -> dict[str, Any]:
+    """Return what the cells say that there are, arm by arm, over the seeds that each has."""
+    told = [s for s in SEEDS if stored(BASE, s, steps, problems, folder)]
+    found = {"told": _told(told, folder)} if told else {}
+    for arm in EVERY_ARM:
+        cells = {s: cell for s in told if (cell := stored(arm, s, steps, problems, folder))}
+        if cells:
+            found[arm] = _arm(arm, cells, folder)
+    return found
+
+
+def _arm(arm: str, by_seed: dict[int, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What an arm's cells say together."""
-    cells = [
-        json.loads((folder / "cells" / f"{_file(arm, s)}.json").read_text("utf-8")) for s in seeds
-    ]
+    seeds, cells = [*by_seed], [*by_seed.values()]
     base, told = (_together(folder, name, seeds) for name in ("base", "told"))
     trained = _together(folder, f"trained-{arm}", seeds)
     hardness = _together(folder, "difficulty", seeds)
     plain = headline(base)["tokens_mean"]
     assert plain is not None
     return {
+        "seeds": seeds,
         "trained": headline(trained),
         "against_base": compare(base, trained),
         "against_told": compare(told, trained),
@@ -291,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="two arms, one seed, 4 steps")
     parser.add_argument("--arms", help=f"separated by semicolons, of: {'; '.join(EVERY_ARM)}")
+    parser.add_argument("--seeds", help="comma-separated, of 0, 1 and 2 (default: all)")
     parser.add_argument("--folder", type=Path, default=Path("runs/effect"), help="of the cells")
     parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2)")
     parser.add_argument("--save", action="store_true", help=f"write {RECORD.name}, the record")
@@ -305,12 +315,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.save and environment["dirty"]:
         parser.error("uncommitted changes; commit first, or leave --save out")
     seeds, steps, problems = ((0,), 4, 32) if options.quick else (SEEDS, STEPS, 132)
-    found = measure(names, seeds, steps, problems, options.folder, options.workers)
+    if options.seeds:
+        seeds = tuple(map(int, options.seeds.split(",")))
+    measure(names, seeds, steps, problems, options.folder, options.workers)
+    found = summary(steps, problems, options.folder)
     for name, arm in found.items():
         print(f"{name:<24}{one_line(arm)}")
     if options.save:
-        whole = {"environment": environment, "steps": steps, "seeds": list(seeds), "arms": found}
-        record.save(RECORD, whole)
+        record.save(RECORD, {"environment": environment, "steps": steps, "arms": found})
     return 0
 
 

@@ -40,14 +40,17 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
 
 def _arms(arms: dict[str, Any], names: Iterable[str]) -> str:
     lines = [
-        "| | tokens | right | against the base | kept, lost, gained | against told | entropy | "
-        "half after |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | seeds | tokens | right | against the base | kept, lost, gained | against told | "
+        "entropy | half after |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     base = arms["told"]["base"]
-    lines.append(f"| base | {base['tokens_mean']:.1f} | {base['accuracy']:.1%} | | | | | |")
+    lines.append(f"| base | | {base['tokens_mean']:.1f} | {base['accuracy']:.1%} | | | | | |")
     lines.append(_arm("base, told", arms["told"]))
     lines += [_arm(name, arms[name]) for name in names if name in arms]
+    missing = [name for name in names if name not in arms]
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(missing)}."]
     return "\n".join(lines)
 
 
@@ -57,7 +60,7 @@ def _by_seed(demo: dict[str, Any]) -> str:
         "gained | entropy |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for i, (row, cell) in enumerate(zip(demo["by_seed"], demo["cells"], strict=True)):
+    for seed, row, cell in zip(demo["seeds"], demo["by_seed"], demo["cells"], strict=True):
         against = row["against_base"]
         cells = [
             *(f"{row[n]['tokens_mean']:.1f}, {row[n]['accuracy']:.1%}"
@@ -68,13 +71,14 @@ def _by_seed(demo: dict[str, Any]) -> str:
             f"{against['kept']}, {against['lost']}, {against['gained']}",
             f"{cell['steps'][0]['entropy']:.2f} → {_last([cell['steps']], 'entropy'):.2f}",
         ]  # fmt: skip
-        lines.append(f"| {i} | " + " | ".join(cells) + " |")
+        lines.append(f"| {seed} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _arm(name: str, arm: dict[str, Any]) -> str:
     trained, against = arm["trained"], arm["against_base"]
     cells = [
+        str(len(arm["seeds"])) if "seeds" in arm else "",
         f"{trained['tokens_mean']:.1f}",
         f"{trained['accuracy']:.1%}",
         _points(against),
@@ -117,9 +121,10 @@ def _targets(arms: dict[str, Any]) -> str:
         "| target | last quarter of training | held out | right | against the base | dial |",
         "|---|---|---|---|---|---|",
     ]
-    for name, setting in TARGETS.items():
-        if name not in arms:
-            continue
+    measured = {name: setting for name, setting in TARGETS.items() if name in arms}
+    if not measured:
+        return "Not measured yet."
+    for name, setting in measured.items():
         arm = arms[name]
         steps = [cell["steps"] for cell in arm["cells"]]
         lines.append(
@@ -147,7 +152,7 @@ def _source(found: dict[str, Any]) -> str:
     environment = found["environment"]
     return (
         f"`{environment['command'].replace('benchmarks', 'benchmarks.effect', 1).strip()}`, "
-        f"{found['steps']} steps, seeds {', '.join(map(str, found['seeds']))}, on "
+        f"{found['steps']} steps (the demo: its own), on "
         f"{record.describe(environment)}."
     )
 
@@ -167,7 +172,7 @@ def draw(found: dict[str, Any]) -> None:
     figure, sides = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     measures = (("tokens_mean", 1, "tokens of an answer"), ("accuracy", 100, "right, %"))
     for plot, (measure, scale, label) in zip(sides, measures, strict=True):
-        for seed, cell in zip(found["seeds"], arms[DEMO]["cells"], strict=True):
+        for seed, cell in zip(arms[DEMO]["seeds"], arms[DEMO]["cells"], strict=True):
             steps = {int(step): row[measure] * scale for step, row in cell["evaluated"].items()}
             (line,) = plot.plot([*steps], [*steps.values()], "o-", label=f"seed {seed}")
             if (kept := cell["kept"]) in steps:
