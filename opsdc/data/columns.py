@@ -21,6 +21,12 @@ from opsdc.errors import ConfigError, DataError
 FILE_TYPES = (".jsonl", ".json", ".parquet")
 """These endings of `data.source` name a file; any other source is a dataset."""
 
+PROMPT_COLUMNS = ("messages", "prompt", "problem", "question")
+"""The prompt is looked for in these columns, in this order, unless one is named."""
+
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
+"""The answer is looked for in these columns, in this order, unless one is named."""
+
 _ROLES = ("system", "user", "assistant")
 """No other role may pass, because templates write roles next to control tokens."""
 

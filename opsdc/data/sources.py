@@ -33,12 +33,6 @@ from opsdc.data.text import boxes, dapo_prompt
 from opsdc.data.word_sums import word_sums
 from opsdc.errors import ConfigError, DataError
 
-_PROMPT_COLUMNS = ("messages", "prompt", "problem", "question")
-"""The prompt is looked for in these columns, in this order, unless one is named."""
-
-_ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
-"""The answer is looked for in these columns, in this order, unless one is named."""
-
 _GYM = "reasoning_gym:"
 """The name of a procedural task follows this prefix."""
 
@@ -130,7 +124,7 @@ def _make_problems(
         where = f"{source}, {unit} {number}"
         if not isinstance(row, Mapping):
             raise DataError(f"{where} must be an object with columns, not {type(row).__name__}")
-        column, value = columns.pick(row, prompt_column, _PROMPT_COLUMNS, "prompt", where)
+        column, value = columns.pick(row, prompt_column, columns.PROMPT_COLUMNS, "prompt", where)
         messages = _laid_out(columns.chat(value, f"{where}, column {column}"), layout)
         teacher, group = row.get("teacher_prompt"), row.get("group")
         place = f"{where}, column teacher_prompt"
@@ -150,10 +144,10 @@ def _make_problems(
 
 def _answer(row: Mapping[str, Any], answer_column: str | None, where: str) -> str | None:
     """Return a row's answer as text; None where no column holds one and none is named."""
-    usual = (columns.column(row, name, where) for name in _ANSWER_COLUMNS)
+    usual = (columns.column(row, name, where) for name in columns.ANSWER_COLUMNS)
     if answer_column is None and all(value is None for value in usual):
         return None
-    column, value = columns.pick(row, answer_column, _ANSWER_COLUMNS, "answer", where)
+    column, value = columns.pick(row, answer_column, columns.ANSWER_COLUMNS, "answer", where)
     answer = columns.number_or_text(value, f"{where}, column {column}")
     # In a worked solution the answer is in the last box (MATH) or behind #### (GSM8K).
     _, mark, behind = answer.rpartition("####")
