@@ -1,9 +1,9 @@
-"""Tables and plots of docs/effect.md from the record of `benchmarks.effect`.
+"""Tables and plots of docs/effect.md and README.md from the record of `benchmarks.effect`.
 
     python -m benchmarks.effect_tables              prints the tables
-    python -m benchmarks.effect_tables --write      into docs/effect.md and docs/plots/
+    python -m benchmarks.effect_tables --write      into both and docs/plots/
 
-The page's text is written by hand; what stands between `<!-- effect: NAME -->` and
+The pages' text is written by hand; what stands between `<!-- effect: NAME -->` and
 `<!-- end: NAME -->` is written here, and a test fails where the two disagree.
 """
 
@@ -20,7 +20,7 @@ from benchmarks import record
 from benchmarks.effect import ARMS, DEMO, RECORD, SCHEDULES, TARGETS
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGE = DOCS / "effect.md"
+PAGES = (DOCS / "effect.md", DOCS.parent / "README.md")
 PLOTS = DOCS / "plots"
 PICTURE, PARETO, STAIRCASE = (PLOTS / f"{n}.png" for n in ("demo", "effect-pareto", "effect-steps"))
 
@@ -29,7 +29,7 @@ def tables(found: dict[str, Any]) -> dict[str, str]:
     """Return each table's Markdown by the name of its place in the page."""
     arms = found["arms"]
     return {
-        "demo": _by_seed(arms[DEMO]),
+        "demo": _by_seed(arms[DEMO]) if DEMO in arms else "Not measured yet.",
         "arms": _arms(arms, ARMS),
         "targets": _targets(arms),
         "schedules": _arms(arms, ("frozen", *SCHEDULES)),
@@ -136,7 +136,9 @@ def _targets(arms: dict[str, Any]) -> str:
 
 
 def _difficulty(arms: dict[str, Any]) -> str:
-    found = arms["frozen"]["by_difficulty"]
+    if DEMO not in arms:
+        return "Not measured yet."
+    found = arms[DEMO]["by_difficulty"]
     lines = ["| | problems | tokens | saved | right |", "|---|---|---|---|---|"]
     for rows in found.values():
         lines += [
@@ -221,11 +223,9 @@ def draw(found: dict[str, Any]) -> None:
 
 
 def filled(page: str, found: dict[str, Any]) -> str:
-    """Return the page with each table in its place; raises ValueError for a place that is not."""
+    """Return the page with the tables in those places that it has."""
     for name, table in tables(found).items():
         place = re.compile(rf"(<!-- effect: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
-        if not place.search(page):
-            raise ValueError(f"{PAGE} has no place for {name}: <!-- effect: {name} --> … end")
         page = place.sub(lambda m, t=table: f"{m[1]}{t}\n{m[2]}", page)
     return page
 
@@ -234,15 +234,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="change docs/effect.md and plots")
+    parser.add_argument("--write", action="store_true", help="change the pages and plots")
     found = record.load(RECORD)
     if not parser.parse_args().write:
         for name, table in tables(found).items():
             print(f"== {name}\n\n{table}\n")
         return
-    PAGE.write_text(filled(PAGE.read_text("utf-8"), found), "utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text("utf-8"), found), "utf-8")
     draw(found)
-    print(f"written: {PAGE}, {PICTURE}, {PARETO}, {STAIRCASE}")
+    print(*("written:", *PAGES, PICTURE, PARETO, STAIRCASE), sep="\n")
 
 
 if __name__ == "__main__":
