@@ -196,7 +196,8 @@ def test_the_jsd_at_half_does_not_tell_student_from_teacher(problem):
     size = 3e-7 * float(torch.stack([h.norm(dim=1).max() * w.norm(dim=1).max() + 1]))
     slack = (there.clamp(min=1e-30).sqrt() * size + size**2) * 4
     assert (there - back).abs() <= 1e-5 * there + slack
-    close(stats.student_entropy, other.teacher_entropy)
+    # An entropy near 0 is a difference of numbers of the logits' size.
+    assert (stats.student_entropy - other.teacher_entropy).abs().max() <= size
     close(stats.teacher_logsumexp, other.student_logsumexp)
 
 

@@ -70,6 +70,7 @@ def test_liger_for_an_unknown_architecture_is_refused():
 _PATCHED = """
 import torch
 from transformers import AutoModelForCausalLM
+from opsdc.config.settings import ModelConfig
 from opsdc.models.faster_layers import patch
 from opsdc.models.load import load_architecture
 from opsdc.planner.activations import shallower
