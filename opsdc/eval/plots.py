@@ -80,7 +80,10 @@ def plot_run(run: Path, file: Path | None = None) -> Path:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     file = file or run / "plot.png"
-    figure.savefig(file, dpi=110)
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write the picture {file}: {error}") from error
     plt.close(figure)
     return file
 
