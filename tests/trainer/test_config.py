@@ -114,7 +114,8 @@ def test_paper_recipes_hold_the_paper_values(name):
 
 
 def test_a_setting_without_effect_is_said():
-    changes = {"teacher.mode": "frozen", "loss.beta": 0.3, "loss.token_criterion": "entropy"}
+    changes = {"teacher.mode": "frozen", "teacher.refresh_steps": 4}
+    changes |= {"loss.beta": 0.3, "loss.token_criterion": "entropy"}
     notes = " ".join(ignored_settings(OPSDCConfig.load("smollm2-cpu", changes)))
     assert "teacher.refresh_steps" in notes
     assert "loss.beta" in notes
