@@ -1,4 +1,4 @@
-"""The command `opsdc`: train, eval, serve, inspect, plan, plot, recipes, init."""
+"""The command `opsdc`: compress, train, eval, serve, inspect, plan, plot, recipes, init."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ A list is written a,b.
 
 A run leaves in output_dir: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, model/,
 eval/*.jsonl, summary.json and plot.png.
+"""
+_COMPRESS_EPILOG = """\
+Answers a few problems to see how long answers are, plans what fits this machine, prints the
+settings and writes them to config.yaml, then trains and evaluates. Every setting can be given.
+
+  opsdc compress embedded:smollm2                        the demo's model and problems
+  opsdc compress my-model --data my.jsonl --target 0.4 --output runs/short
+  opsdc compress Qwen/Qwen3-1.7B --data 'data/*.csv' --train.steps 50 --rollout.engine vllm
 """
 _EVAL_EPILOG = """\
   opsdc eval runs/demo                                   base, prompt-only and trained, anew
@@ -82,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         watch.register(1, 0)
         if not watch.poll(0):
             raise
-        # The reader of standard output has seen enough (`opsdc plan | head`); Python would complain
-        # again at exit.
+        # The reader has seen enough (`opsdc plan | head`); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
@@ -99,7 +106,7 @@ def _run(argv: list[str]) -> int:
     try:
         if command and command not in commands:
             command_line.refuse_command(command, commands)
-        if argv in ([], ["train"]):
+        if argv in ([], ["train"], ["compress"]):
             # Too much would begin unasked.
             its_parser.print_help()
             return 2
@@ -126,7 +133,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="store_true", help="print the version, and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
-        *(_add_train, _add_eval, _add_serve, _add_inspect, _add_plan, _add_plot),
+        *(_add_compress, _add_train, _add_eval, _add_serve, _add_inspect, _add_plan, _add_plot),
         *(_add_recipes, _add_init),
     ):
         add(commands)
@@ -166,9 +173,7 @@ def _add_train(commands: Any) -> None:
         action="store_true",
         help="print the plan, train one step of a tiny twin, leave nothing behind",
     )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print all settings as YAML, and end"
-    )
+    parser.add_argument("--print-config", action="store_true", help="print the settings, and end")
     parser.add_settings()
 
 
@@ -208,6 +213,39 @@ def _train_with(config: OPSDCConfig) -> int:
             trainer.sampler.close()
             talk.leave()
     return 0
+
+
+def _add_compress(commands: Any) -> None:
+    parser = _add_command(
+        commands,
+        "compress",
+        "make a model shorter: choose the settings, train, evaluate",
+        f"MODEL [--data FILE] [--target 0.5] [--output DIR] {_ANY}",
+        _compress,
+        _COMPRESS_EPILOG,
+    )
+    parser.add_argument("set:model.name_or_path", metavar="MODEL", help="a folder or a Hub name")
+    parser.add_argument("--print-config", action="store_true", help="print the settings, and end")
+    parser.short = {"data.source": "--data", "teacher.target": "--target", "output_dir": "--output"}
+    parser.add_settings()
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    """Choose the settings, write and print them, and train by them."""
+    from opsdc.planner.compress import choose
+    from opsdc.record.lines import write_text, writing
+
+    tree = choose(given_settings(arguments))
+    text = commented(tree)
+    print(f"\n{text}", flush=True)
+    if arguments.print_config:
+        return 0
+    file = Path(tree["output_dir"]) / "config.yaml"
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, text)
+    print(f"{file}: the settings above; opsdc train --config {file} goes on with this run\n")
+    return _train_with(OPSDCConfig.load(file))
 
 
 def _add_eval(commands: Any) -> None:
@@ -362,16 +400,17 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _add_plot(commands: Any) -> None:
     text = "draw a run: divergence, length, entropy, accuracy, dial, trade-off"
-    parser = _add_command(commands, "plot", text, "RUN [--output PNG]", _plot)
-    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (metrics.jsonl)")
-    parser.add_argument("--output", type=Path, metavar="PNG", help="default: RUN/plot.png")
+    parser = _add_command(commands, "plot", text, "RUN [RUN ...] [--output PNG]", _plot)
+    parser.add_argument("folders", metavar="RUN", type=Path, nargs="+", help="several: overlaid")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="default: in the first folder")
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    """Draw a run, and print the name of the picture."""
-    from opsdc.eval.plots import plot_run
+    """Draw a run, or several over one another, and print the name of the picture."""
+    from opsdc.eval.plots import plot_run, plot_runs
 
-    print(plot_run(arguments.folder, arguments.output))
+    runs = arguments.folders
+    print(plot_runs(runs, arguments.output) if runs[1:] else plot_run(runs[0], arguments.output))
     return 0
 
 
