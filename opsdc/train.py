@@ -180,13 +180,13 @@ class OPSDCTrainer:
         self.events.begin(self.model, self.tokenizer, self.optimizer, state.step, ranks)
         # Nothing is written before all checks have passed.
         self.record = RunRecord(config, after_step=state.step, ranks=ranks)
-        self.arms.begin(state.step)
+        self.arms.begin(state.step, self.record, self.events.emit)
         self.dial.begin(
             state.step, lambda: sample_plain_lengths(self.sampler, self.problems, config.rollout)
         )
         verdict = guard.apply(guard.check_steps(self.record.history, config.guard))
         # The run before may have ended between a step and its evaluation.
-        verdict = verdict or self.arms.judge(state.step, self.events.emit, again=False)
+        verdict = verdict or self.arms.judge(state.step, again=False)
         return layout, verdict
 
     def _between_steps(self, step: int) -> str | None:
@@ -199,7 +199,7 @@ class OPSDCTrainer:
         if is_due(config.train.save_every, step):
             self.state.save()
             events.emit("on_save", step=step)
-        verdict = self.arms.judge(step, events.emit)
+        verdict = self.arms.judge(step)
         self.best.consider(step)
         return verdict
 
@@ -214,7 +214,7 @@ class OPSDCTrainer:
             self.events.emit(event, step=state.step)
         kept = self.best.restore(state.step)
         self.save_model(output_dir / "model")
-        self.arms.answer("trained")
+        self.arms.finish(state.step)
         facts: dict[str, Any] = {"steps": state.step, "kept_step": kept, "ranks": self.ranks.size}
         facts["seconds"] = round(time.perf_counter() - self.started, 1)
         facts["model"] = describe(self.model)

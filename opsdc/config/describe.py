@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import textwrap
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
+import yaml
 from pydantic.fields import FieldInfo
 
 from opsdc.config.fields import UsedWith, fields_of, names_of, rule_of, section_in
@@ -20,7 +23,8 @@ Made by `python -m opsdc.config > docs/SETTINGS.md`; a test keeps it true.
 * Flags win over it: `--optim.lr 2e-6 --rollout.engine vllm`.
 * In Python: `OPSDCConfig.load("qwen3-8b", {"optim.lr": 2e-6})`, or every section by hand:
   `OPSDCConfig(optim=OptimConfig(lr=2e-6))`.
-* As a flag a list is `a,b` or `"[a, b]"`, a mapping is `"{size: 500}"`; `none` unsets.
+* As a flag a list is `a,b`, a mapping is `"{size: 500}"`; `none` unsets. `--model` is short for
+  `--model.name_or_path`.
 * Unknown keys, keys given twice and values out of range are errors that say what will do.
 """
 
@@ -53,6 +57,26 @@ def page() -> str:
         kind = " or ".join(text for _, text in names_of(field))
         default = _typed(_default(field))
         lines.append(f"| `{name}` | {kind} | {rule_of(field)} | {default} | {_meaning(field)} |")
+    return "\n".join([*lines, ""])
+
+
+def commented(tree: Mapping[str, Any]) -> str:
+    """A tree of settings as YAML, with the meaning of each key above it."""
+    fields, lines = fields_of(OPSDCConfig), []
+
+    def write(section: Mapping[str, Any], prefix: str, indent: str) -> None:
+        for key, value in section.items():
+            name = f"{prefix}{key}"
+            if section_in(fields[name]) and isinstance(value, Mapping):
+                lines.extend(["", f"{indent}# {section_title(name)}", f"{indent}{key}:"])
+                write(value, f"{name}.", f"{indent}  ")
+                continue
+            meaning = textwrap.wrap(_meaning(fields[name]), 96 - len(indent))
+            lines.extend(f"{indent}# {line}" for line in meaning)
+            text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=90)
+            lines.extend(indent + line for line in text.splitlines())
+
+    write(tree, "", "")
     return "\n".join([*lines, ""])
 
 

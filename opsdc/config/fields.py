@@ -86,7 +86,11 @@ def convert(cls: Any, raw: Any, info: ValidationInfo) -> Any:
         return raw
     if type(None) in _members(field) and (raw is None or str(raw) in ("none", "null")):
         return None
-    for kind in _members(field):
+    kinds = list(_members(field))
+    if isinstance(raw, str) and "," in raw:
+        # Where a text will do as well as a list, commas make it a list.
+        kinds.sort(key=lambda kind: get_origin(kind) is not tuple)
+    for kind in kinds:
         with contextlib.suppress(TypeError, ValueError, LookupError, OverflowError):
             return _read(raw, kind)
     raise ValueError(" or ".join(name for _, name in names_of(field)))
@@ -116,7 +120,11 @@ def _read(raw: Any, kind: Any) -> Any:
         if float(raw).is_integer():
             return int(float(raw))
     if origin is tuple and is_text:
-        raw = [part.strip() for part in raw.strip("[]").split(",") if part.strip()]
+        raw = [
+            part.strip()
+            for part in raw.removeprefix("[").removesuffix("]").split(",")
+            if part.strip()
+        ]
     if origin is tuple and isinstance(raw, (list, tuple)):
         return tuple(_read(part, arguments[0]) for part in raw)
     tree = parse_yaml(raw) if is_text else raw

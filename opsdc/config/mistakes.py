@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -83,15 +84,28 @@ def first_mistake(error: ValidationError, section: Any, config: Any) -> str:
 
 def _unknown_key(path: list[str], key: str, fields: dict[str, FieldInfo]) -> str:
     above = ".".join(path)
-    prefix = above and f"{above}."
-    message = f"unknown key '{prefix}{key}'"
-    if f"{prefix}{key}" in _GONE:
-        return f"{message}; it is gone, use {_GONE[f'{prefix}{key}']}"
+    name = f"{above}.{key}" if above else key
+    known = [last for section, _, last in (n.rpartition(".") for n in fields) if section == above]
+    hint = meant(name, fields)
+    here = (
+        "" if hint.startswith(("; it is gone", "; here")) else f" (known here: {', '.join(known)})"
+    )
+    return f"unknown key '{name}'{hint}{here}"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return the clause that says what an unknown dotted name is here, or was probably meant to be.
+
+    It is empty where nothing comes near.
+    """
+    section, dot, key = name.rpartition(".")
+    if name in _GONE:
+        return f"; it is gone, use {_GONE[name]}"
     if key in _FOREIGN:
-        return f"{message}; here it is {_FOREIGN[key]}"
-    parts = [name.rpartition(".") for name in fields]
-    known = [last for section, _, last in parts if section == above]
-    everywhere = ["".join(part) for part in parts if part[2] == key]
-    close = everywhere or [prefix + name for name in difflib.get_close_matches(key, known, 1)]
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
-    return f"{message}{hint} (known here: {', '.join(known)})"
+        return f"; here it is {_FOREIGN[key]}"
+    parts = {known_name: known_name.rpartition(".") for known_name in known}
+    close = [known_name for known_name, part in parts.items() if part[2] == key]
+    if not close:
+        beside = [part[2] for part in parts.values() if part[0] == section]
+        close = [f"{section}{dot}{k}" for k in difflib.get_close_matches(key, beside, 1)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -22,7 +22,7 @@ from typing_extensions import dataclass_transform
 
 from opsdc.config.fields import MustBe, UsedWith, convert
 from opsdc.config.mistakes import first_mistake
-from opsdc.config.yaml_file import read_file
+from opsdc.config.yaml_file import read_file, with_settings
 from opsdc.errors import ConfigError
 
 _Class = TypeVar("_Class")
@@ -94,8 +94,9 @@ class ModelConfig:
 class DataConfig:
     """The problems: where they come from, and how many are held out."""
 
-    source: str = "reasoning_gym:gsm_symbolic"
-    """A .jsonl, .json or .parquet file, the name of a Hub dataset, or reasoning_gym:TASK."""
+    source: str | tuple[str, ...] = "reasoning_gym:gsm_symbolic"
+    """Files (.jsonl, .json, .csv, .parquet, each also as .gz; a pattern such as data/*.jsonl, or a
+    list), the name of a Hub dataset, or reasoning_gym:TASK."""
     split: str | None = None
     """Split of a Hub dataset; unset: train."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -422,13 +423,7 @@ class OPSDCConfig:
         """
         # Two experiments must not share a folder because neither names one.
         tree = {"output_dir": f"runs/{Path(source).stem}"} | read_file(source)
-        for name, value in (overrides or {}).items():
-            *sections, key = name.split(".")
-            node = tree
-            for section in sections:
-                child = node.get(section)
-                node[section] = node = dict(child) if isinstance(child, Mapping) else {}
-            node[key] = value
+        tree = with_settings(tree, overrides or {})
         return cls.from_dict(tree, origin=str(source))
 
     @classmethod

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from opsdc.config.places import here
 from opsdc.errors import ConfigError
 
 
@@ -46,19 +50,32 @@ def recipe_names() -> list[str]:
     )
 
 
+def recipe_summary(name: str) -> str:
+    """Return the first sentence of a recipe's comment."""
+    text = _recipe(name)
+    comment = " ".join(x.lstrip("# ") for x in text.split("\n\n")[0].splitlines() if x[:1] == "#")
+    return re.split(r"(?<=\.) ", comment)[0]
+
+
+def _recipe(name: str) -> str:
+    return (resources.files("opsdc") / "recipes" / f"{name}.yaml").read_text("utf-8")
+
+
 def read_file(source: str | Path) -> dict[str, Any]:
     """Read a recipe by name, or a YAML file; raises ConfigError that names it."""
-    path = Path(source)
+    path = here(source)
     if str(source) in recipe_names():
-        text = (resources.files("opsdc") / "recipes" / f"{source}.yaml").read_text("utf-8")
+        text = _recipe(str(source))
     elif path.is_file():
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{source} is not UTF-8 text: {error}") from error
     else:
+        near = difflib.get_close_matches(str(source), recipe_names(), 1)
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ConfigError(
-            f"no configuration '{source}': give a YAML file or one of the recipes "
+            f"no configuration '{source}'{hint} Give a YAML file, or one of the recipes "
             f"{', '.join(recipe_names())}"
         )
     try:
@@ -69,4 +86,17 @@ def read_file(source: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected sections and keys, found {type(tree).__name__}")
+    return tree
+
+
+def with_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree of sections and keys with settings, given by dotted name, put over it."""
+    tree = dict(tree)
+    for name, value in settings.items():
+        *sections, key = name.split(".")
+        node = tree
+        for section in sections:
+            child = node.get(section)
+            node[section] = node = dict(child) if isinstance(child, Mapping) else {}
+        node[key] = value
     return tree

@@ -6,20 +6,27 @@ Every doubt about a value is a DataError. `where` is the place that the error na
 
 from __future__ import annotations
 
+import csv
+import glob
+import gzip
+import io
 import json
 import math
 import numbers
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
+from opsdc.config.places import here, is_local
 from opsdc.data.text import text_fault
 from opsdc.errors import ConfigError, DataError
 
-FILE_TYPES = (".jsonl", ".json", ".parquet")
-"""These endings of `data.source` name a file; any other source is a dataset."""
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+"""These endings of `data.source`, and each with .gz behind it, name a file; any other source is a
+dataset."""
 
 PROMPT_COLUMNS = ("messages", "prompt", "problem", "question")
 """The prompt is looked for in these columns, in this order, unless one is named."""
@@ -31,25 +38,57 @@ _ROLES = ("system", "user", "assistant")
 """No other role may pass, because templates write roles next to control tokens."""
 
 
-def read_file(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the rows of a .jsonl, .json or .parquet file, each with its line or row number from 1.
+def file_type(path: Path) -> str:
+    """Return the ending that says how a file is read, without .gz; another one where it is none."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
-    Raises DataError for a file that is missing or not readable as its ending says.
+
+def files_of(source: str | Sequence[str]) -> list[Path]:
+    """List the files of a source: one, those a pattern such as data/*.jsonl matches, or of a list.
+
+    It is empty for a dataset. Raises DataError for a pattern that matches nothing, and for a list
+    with another thing than files.
     """
+    files: list[Path] = []
+    for name in [source] if isinstance(source, str) else source:
+        path = here(name)
+        if file_type(path) not in FILE_TYPES:
+            if isinstance(source, str):
+                return []
+            raise DataError(f"data.source: of a list each must be a file, '{name}' is none")
+        matched = [path]
+        if glob.has_magic(name) and not path.exists():
+            matched = sorted(map(Path, glob.glob(str(path), recursive=True)))
+            if not matched:
+                raise DataError(f"data.source {name}: no file matches")
+        files += matched
+    return files
+
+
+def read_file(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the rows of a .jsonl, .json, .csv or .parquet file, each with its number from 1.
+
+    The number is the line's in a .jsonl file. Any of them may be compressed (.gz). Raises DataError
+    for a file that is missing or not readable as its ending says.
+    """
+    kind = file_type(path)
     try:
-        if path.suffix == ".parquet":
-            yield from enumerate(_parquet(path), 1)
-        elif path.suffix == ".json":
-            yield from enumerate(_json_array(path), 1)
-        else:
-            with path.open("rb") as file:
+        opened: Any = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rb") as file:
+            if kind == ".parquet":
+                yield from enumerate(_parquet(file, path), 1)
+            elif kind == ".json":
+                yield from enumerate(_json_array(file.read(), path), 1)
+            elif kind == ".csv":
+                yield from enumerate(_csv(file, path), 1)
+            else:
                 # Bytes end lines at \n alone; text mode would also at characters inside strings.
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield number, _parse_json(line, f"{path}, line {number}")
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}; check data.source") from error
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
@@ -58,16 +97,17 @@ def read_dataset(source: str, split: str, options: Mapping[str, Any]) -> Iterato
 
     Raises DataError for a source that does not load, ConfigError for a reserved option.
     """
-    if Path(source).is_file():
+    path = here(source)
+    if path.is_file():
         raise DataError(f"data.source {source}: files must end in {', '.join(FILE_TYPES)}")
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+    if is_local(source) and not path.is_dir():
         raise DataError(f"data.source {source}: there is no such file or folder")
     if reserved := {"path", "split"} & set(options):
         raise ConfigError(f"data.options {sorted(reserved)}: use data.source and data.split")
     import datasets
 
     try:
-        dataset = datasets.load_dataset(source, split=split, **options)
+        dataset = datasets.load_dataset(str(path), split=split, **options)
     except Exception as error:  # Network, name, split and options fail in many different ways.
         raise DataError(
             f"data.source {source}, split {split}: datasets.load_dataset failed: {error}; check "
@@ -222,8 +262,28 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-def _json_array(path: Path) -> list[Any]:
-    rows = _parse_json(path.read_bytes(), str(path))
+def _csv(file: IO[bytes], path: Path) -> Iterator[dict[str, str | None]]:
+    """Yield the rows of a file whose first one names the columns; an empty cell holds nothing."""
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names) or not all(names):
+            raise DataError(f"{path}: its first row must name each column once, not {names}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path}, line {reader.line_num}: the row has more or fewer cells than its "
+                    f"{len(names)} columns; put texts with commas in double quotes"
+                )
+            yield {name: cell or None for name, cell in row.items()}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 at byte {error.start}; convert the file") from error
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _json_array(raw: bytes, path: Path) -> list[Any]:
+    rows = _parse_json(raw, str(path))
     if not isinstance(rows, list):
         raise DataError(
             f"{path} must hold an array of objects, not {type(rows).__name__}; one object per "
@@ -232,12 +292,12 @@ def _json_array(path: Path) -> list[Any]:
     return rows
 
 
-def _parquet(path: Path) -> list[Any]:
+def _parquet(file: IO[bytes], path: Path) -> list[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        rows: list[Any] = pyarrow.parquet.read_table(path).to_pylist()
+        rows: list[Any] = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a usable Parquet file: {error}") from error
     return rows

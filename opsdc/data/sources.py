@@ -1,8 +1,9 @@
 """Sources of problems: files, datasets, procedural tasks and rows in memory.
 
-Sources: a .jsonl, .json or .parquet file; a Hub dataset (or a local dataset folder); a procedural
-task, `reasoning_gym:TASK`; the demo's `embedded:arithmetic`, or `embedded:word_sums`. Columns, the
-first that exists unless one is named:
+Sources: .jsonl, .json, .csv or .parquet files (also as .gz, by a pattern such as data/*.jsonl, or
+several in a list); a Hub dataset (or a local dataset folder); a procedural task,
+`reasoning_gym:TASK`; the demo's `embedded:arithmetic`, or `embedded:word_sums`. Columns, the first
+that exists unless one is named:
 
     prompt   `messages` or `prompt` (a chat: role and content; trailing assistant turns are
              dropped), `prompt`, `problem` or `question` (text)
@@ -21,8 +22,8 @@ exception is counted and said: training rows whose prompt is also held out (`Pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from opsdc.data import columns
@@ -41,7 +42,7 @@ _EMBEDDED = ("embedded:arithmetic", "embedded:word_sums")
 
 
 def load_problems(
-    source: str,
+    source: str | Sequence[str],
     *,
     split: str | None,
     options: dict[str, Any],
@@ -63,28 +64,36 @@ def load_problems(
     """
     options = dict(options)
     layout = _layout(options.pop("prompt_template", None))
+    read = functools.partial(
+        _make_problems, prompt_column=prompt_column, answer_column=answer_column, layout=layout
+    )
+    files = columns.files_of(source)
+    if files:
+        if options or split is not None:
+            given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
+            raise ConfigError(f"{given} means nothing to the file {files[0]}; unset it")
+        problems = []
+        # Ids are short unless two files have one name.
+        names = [path.name for path in files]
+        for path in files:
+            unit = "line" if columns.file_type(path) == ".jsonl" else "row"
+            name = path.name if names.count(path.name) == 1 else str(path)
+            problems += read(columns.read_file(path), str(path), name, unit)
+        return ProblemSet(problems, seed=seed)
+    # A list holds files only.
+    assert isinstance(source, str)
     if source.startswith(_GYM):
         if split is not None:
             raise ConfigError(f"data.split {split!r}: {source} has no splits; unset it")
         task = source.removeprefix(_GYM)
         return ProblemSet(_gym_problems(task, options, layout, seed), seed=seed)
-    path = Path(source)
-    numbered: Iterable[tuple[int, Any]]
     if source in _EMBEDDED:
-        unit, name = "row", source.partition(":")[2]
-        numbered = enumerate(_embedded_rows(source, split, options, seed), 1)
-    elif path.suffix in columns.FILE_TYPES:
-        if options or split is not None:
-            given = f"data.options {sorted(options)}" if options else f"data.split {split!r}"
-            raise ConfigError(f"{given} means nothing to the file {source}; unset it")
-        unit = "line" if path.suffix == ".jsonl" else "row"
-        numbered, name = columns.read_file(path), path.name
+        rows: Iterable[Any] = _embedded_rows(source, split, options, seed)
+        name = source.partition(":")[2]
     else:
-        unit, split = "row", split or "train"
-        numbered = enumerate(columns.read_dataset(source, split, options), 1)
-        name = f"{source}:{split}"
-    problems = _make_problems(numbered, source, name, unit, prompt_column, answer_column, layout)
-    return ProblemSet(problems, seed=seed)
+        split = split or "train"
+        rows, name = columns.read_dataset(source, split, options), f"{source}:{split}"
+    return ProblemSet(read(enumerate(rows, 1), source, name, "row"), seed=seed)
 
 
 def problems_from_rows(
@@ -101,8 +110,9 @@ def problems_from_rows(
     """
     layout = _layout(None)
     problems = _make_problems(
-        enumerate(rows, 1), origin, origin, "row", prompt_column, answer_column, layout
-    )
+        enumerate(rows, 1), origin, origin, "row",
+        prompt_column=prompt_column, answer_column=answer_column, layout=layout,
+    )  # fmt: skip
     return ProblemSet(problems, seed=seed)
 
 
@@ -111,6 +121,7 @@ def _make_problems(
     source: str,
     name: str,
     unit: str,
+    *,
     prompt_column: str | None,
     answer_column: str | None,
     layout: Callable[[str], str],

@@ -24,7 +24,7 @@ from opsdc.eval.scorers import check_scorer
 from opsdc.models.load import load_model, load_tokenizer, load_trained
 from opsdc.ranks.talk import Ranks
 from opsdc.record import guard
-from opsdc.record.lines import is_due, write_json
+from opsdc.record.lines import RunRecord, is_due, write_json
 from opsdc.record.versions import versions
 from opsdc.rollout.base import Sampler
 from opsdc.rollout.hf import HFSampler
@@ -53,6 +53,7 @@ class Arms:
         self._config, self._ranks = config, ranks
         self.folder = Path(config.output_dir) / "eval"
         self._validated: tuple[int, list[Answer]] | None = None
+        self._record: RunRecord | None = None
 
     @property
     def can_validate(self) -> bool:
@@ -73,11 +74,13 @@ class Arms:
             self._write(f"{name}-greedy", self._held_out, greedy, arm)
         return self._write(name, self._held_out, settings, arm)
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, record: RunRecord, emit: Callable[..., Any]) -> None:
         """Answer as base, and as base told to be concise, before the first step changes weights.
 
-        After a later step it only forgets the answers of steps that a crash took back.
+        After a later step it only forgets the answers of steps that a crash took back. From here on
+        evaluations go to the record and, by `emit` (`Callbacks.emit`), to the trackers.
         """
+        self._record, self._emit = record, emit
         settings = self._config.eval
         if self._ranks.first:
             if step == 0:
@@ -87,10 +90,12 @@ class Arms:
                     path.unlink()
         if step:
             return
-        self.answer("base")
+        base = self.answer("base")
         self.answer("prompt_only", arm="teacher")
         if self._base != "base":
-            self._write(self._base, self._validation, settings)
+            base = self._write(self._base, self._validation, settings)
+        if base:
+            self._log(0, headline(base))
         if settings.difficulty_samples:
             # Greedy answers are all alike: how hard a problem is takes a temperature.
             temperature = settings.temperature or self._config.rollout.temperature
@@ -104,6 +109,7 @@ class Arms:
         if self._validated is None or self._validated[0] != step:
             name = validation_name(step, self._base)
             self._validated = step, self._write(name, self._validation, self._config.eval)
+            self._log(step, headline(self._validated[1]))
         return self._validated[1]
 
     def was_validated(self, step: int) -> bool:
@@ -114,12 +120,11 @@ class Arms:
         """Read the answers of the student after `step`, of the base for 0, on the first rank."""
         return read_answers(self.folder / f"{validation_name(step, self._base)}.jsonl")
 
-    def judge(self, step: int, emit: Callable[..., Any], *, again: bool = True) -> str | None:
+    def judge(self, step: int, *, again: bool = True) -> str | None:
         """Answer as the student at each `eval.every`-th step, and let the guards judge.
 
         Args:
             step: The last completed step.
-            emit: `Callbacks.emit`, which is sent "on_evaluate" with new answers.
             again: Answer even where an earlier run of this step left its answers.
 
         Returns:
@@ -131,13 +136,30 @@ class Arms:
             return None
         there = self.folder / f"{validation_name(step, self._base)}.jsonl"
         if again or not self._ranks.on_first_rank(there.is_file):
-            emit("on_evaluate", step=step, metrics=headline(self.validate(step)))
+            self._emit("on_evaluate", step=step, metrics=headline(self.validate(step)))
 
-        def apply_guards() -> str | None:
-            base, now = headline(self.validation(0)), headline(self.validation(step))
-            return guard.apply(guard.check_answers(base, now, config.guard))
+        def headlines() -> list[dict[str, float | None]]:
+            return [headline(self.validation(s)) for s in (0, step)]
 
-        return self._ranks.on_first_rank(apply_guards)
+        base, now = self._ranks.on_first_rank(headlines)
+        # A crash may have come between the answers and their place in the record.
+        self._log(step, now)
+        return self._ranks.on_first_rank(
+            lambda: guard.apply(guard.check_answers(base, now, config.guard))
+        )
+
+    def finish(self, step: int) -> None:
+        """Answer as the trained model, after the run's last step."""
+        answers = self.answer("trained")
+        # A step that was validated has its values; the weights there are may be of an earlier one.
+        if answers and self._base == "base" and not self.was_validated(step):
+            self._log(step, headline(answers))
+
+    def _log(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Put an evaluation into the record, and tell the trackers where it is new there."""
+        if self._record is not None and self._record.evaluated(step, values):
+            shown = {f"eval/{key}": v for key, v in values.items() if v is not None}
+            self._emit("on_log", step=step, logs=shown)
 
     def _write(
         self,

@@ -101,6 +101,7 @@ def candidates(
         low = against["accuracy_difference_ci95"][0]
         rows.append({
             "step": step,
+            "problems": against["problems"],
             "tokens": sum(a.tokens for a in changed) / len(changed),
             "accuracy": sum(bool(a.correct) for a in changed) / len(changed),
             "accuracy_difference_ci95": against["accuracy_difference_ci95"],

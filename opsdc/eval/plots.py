@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,7 @@ def plot_run(run: Path, file: Path | None = None) -> Path:
     Returns the picture: `file`, by default `run`/plot.png. Raises DataError where the folder holds
     no record, ConfigError where matplotlib is missing.
     """
-    rows = read_lines(run / "metrics.jsonl")
-    if not rows:
-        raise DataError(f"no steps in {run / 'metrics.jsonl'}: is {run} the folder of a run?")
-    if missing := no_picture():
-        raise ConfigError(missing)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    rows, plt = _steps(run), _pyplot()
     from matplotlib.ticker import MaxNLocator
 
     steps = [row["step"] for row in rows]
@@ -79,8 +72,63 @@ def plot_run(run: Path, file: Path | None = None) -> Path:
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    file = file or run / "plot.png"
-    figure.savefig(file, dpi=110)
+    return _save(plt, figure, file or run / "plot.png")
+
+
+def plot_runs(runs: Sequence[Path], file: Path | None = None) -> Path:
+    """Draw several runs over one another: loss, length and held-out accuracy over the steps.
+
+    Returns the picture: `file`, by default overlay.png in the first run's folder. Raises as
+    `plot_run`.
+    """
+    records, plt = {run: _steps(run) for run in runs}, _pyplot()
+    figure, (loss, length, accuracy) = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
+    loss.set(title="KL(student‖teacher) per token", ylabel="nats", yscale="log")
+    length.set(title="Length: held-out (dots), training (line)", ylabel="tokens")
+    accuracy.set(title="Held-out accuracy", ylabel="share", ylim=(-0.02, 1.02))
+    for run, rows in records.items():
+        steps = [row["step"] for row in rows]
+        lost = [float("nan") if row["loss_nats"] is None else row["loss_nats"] for row in rows]
+        (line,) = loss.plot(steps, lost, "-", label=str(run))
+        colour = line.get_color()
+        sampled = [row["response_tokens_mean"] or float("nan") for row in rows]
+        length.plot(steps, sampled, "-", lw=1, alpha=0.6, color=colour)
+        evaluated = _evaluations(run, steps[-1])
+        at = [step for step, _ in evaluated]
+        length.plot(at, [h["tokens_mean"] for _, h in evaluated], "o--", color=colour)
+        shares = [float("nan") if h["accuracy"] is None else h["accuracy"] for _, h in evaluated]
+        accuracy.plot(at, shares, "o--", color=colour)
+    length.set_ylim(bottom=0)
+    loss.legend(fontsize=8)
+    for axis in (loss, length, accuracy):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+    return _save(plt, figure, file or runs[0] / "overlay.png")
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    rows = read_lines(run / "metrics.jsonl")
+    if not rows:
+        raise DataError(f"no steps in {run / 'metrics.jsonl'}: is {run} the folder of a run?")
+    return rows
+
+
+def _pyplot() -> Any:
+    if missing := no_picture():
+        raise ConfigError(missing)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(plt: Any, figure: Any, file: Path) -> Path:
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot write the picture {file}: {error}") from error
     plt.close(figure)
     return file
 

@@ -17,6 +17,9 @@ from opsdc.eval.plots import plot_run
 _ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
 """Arms by their key in summary.json, with the title of their row."""
 
+_FEWEST, _TOO_FEW = 10, "too few problems for an interval"
+"""Of fewer problems a bootstrap sees too little of what they might have been."""
+
 _SAMPLES = 3
 """Number of answers that are shown before and after."""
 
@@ -77,12 +80,21 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _arms_table(summary: dict[str, Any]) -> str:
-    head = ("", "mean tokens", "p10 / p50 / p90", "truncated", "accuracy", "no answer found")
+    head = (
+        "",
+        "token reduction",
+        "mean tokens",
+        "p10 / p50 / p90",
+        "truncated",
+        "accuracy",
+        "no answer found",
+    )
     rows = []
     for key, name in _ARMS.items():
         arm = summary[key]
         rows.append((
             name,
+            _percent(summary["compared_with_base"].get(key, {}).get("token_reduction")),
             f"{arm['tokens_mean']:.1f}",
             f"{arm['tokens_p10']:.0f} / {arm['tokens_p50']:.0f} / {arm['tokens_p90']:.0f}",
             _percent(arm["truncated"]),
@@ -114,7 +126,7 @@ def _steps_table(summary: dict[str, Any]) -> str:
             str(row["step"]),
             f"{row['tokens']:.1f}",
             _percent(row["accuracy"]),
-            _points(*row["accuracy_difference_ci95"]),
+            _TOO_FEW if row["problems"] < _FEWEST else _points(*row["accuracy_difference_ci95"]),
             "yes" if row["pareto"] else "",
             "yes" if row["step"] == summary["kept_step"] else "",
         )
@@ -143,21 +155,26 @@ def _samples(folder: Path) -> str:
 def _verdict(summary: dict[str, Any]) -> str:
     """Say in a few lines what training changed, with intervals."""
     base, told = summary["compared_with_base"]["trained"], summary["trained_compared_with_told"]
-    low, high = base["token_reduction_ci95"]
-    lines = [
-        f"token reduction {_percent(base['token_reduction'])} "
-        f"(95 % interval {_percent(low)} … {_percent(high)})"
-    ]
+    few = base["problems"] < _FEWEST
+    low, high = map(_percent, base["token_reduction_ci95"])
+    interval = _TOO_FEW if few else f"95 % interval {low} … {high}"
+    lines = [f"token reduction {_percent(base['token_reduction'])} ({interval})"]
     for name, compared in (("base", base), ("base told to be concise", told)):
         if "accuracy_difference" in compared:
+            p = compared["mcnemar_p"]
+            interval = _TOO_FEW
+            if not few:
+                interval = (
+                    f"95 % interval {_points(*compared['accuracy_difference_ci95'])}; smallest "
+                    "difference this sample shows with 80 % power: "
+                    f"{100 * compared['accuracy_detectable']:.1f}"
+                )
             lines.append(
-                f"accuracy against {name}: {100 * compared['accuracy_difference']:+.1f} points (95 "
-                f"% interval {_points(*compared['accuracy_difference_ci95'])}; smallest difference "
-                "this sample shows with 80 % power: "
-                f"{100 * compared['accuracy_detectable']:.1f})\n"
+                f"accuracy against {name}: {100 * compared['accuracy_difference']:+.1f} points "
+                f"({interval})\n"
                 f"  {compared['kept']} right in both, {compared['lost']} lost, "
                 f"{compared['gained']} gained, {compared['still_wrong']} wrong in both"
-                + (f", p = {p:.2g}" if (p := compared["mcnemar_p"]) is not None else "")
+                + ("" if few or p is None else f", p = {p:.2g}")
             )
     if "seconds" in summary:
         lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from opsdc.config.places import here, is_local
 from opsdc.errors import ModelError
 
 NAME = "embedded:smollm2"
@@ -24,13 +25,16 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def resolve(name_or_path: str) -> str:
     """Return the folder or Hub name behind `name_or_path`; build the demo's model if need be.
 
-    Raises ModelError for another embedded name or a missing wheel.
+    Raises ModelError for another embedded name, a missing wheel, or a folder that is not there.
     """
     if name_or_path == NAME:
         return str(_smollm2())
     if name_or_path.startswith("embedded:"):
         raise ModelError(f"model.name_or_path '{name_or_path}': the embedded model is '{NAME}'")
-    return name_or_path
+    folder = here(name_or_path)
+    if is_local(name_or_path) and not folder.is_dir():
+        raise ModelError(f"model.name_or_path: there is no folder '{name_or_path}'")
+    return str(folder)
 
 
 def _smollm2() -> Path:

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import extract_commit_hash
 
+from opsdc.config.places import here
 from opsdc.config.settings import ModelConfig
 from opsdc.errors import ConfigError, ModelError
 from opsdc.models import demo_model, quantize
@@ -79,7 +80,9 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
     known: dict[str, dict[str, Any]] = yaml.safe_load(text)
     if name in known:
         return AutoConfig.for_model(**known[name])
-    path = Path(name)
+    path = here(name)
+    if path.name == "config.json" and not path.is_file():
+        raise ModelError(f"model.name_or_path: there is no file '{name}'")
     source = str(path.parent) if path.name == "config.json" else demo_model.resolve(name)
     try:
         return AutoConfig.from_pretrained(
@@ -155,9 +158,17 @@ def load_trained(config: ModelConfig, folder: str | Path) -> Any:
         raise ModelError(f"no trained model in {folder}: has the run ended?")
     if not (folder / "adapter_config.json").is_file():
         return load_model(config, folder=folder)
-    import peft
+    try:
+        import peft
 
-    return peft.PeftModel.from_pretrained(load_model(config), str(folder))
+        return peft.PeftModel.from_pretrained(load_model(config), str(folder))
+    except ImportError as error:
+        raise ModelError(f'{folder} is an adapter: {error}: pip install "opsdc[lora]"') from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"the adapter in {folder} does not go onto {config.name_or_path}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def prepare_model(model: PreTrainedModel, config: ModelConfig) -> Any:

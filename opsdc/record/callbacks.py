@@ -69,9 +69,14 @@ class Callbacks:
     def emit(self, event: str, *, step: int, **kwargs: Any) -> bool:
         """Send one event ("on_step_end", ...); return True where a callback asks to stop."""
         self._state.global_step = step
+        sent = kwargs
+        if "logs" in kwargs:
+            # Trackers show eval_x as eval/x, and all else below train/.
+            logs = {key.replace("eval/", "eval_"): v for key, v in kwargs["logs"].items()}
+            sent = kwargs | {"logs": logs}
         for name, report in list(self._reports.items()):
             try:
-                report.call_event(event, self._args, self._state, self._control, **kwargs)
+                report.call_event(event, self._args, self._state, self._control, **sent)
             except Exception as error:  # Networks, accounts and disks fail in many different ways.
                 problem = f"log.report_to {name}: {event} failed: {error!r}"
                 if event == "on_train_begin":

@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,12 @@ class Lines:
             return
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        rows = (row for row in read_lines(path) if row["step"] <= after_step)
-        write_text(path, "".join(map(_line, rows)))
+        self.replace([row for row in read_lines(path) if row["step"] <= after_step])
+
+    def replace(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the file anew with these rows."""
+        if self._writes:
+            write_text(self._path, "".join(map(_line, rows)))
 
     def write(self, *rows: dict[str, Any]) -> None:
         """Append rows and sync them to disk: a checkpoint must not be ahead of its record."""
@@ -49,6 +53,9 @@ class Lines:
 class RunRecord:
     """The files metrics.jsonl, rollouts.jsonl and config.yaml of a run: one commit per step.
 
+    An evaluation stands in the row of its step, the base's in the first row, so that metrics.jsonl
+    has a row for each step and no others.
+
     Raises ConfigError where ranks do not share the folder, CheckpointError where it cannot be
     written.
     """
@@ -59,9 +66,9 @@ class RunRecord:
         self._refreshes = config.teacher.mode == "refresh"
         ranks.on_first_rank(lambda: self._describe(config))
         ranks.on_each_rank(self._check_shared)
-        self.cut(after_step)
-        self.history = ranks.from_first(read_lines(self._folder / "metrics.jsonl"))
+        self.history: list[dict[str, Any]]
         """The rows of metrics.jsonl so far."""
+        self.cut(after_step)
 
     @property
     def losses(self) -> list[float | None]:
@@ -74,6 +81,8 @@ class RunRecord:
             Lines(self._folder / name, after_step=after_step, writes=self._ranks.first)
             for name in ("metrics.jsonl", "rollouts.jsonl")
         )
+        self.history = self._ranks.from_first(read_lines(self._folder / "metrics.jsonl"))
+        self._waiting: dict[int, dict[str, Any]] = {}
 
     def commit(self, row: dict[str, Any], responses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Append a step's responses and then its row; print the row where it is due.
@@ -83,12 +92,35 @@ class RunRecord:
         """
         row = self._ranks.from_first(row)
         self._responses.write(*responses)
-        self._metrics.write(row)
-        self.history.append(row)
+        # The base's evaluation, and a gate's of this step, came before this row.
+        whole = row.copy()
+        for values in self._waiting.values():
+            whole |= values
+        self._waiting = {}
+        self._metrics.write(whole)
+        self.history.append(whole)
         if is_due(self._log_every, row["step"]) or row["step"] == self._steps:
             refreshed = self._refreshes and row["teacher_version"] == row["step"]
             print(step_line(row, self._steps, refreshed), flush=True)
         return row
+
+    def evaluated(self, step: int, values: Mapping[str, float | None]) -> bool:
+        """Put an evaluation into the row of its step, or keep it for a row that is yet to come.
+
+        Step 0 is the base, whose values stand as `base/…` in the first row; the others as `eval/…`.
+        Returns False where the record has them already, as after a resumed run's repeated steps.
+        """
+        prefix = "eval" if step else "base"
+        named = {f"{prefix}/{key}": value for key, value in values.items()}
+        row = next((row for row in self.history if row["step"] == step), None)
+        if named.items() <= (self._waiting.get(step, {}) if row is None else row).items():
+            return False
+        if row is None:
+            self._waiting[step] = named
+        else:
+            row |= named
+            self._metrics.replace(self.history)
+        return True
 
     def _describe(self, config: OPSDCConfig) -> None:
         with writing(self._folder):

@@ -18,7 +18,7 @@ def load(source, **settings_) -> ProblemSet:
         "seed": 0,
         **settings_,
     }
-    return load_problems(str(source), **options)
+    return load_problems(source if isinstance(source, list) else str(source), **options)
 
 
 def written(folder: Path, rows: list, name: str = "p.jsonl") -> Path:

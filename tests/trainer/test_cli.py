@@ -72,6 +72,13 @@ def test_plot_elsewhere(finished, tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_plot_lays_runs_over_one_another(finished, tmp_path):
+    out, _, _ = finished
+    for name, status in (("p.png", 0), ("none/p.png", 2)):
+        assert main(["plot", str(out), str(out), "--output", str(tmp_path / name)]) == status
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize("colour", ["--color", "--no-color"])
 def test_inspect_shows_prompts_ids_mask_and_divergence(finished, capsys, colour):
     out, _, _ = finished

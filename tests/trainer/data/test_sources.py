@@ -254,14 +254,14 @@ def test_other_bad_sources(tmp_path):
     (tmp_path / "e.json").write_text("[]", "utf-8")
     (tmp_path / "t.json").write_text('[{"problem": "Q"},\n {"problem": }]', "utf-8")
     (tmp_path / "p.parquet").write_bytes(b"PAR1 not really PAR1")
-    (tmp_path / "p.csv").write_text("problem\nQ\n", "utf-8")
+    (tmp_path / "p.txt").write_text("problem\nQ\n", "utf-8")
     (tmp_path / "d.jsonl").mkdir()
     for name, message in (
         ("o.json", "must hold an array of objects, not dict"),
         ("e.json", "holds no problems"),
         ("t.json", "not JSON: .*line 2, column 14"),
         ("p.parquet", "not a usable Parquet file"),
-        ("p.csv", r"files must end in \.jsonl, \.json, \.parquet"),
+        ("p.txt", r"files must end in \.jsonl, \.json, \.csv, \.parquet"),
         ("none.jsonl", r"there is no file .*none\.jsonl; check data\.source"),
         ("d.jsonl", "cannot read"),
         ("no/such/folder", "no such file or folder"),

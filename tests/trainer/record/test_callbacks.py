@@ -83,3 +83,37 @@ def test_a_tracker_is_sent_every_event_in_order(make_config, tracker, monkeypatc
     wanted = ["on_train_begin", "on_log", "on_step_end", "on_save", "on_log", "on_step_end"]
     assert tracker.seen == [*wanted, "on_save", "on_train_end"]
     assert Callbacks(OPSDCConfig(), [])._trackers == {}
+
+
+class Logs(TrainerCallback):
+    """Keeps what it is sent, with the step."""
+
+    def __init__(self):
+        self.sent = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.sent.append((state.global_step, dict(logs)))
+
+    def curve(self, key):
+        return [(step, logs[key]) for step, logs in self.sent if key in logs]
+
+
+def test_evaluations_are_a_curve_for_callbacks_trackers_and_the_record(
+    make_config, monkeypatch, tmp_path
+):
+    mine, tracker = Logs(), Logs()
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mine", tracker)
+    run(make_config, callbacks=[mine])
+    curve = mine.curve("eval/tokens_mean")
+    assert [step for step, _ in curve] == [0, 1, 2]
+    assert [step for step, _ in mine.curve("eval/accuracy")] == [0, 1, 2]
+    # Trackers of transformers show eval_x as eval/x.
+    assert tracker.curve("eval_tokens_mean") == curve
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [row["base/tokens_mean"] for row in rows[:1]] == [curve[0][1]]
+    assert [(row["step"], row["eval/tokens_mean"]) for row in rows] == curve[1:]
+    # The same command again finds them there.
+    again = Logs()
+    run(make_config, callbacks=[again])
+    assert again.curve("eval/tokens_mean") == []
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == rows

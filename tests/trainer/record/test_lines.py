@@ -133,3 +133,30 @@ def test_what_cannot_be_written_is_named(tmp_path):
     ):
         with pytest.raises(CheckpointError, match=r"cannot write .*m\.jsonl.*make room there"):
             write(tmp_path / "file" / "m.jsonl")
+
+
+def test_an_evaluation_stands_in_the_row_of_its_step(make_config, tmp_path):
+    record, path = (
+        RunRecord(make_config(**{"log.every": 9}), after_step=0, ranks=ALONE),
+        tmp_path / "run",
+    )
+    rows = [{"step": step, "loss_nats": 0.5} for step in (1, 2, 3)]
+    assert record.evaluated(0, {"accuracy": 0.5, "tokens_mean": 9.0})
+    for row in rows[:2]:
+        # A step's own values are what callbacks are sent.
+        assert record.commit(row, []) == row
+    # A gate decides before its step is complete.
+    assert record.evaluated(3, {"accuracy": 0.2})
+    record.commit(rows[2], [])
+    assert record.evaluated(2, {"accuracy": 0.4})
+    assert not record.evaluated(2, {"accuracy": 0.4})
+    base, second = {"base/accuracy": 0.5, "base/tokens_mean": 9.0}, {"eval/accuracy": 0.4}
+    whole = [rows[0] | base, rows[1] | second, rows[2] | {"eval/accuracy": 0.2}]
+    assert read_lines(path / "metrics.jsonl") == record.history == whole
+    # A resumed run has them once, and what comes later is written after the cut.
+    record = RunRecord(make_config(**{"log.every": 9}), after_step=2, ranks=ALONE)
+    assert not record.evaluated(2, {"accuracy": 0.4})
+    record.commit(rows[2], [])
+    record.cut(1)
+    assert record.evaluated(1, {"accuracy": 0.3})
+    assert read_lines(path / "metrics.jsonl") == [whole[0] | {"eval/accuracy": 0.3}]
