@@ -311,7 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in names if name not in EVERY_ARM]
     if unknown:
         parser.error(f"--arms: no arm is named {unknown[0]!r}; there are: {'; '.join(EVERY_ARM)}")
+    # Where cells lie and how many run at once changes nothing that is recorded.
     environment = record.environment(torch.device("cpu"))
+    environment["command"] = "python -m benchmarks.effect --save"
     if options.save and environment["dirty"]:
         parser.error("uncommitted changes; commit first, or leave --save out")
     seeds, steps, problems = ((0,), 4, 32) if options.quick else (SEEDS, STEPS, 132)

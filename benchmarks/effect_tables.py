@@ -107,13 +107,12 @@ def _last(runs: Sequence[Sequence[dict[str, Any]]], measure: str) -> float:
 
 
 def _half(arm: dict[str, Any]) -> str:
-    """Say after how many steps and minutes rollouts were half as long, seed by seed."""
+    """Say after how many steps rollouts were half as long, seed by seed."""
     steps = [s for s in arm["steps_to_half"] if s is not None]
-    minutes = [m for m in arm["minutes_to_half"] if m is not None]
     if not steps:
         return "never"
     seeds = "" if len(steps) == len(arm["cells"]) else f" ({len(steps)} of {len(arm['cells'])})"
-    return f"{fmean(steps):.1f} steps, {fmean(minutes):.1f} min{seeds}"
+    return f"{fmean(steps):.1f} steps{seeds}"
 
 
 def _targets(arms: dict[str, Any]) -> str:
@@ -153,14 +152,13 @@ def _difficulty(arms: dict[str, Any]) -> str:
 def _source(found: dict[str, Any]) -> str:
     environment = found["environment"]
     return (
-        f"`{environment['command'].replace('benchmarks', 'benchmarks.effect', 1).strip()}`, "
-        f"{found['steps']} steps (the demo: its own), on "
+        f"`{environment['command']}`, {found['steps']} steps (the demo: its own), on "
         f"{record.describe(environment)}."
     )
 
 
 def _credit(found: dict[str, Any]) -> str:
-    return _source(found).replace("`", "")
+    return record.describe(found["environment"])
 
 
 def draw(found: dict[str, Any]) -> None:
