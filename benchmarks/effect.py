@@ -214,13 +214,15 @@ def stored(arm: str, seed: int, steps: int, problems: int, folder: Path) -> dict
 
 def summary(steps: int, problems: int, folder: Path) -> dict[str, Any]:
     """Return what the cells say that there are, arm by arm, over the seeds that each has."""
-    told = [s for s in SEEDS if stored(BASE, s, steps, problems, folder)]
-    found = {"told": _told(told, folder)} if told else {}
+    based = [s for s in SEEDS if stored(BASE, s, steps, problems, folder)]
+    found = {}
     for arm in EVERY_ARM:
-        cells = {s: cell for s in told if (cell := stored(arm, s, steps, problems, folder))}
+        cells = {s: cell for s in based if (cell := stored(arm, s, steps, problems, folder))}
         if cells:
             found[arm] = _arm(arm, cells, folder)
-    return found
+    # Base and told over the seeds that arms have: a seed draws its own problems.
+    seeds = sorted({s for arm in found.values() for s in arm["seeds"]})
+    return {"told": _told(seeds, folder), **found} if found else {}
 
 
 def _arm(arm: str, by_seed: dict[int, dict[str, Any]], folder: Path) -> dict[str, Any]:

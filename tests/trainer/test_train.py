@@ -69,9 +69,10 @@ def test_a_run_leaves_its_record(make_config, tmp_path):
     rows = read_lines(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     for row in rows:
-        assert {k for k in row if not k.startswith("perf/")} == KEYS
+        assert {k for k in row if not k.startswith(("perf/", "base/", "eval/"))} == KEYS
         assert row["perf/seconds_step"] > 0
         assert row["loss_nats"] > 0
+    assert rows[0]["base/tokens_mean"] == summary["base"]["tokens_mean"]
     # Refresh after the updates of steps 2 and 4.
     assert [row["teacher_version"] for row in rows] == [0, 2, 2, 4, 4]
     assert OPSDCConfig.load(out / "config.yaml") == trainer.config

@@ -29,7 +29,7 @@ def said(capsys, *arguments):
     ("arguments", "sentence"),
     [
         (["trian"], "opsdc: unknown command 'trian'; did you mean train?"),
-        (["fly"], "opsdc: unknown command 'fly' (there are train, eval,"),
+        (["fly"], "opsdc: unknown command 'fly' (there are compress, train, eval,"),
         (["train", "--lr", "3"], "opsdc train: unknown flag --lr; did you mean --optim.lr?"),
         (["train", "--train.step=3"], "unknown flag --train.step; did you mean --train.steps?"),
         (["train", "--learning-rate", "3"], "--learning-rate; here it is --optim.lr"),
