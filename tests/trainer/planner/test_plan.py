@@ -229,6 +229,8 @@ def test_other_bytes_are_refused(text):
 def test_a_model_without_a_config_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match=r"config\.json"):
+        load_architecture(ModelConfig(name_or_path="nobody/no-such-model"))
+    with pytest.raises(ModelError, match=r"there is no folder '\./no/such/folder'"):
         load_architecture(ModelConfig(name_or_path="./no/such/folder"))
 
 
