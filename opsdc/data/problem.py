@@ -81,11 +81,7 @@ class ProblemSet:
             raise DataError(
                 f"{sizes} none of {n} problems to train on; lower it or give more problems"
             )
-        # Problems in the order of the draw, each followed by the others of its group.
-        members: dict[str, list[Problem]] = {}
-        for i in _permutation(n, self.seed, 0):
-            members.setdefault(self[i].group or f"#{i}", []).append(self[i])
-        drawn = [problem for group in members.values() for problem in group]
+        drawn = self._drawn()
         held_out = drawn[:eval_size]
         gate = _apart_from(held_out, drawn[eval_size:])[:gate_size]
         chosen = {problem.id for problem in (*held_out, *gate)}
@@ -108,6 +104,25 @@ class ProblemSet:
             ProblemSet(gate, seed=self.seed),
             ProblemSet(held_out, seed=self.seed),
         )
+
+    def held_out(self, eval_size: int) -> ProblemSet:
+        """Return the problems that `split` holds out, for an evaluation: nothing need be left.
+
+        Raises DataError where there are not so many.
+        """
+        if eval_size > len(self):
+            raise DataError(
+                f"data.eval_size {eval_size} of {len(self)} problems; lower it or give more "
+                "problems"
+            )
+        return ProblemSet(self._drawn()[:eval_size], seed=self.seed)
+
+    def _drawn(self) -> list[Problem]:
+        """List the problems in the order of the draw, each followed by the others of its group."""
+        members: dict[str, list[Problem]] = {}
+        for i in _permutation(len(self), self.seed, 0):
+            members.setdefault(self[i].group or f"#{i}", []).append(self[i])
+        return [problem for group in members.values() for problem in group]
 
 
 def _apart_from(taken: Sequence[Problem], problems: Sequence[Problem]) -> list[Problem]:

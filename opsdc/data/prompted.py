@@ -144,17 +144,7 @@ def prompted_sets(
             seed=config.seed,
         )
 
-    if train_rows is not None:
-        problems = from_rows(train_rows, "train_dataset")
-    else:
-        problems = load_problems(
-            data.source,
-            split=data.split,
-            options=data.options,
-            prompt_column=data.prompt_column,
-            answer_column=data.answer_column,
-            seed=config.seed,
-        )
+    problems = from_rows(train_rows, "train_dataset") if train_rows is not None else _load(config)
     train, gate, held_out = problems.split(
         0 if eval_rows is not None else data.eval_size, data.gate_size
     )
@@ -171,4 +161,25 @@ def prompted_sets(
         training,
         PromptedSet(gate, tokenizer, config).within_limit("gate"),
         PromptedSet(held_out, tokenizer, config).within_limit("held-out"),
+    )
+
+
+def held_out_set(config: OPSDCConfig, tokenizer: PreTrainedTokenizerBase) -> PromptedSet:
+    """Return the held-out problems of `data.source`, as a run has them, for an evaluation alone.
+
+    Raises DataError for more than there are, and the errors of `load_problems`.
+    """
+    problems = _load(config).held_out(config.data.eval_size)
+    return PromptedSet(problems, tokenizer, config).within_limit("held-out")
+
+
+def _load(config: OPSDCConfig) -> ProblemSet:
+    data = config.data
+    return load_problems(
+        data.source,
+        split=data.split,
+        options=data.options,
+        prompt_column=data.prompt_column,
+        answer_column=data.answer_column,
+        seed=config.seed,
     )

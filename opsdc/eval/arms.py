@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config.settings import EvalConfig, OPSDCConfig
-from opsdc.data.prompted import ProblemSets, Prompted, PromptedSet, prompted_sets
+from opsdc.data.prompted import ProblemSets, Prompted, PromptedSet, held_out_set, prompted_sets
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval.answers import Answer, answer, headline, one_line, read_answers, write_answers
 from opsdc.eval.compare import by_difficulty, by_length, compare
@@ -283,8 +283,10 @@ def evaluate_arms(config: OPSDCConfig, trained: str | Path) -> dict[str, Any]:
         DataError: There are no held-out problems.
     """
     tokenizer = load_tokenizer(config.model)
-    held_out = scored_sets(config, tokenizer).held_out
+    held_out = held_out_set(config, tokenizer)
     problems = first_of(held_out, config.eval.problems)
+    answered = [item.problem for item in problems if item.problem.answer is not None]
+    check_scorer(config.eval.scorer, answered, "eval.scorer")
     if not problems:
         raise DataError("no held-out problems: set data.eval_size and eval.problems above 0")
     folder = Path(config.output_dir)

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers.kernels import make_problem
+from torch import library
 
 from opsdc_kernels.problem import (
     DIVERGENCES,
@@ -42,7 +43,7 @@ def through_an_operator():
     """What arrives inside an operator of the common schema."""
     seen = []
 
-    @torch.library.custom_op("opsdc_tests::see", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
+    @library.custom_op("opsdc_tests::see", mutates_args=(), schema=f"({SCHEMA}) -> Tensor")
     def see(*arguments):
         seen.append(Problem.of(arguments))
         return torch.zeros(())

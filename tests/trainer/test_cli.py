@@ -66,6 +66,20 @@ def test_eval_anew(finished, tmp_path, capsys):
     assert json.loads((target / "summary.json").read_text())["base"]["answers"] == 8
 
 
+def test_eval_on_all_of_another_file(finished, tmp_path, capsys):
+    """Nothing is trained, so nothing need be left to train on."""
+    out, _, _ = finished
+    rows = [{"problem": f"What is {a} + 1?", "answer": str(a + 1)} for a in range(5)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data.source", str(tmp_path / "other.jsonl"), "--data.eval_size", "5"]
+    flags += ["--eval.problems", "5", "--output_dir", str(tmp_path / "other")]
+    assert main(["eval", str(out), *flags]) == 0
+    assert json.loads((tmp_path / "other" / "summary.json").read_text())["base"]["answers"] == 5
+    capsys.readouterr()
+    assert main(["eval", str(out), *flags, "--data.eval_size", "6"]) == 2
+    assert "data.eval_size 6 of 5 problems" in capsys.readouterr().err
+
+
 def test_plot_elsewhere(finished, tmp_path):
     out, _, _ = finished
     assert main(["plot", str(out), "--output", str(tmp_path / "p.png")]) == 0
