@@ -69,7 +69,7 @@ def _run(settings, prepare, arguments):
     import torch
 
     from opsdc import cli
-    from opsdc.eval import plots
+    from opsdc.eval import report
 
     torch.set_num_threads(1)
     out = Path(settings["output_dir"])
@@ -79,7 +79,7 @@ def _run(settings, prepare, arguments):
     os.dup2(log, 2)
     os.close(log)
     # The picture of a run is drawn from its record and takes longer than all else here.
-    plots.plot_run = lambda run: run
+    report.plot_run = lambda run: run
     # YAML reads JSON; the command's own way in brings its handlers and its exit status.
     config = out.with_suffix(".json")
     # Aside and renamed: ranks of one run all write it.
