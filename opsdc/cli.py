@@ -334,20 +334,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(replay(arguments.batch))
         return 0
     config = load_config(arguments)
-    from opsdc.data.prompted import prompted_sets
+    from opsdc.data.prompted import prompted_sets, read_problems
     from opsdc.debug.show import inspect
     from opsdc.models.load import load_model, load_tokenizer
 
-    tokenizer = load_tokenizer(config.model)
     rows = None
     if arguments.text is not None:
         rows = [{"problem": arguments.text}]
-        rollout, data = (
-            replace(config.rollout, prompts_per_step=1),
-            replace(config.data, gate_size=0),
-        )
+        rollout = replace(config.rollout, prompts_per_step=1)
+        data = replace(config.data, gate_size=0)
         config = replace(config, rollout=rollout, data=data)
-    held_out = prompted_sets(config, tokenizer, rows, rows).held_out
+    problems = read_problems(config, rows, rows)
+    tokenizer = load_tokenizer(config.model)
+    held_out = prompted_sets(config, tokenizer, problems).held_out
     if not 0 <= arguments.problem < len(held_out):
         raise ConfigError(
             f"--problem must be between 0 and {len(held_out) - 1}, got {arguments.problem}"

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from opsdc import checks
 from opsdc.config.settings import OPSDCConfig
+from opsdc.data.prompted import read_problems
 from opsdc.errors import OutOfMemoryError
 from opsdc.eval.answers import Answer, mark_right
 from opsdc.eval.arms import Arms, scored_sets
@@ -68,13 +69,13 @@ class OPSDCTrainer:
         self.started, self.out_of_memory = time.perf_counter(), 0
         self.ranks = talk.join(config.distributed)
         self.events = Callbacks(config, callbacks or [])
+        problems = read_problems(config, train_dataset, eval_dataset)  # Before a model is loaded.
         module, self.tokenizer, settings = receive_model(model, config.model, processing_class)
         self.config = config = contents.dated(replace(config, model=settings), self.ranks)
-        sets = scored_sets(config, self.tokenizer, train_dataset, eval_dataset)
+        sets = scored_sets(config, self.tokenizer, problems)
         self.problems, self.held_out = sets.training, sets.held_out
         made_of = contents.read_contents(module, self.tokenizer, sets, config, self.ranks)
-        # An adapter starts from random numbers.
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # An adapter starts from random numbers.
         self.model = prepare_model(module, config.model).train()
         shard.shard_(self.model, config, self.ranks)
         checks.before_sampling(self.model, sets, config, self.ranks)

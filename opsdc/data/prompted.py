@@ -121,17 +121,16 @@ class ProblemSets(NamedTuple):
     """For the evaluation alone."""
 
 
-def prompted_sets(
+def read_problems(
     config: OPSDCConfig,
-    tokenizer: PreTrainedTokenizerBase,
     train_rows: Sequence[Mapping[str, Any]] | None = None,
     eval_rows: Sequence[Mapping[str, Any]] | None = None,
-) -> ProblemSets:
-    """Return the sets of a run, from rows where given, else from `data.source`.
+) -> tuple[ProblemSet, ProblemSet, ProblemSet]:
+    """Return the problems to train on, of the gate and held out, from rows or `data.source`.
 
-    Without `eval_rows`, `data.eval_size` problems are held out from the others; `data.gate_size`
-    more are in any case. Raises DataError where too few problems are left to fill a step, and the
-    errors of `load_problems`.
+    Needs no model: a file that is not there is named before gigabytes are loaded. Without
+    `eval_rows`, `data.eval_size` problems are held out from the others; `data.gate_size` more are
+    in any case. Raises the errors of `load_problems` and of `ProblemSet.split`.
     """
     data = config.data
 
@@ -150,12 +149,25 @@ def prompted_sets(
     )
     if eval_rows is not None:
         held_out = from_rows(eval_rows, "eval_dataset")
+    return train, gate, held_out
+
+
+def prompted_sets(
+    config: OPSDCConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: tuple[ProblemSet, ProblemSet, ProblemSet] | None = None,
+) -> ProblemSets:
+    """Return the sets of a run with their prompts; `problems` are those of `read_problems`.
+
+    Raises DataError where too few problems are left to fill a step.
+    """
+    train, gate, held_out = problems or read_problems(config)
     training = PromptedSet(train, tokenizer, config).within_limit("training")
     if len(training) < config.rollout.prompts_per_step:
         raise DataError(
             f"{len(training)} training problems are fewer than rollout.prompts_per_step "
-            f"{config.rollout.prompts_per_step} (data.eval_size {data.eval_size} are held out); "
-            "lower one of the two or give more problems"
+            f"{config.rollout.prompts_per_step} (data.eval_size {config.data.eval_size} are held "
+            "out); lower one of the two or give more problems"
         )
     return ProblemSets(
         training,
@@ -164,13 +176,12 @@ def prompted_sets(
     )
 
 
-def held_out_set(config: OPSDCConfig, tokenizer: PreTrainedTokenizerBase) -> PromptedSet:
+def read_held_out(config: OPSDCConfig) -> ProblemSet:
     """Return the held-out problems of `data.source`, as a run has them, for an evaluation alone.
 
     Raises DataError for more than there are, and the errors of `load_problems`.
     """
-    problems = _load(config).held_out(config.data.eval_size)
-    return PromptedSet(problems, tokenizer, config).within_limit("held-out")
+    return _load(config).held_out(config.data.eval_size)
 
 
 def _load(config: OPSDCConfig) -> ProblemSet:

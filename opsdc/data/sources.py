@@ -26,6 +26,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from opsdc.config.places import is_local
 from opsdc.data import columns
 from opsdc.data.arithmetic import arithmetic
 from opsdc.data.notation import same_answer
@@ -94,6 +95,16 @@ def load_problems(
         split = split or "train"
         rows, name = columns.read_dataset(source, split, options), f"{source}:{split}"
     return ProblemSet(read(enumerate(rows, 1), source, name, "row"), seed=seed)
+
+
+def is_on_hub(source: str | Sequence[str]) -> bool:
+    """Return True for a source that is asked for over the network."""
+    return (
+        isinstance(source, str)
+        and not source.startswith((_GYM, *_EMBEDDED))
+        and not columns.files_of(source)
+        and not is_local(source)
+    )
 
 
 def problems_from_rows(

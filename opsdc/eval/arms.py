@@ -16,7 +16,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config.settings import EvalConfig, OPSDCConfig
-from opsdc.data.prompted import ProblemSets, Prompted, PromptedSet, held_out_set, prompted_sets
+from opsdc.data.problem import ProblemSet
+from opsdc.data.prompted import ProblemSets, Prompted, PromptedSet, prompted_sets, read_held_out
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval.answers import Answer, answer, headline, one_line, read_answers, write_answers
 from opsdc.eval.compare import by_difficulty, by_length, compare
@@ -194,15 +195,14 @@ def validation_name(step: int, base: str) -> str:
 def scored_sets(
     config: OPSDCConfig,
     tokenizer: PreTrainedTokenizerBase,
-    train_rows: Sequence[Mapping[str, Any]] | None = None,
-    eval_rows: Sequence[Mapping[str, Any]] | None = None,
+    problems: tuple[ProblemSet, ProblemSet, ProblemSet],
 ) -> ProblemSets:
     """Return `prompted_sets`, once the scorers are known to take all answers that they will meet.
 
     Raises ConfigError and DataError as `scorers.check_scorer`, ConfigError too for a training
     problem that cannot be judged where `data.train_on` asks for it.
     """
-    sets = prompted_sets(config, tokenizer, train_rows, eval_rows)
+    sets = prompted_sets(config, tokenizer, problems)
     held_out = list(sets.held_out.problems)[: config.eval.problems]
     answered = [p for p in (*held_out, *sets.gate.problems) if p.answer is not None]
     check_scorer(config.eval.scorer, answered, "eval.scorer")
@@ -282,8 +282,9 @@ def evaluate_arms(config: OPSDCConfig, trained: str | Path) -> dict[str, Any]:
     Raises:
         DataError: There are no held-out problems.
     """
+    read = read_held_out(config)
     tokenizer = load_tokenizer(config.model)
-    held_out = held_out_set(config, tokenizer)
+    held_out = PromptedSet(read, tokenizer, config).within_limit("held-out")
     problems = first_of(held_out, config.eval.problems)
     answered = [item.problem for item in problems if item.problem.answer is not None]
     check_scorer(config.eval.scorer, answered, "eval.scorer")

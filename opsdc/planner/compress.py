@@ -22,7 +22,7 @@ from opsdc.config.fields import fields_of
 from opsdc.config.settings import LoRAConfig, OPSDCConfig
 from opsdc.config.yaml_file import with_settings
 from opsdc.data.problem import Problem
-from opsdc.data.prompted import PromptedSet, prompted_sets
+from opsdc.data.prompted import PromptedSet, prompted_sets, read_problems
 from opsdc.errors import ConfigError, DataError
 from opsdc.eval.scorers import check_scorer
 from opsdc.models import demo_model
@@ -67,8 +67,9 @@ def choose(given: Mapping[str, Any]) -> dict[str, Any]:
     # Without held-out problems all of them are there to be counted.
     counted = {"data.eval_size": 0, "data.gate_size": 0, "rollout.prompts_per_step": 1}
     bare = _config(settings | counted)
+    read = read_problems(bare)
     tokenizer = load_tokenizer(bare.model)
-    problems = prompted_sets(bare, tokenizer).training
+    problems = prompted_sets(bare, tokenizer, read).training
     # Whole, the model would be loaded in float32: an adapter's base comes in the dtype asked for.
     model: Any = load_model(replace(bare.model, lora=bare.model.lora or LoRAConfig()))
     model.to(ALONE.device)

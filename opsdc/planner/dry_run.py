@@ -1,8 +1,8 @@
 """`opsdc train --dry-run`: the plan of a run, then one whole step of it on a tiny twin.
 
 The twin has the model's architecture, adapter and settings, but two layers, small dimensions and
-random weights, and it is given four sums as problems. Nothing is downloaded, and nothing is left in
-output_dir.
+random weights, and it is given four sums as problems. The run's own are read and put into prompts
+first, unless that takes the network. Nothing is downloaded, and nothing is left in output_dir.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from opsdc.config.settings import OPSDCConfig
+from opsdc.data.prompted import prompted_sets, read_problems
+from opsdc.data.sources import is_on_hub
 from opsdc.errors import ModelError
 from opsdc.models import demo_model
 from opsdc.models.head import check_head
@@ -52,11 +54,19 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
 
     `trainer` is `OPSDCTrainer`, which stands above this file. Raises what a run would raise.
     """
+    source = config.data.source
+    problems = None if is_on_hub(source) else read_problems(config)
     on_gpu = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else None
     print(report(config, memory_bytes=memory, gpus=1, tflops=600.0)[1], flush=True)
 
-    tokenizer, whose = _load_tokenizer(config.model.name_or_path)
+    tokenizer, is_own = _load_tokenizer(config.model.name_or_path)
+    if problems is None:
+        print(f"\ndata.source {source} is on the Hub: not read")
+    elif is_own:
+        sets = prompted_sets(config, tokenizer, problems)
+        print(f"\n{len(sets.training)} problems to train on, {len(sets.held_out)} held out")
+    whose = "the model's own tokenizer" if is_own else "a tokenizer of bytes (no other is here)"
     shape = load_architecture(config.model)
     twin = twin_of(shape, tokenizer)
     print(f"\none step of a twin: {type(twin).__name__}, two layers, {whose}", flush=True)
@@ -72,6 +82,7 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
             twin.save_pretrained(place)
             twin = load_model(replace(small.model, name_or_path=place, revision=None))
         trainer(twin, small, rows, rows, tokenizer).train()
+    print("dry run: ok")
 
 
 def twin_of(architecture: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -135,16 +146,16 @@ def _small_run(config: OPSDCConfig, folder: str, on_gpu: bool) -> OPSDCConfig:
     )
 
 
-def _load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, str]:
-    """Load the model's tokenizer if it is on this machine, else make one; say which."""
+def _load_tokenizer(name: str) -> tuple[PreTrainedTokenizerBase, bool]:
+    """Load the model's tokenizer, and True, if it is on this machine, else make one."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(demo_model.resolve(name), local_files_only=True)
         # Of a folder with a config alone transformers makes one without a vocabulary.
         if "sum" in tokenizer.decode(tokenizer.encode("the sum of 2 and 3")):
-            return tokenizer, "the model's own tokenizer"
+            return tokenizer, True
     except (OSError, ValueError):
         pass
-    return _bytes_tokenizer(), "a tokenizer of bytes (the model's own is not on this machine)"
+    return _bytes_tokenizer(), False
 
 
 def _bytes_tokenizer() -> PreTrainedTokenizerFast:

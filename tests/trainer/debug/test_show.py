@@ -14,7 +14,7 @@ def shown(make_config, **settings):
     config = make_config(**settings)
     module, tokenizer, model = receive_model(None, config.model, None)
     module = prepare_model(module, model)
-    item = prompted_sets(config, tokenizer, None, None).training[0]
+    item = prompted_sets(config, tokenizer).training[0]
     return inspect(module, tokenizer, item, config, colour=False)
 
 

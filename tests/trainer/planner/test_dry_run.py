@@ -1,5 +1,7 @@
 """Every recipe, dry: the plan and one real step of its twin, offline, nothing left behind."""
 
+from pathlib import Path
+
 import pytest
 from helpers.tiny import byte_tokenizer
 from transformers import (
@@ -37,9 +39,27 @@ def test_recipes_run_dry_without_a_network(recipe, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     assert main(["train", "--config", recipe, "--dry-run", "--output_dir", "out"]) == 0
     shown = capsys.readouterr().out
-    for words in ("GiB per device", "activations", "one step of a twin: Qwen3", "step 1/1"):
+    said = ("GiB per device", "activations", "one step of a twin: Qwen3", "step 1/1", "ok\n")
+    for words in said:
         assert words in shown
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_reads_the_data_and_makes_the_prompts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = Path("data.jsonl")
+    data.write_text("".join(f'{{"problem": "Sum {i}", "answer": {i}}}\n' for i in range(90)))
+    command = ["train", "--config", "smollm2-cpu", "--dry-run", "--output_dir", "out"]
+    command += ["--data.source", "data.jsonl", "--data.gate_size", "0", "--data.eval_size", "10"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "80 problems to train on, 10 held out" in shown
+    assert shown.endswith("dry run: ok\n")
+    data.write_text('{"problem": "Sum 1"\n')
+    assert main(command) == 2
+    assert "data.jsonl, line 1" in capsys.readouterr().err
+    assert main([*command, "--prompt.max_tokens", "4"]) == 2
+    assert not Path("out").exists()
 
 
 def test_a_twin_is_the_architecture_in_small():
