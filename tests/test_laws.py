@@ -29,6 +29,7 @@ FLOORS = {
     "opsdc": [
         ["__main__"],
         ["cli"],
+        ["commands"],
         ["train"],
         ["checks"],
         ["planner"],

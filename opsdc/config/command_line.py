@@ -13,6 +13,9 @@ from opsdc.config.settings import OPSDCConfig
 from opsdc.config.yaml_file import recipe_names
 from opsdc.errors import ConfigError
 
+ANY = "[--SECTION.KEY VALUE ...]"
+"""Settings in a usage line: there are some fifty of them, too many to list."""
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that takes flags by their whole name only, and whose errors are one line."""
@@ -59,6 +62,24 @@ class Parser(argparse.ArgumentParser):
                 default=argparse.SUPPRESS,
                 help=text.replace("%", "%%"),
             )
+
+
+def add_command(
+    commands: Any, name: str, text: str, usage: str, run: Any, epilog: str = ""
+) -> Parser:
+    """Add a command whose `run` takes the parsed arguments and returns the exit status."""
+    parser = commands.add_parser(
+        name,
+        usage=f"opsdc {name} {usage}",
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# The commands. What is large is imported when a command runs, so that --help answers at once.
 
 
 def refuse_command(name: str, known: Iterable[str]) -> NoReturn:
