@@ -35,10 +35,10 @@ demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores, then ask i
 	  --data.eval_size 64 --data.gate_size 0 --output_dir runs/demo/word_sums
 
 quick: $(STAMP)  ## while editing: laws, units, one tiny run (under 2 min)
-	$(BIN)/python -m pytest -n 2 -m "not whole" tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not whole" tests
 
 test: $(STAMP)  ## all tests that need neither a GPU nor an hour
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
 test-slow: $(STAMP)  ## the long ones, but for chaos and fuzz
 	$(BIN)/python -m pytest --slow -m "slow and not chaos and not fuzz" tests

@@ -227,7 +227,8 @@ def test_other_bytes_are_refused(text):
 
 
 def test_a_model_without_a_config_is_named(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The variable of that name was read when huggingface_hub was imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"config\.json"):
         load_architecture(ModelConfig(name_or_path="nobody/no-such-model"))
     with pytest.raises(ModelError, match=r"there is no folder '\./no/such/folder'"):
@@ -248,7 +249,9 @@ RECIPES = resources.files("opsdc") / "recipes"
 PLANNED = [name for name in recipe_names() if name.startswith("qwen3")]
 
 
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in PLANNED]
+)
 def test_a_recipe_holds_the_plan_that_its_command_prints(name, capsys):
     """`make recipes` writes it there."""
     lines = (RECIPES / f"{name}.yaml").read_text("utf-8").splitlines()
