@@ -16,29 +16,33 @@ PROCESSES = (
 
 
 class Interpreter:
-    """The processes, running or finished."""
+    """The processes, each running or finished once it was started."""
 
     def __init__(self):
+        self.running = {}
+
+    def start(self, i):
+        """Start process i, if nobody has."""
+        if i in self.running:
+            return
         environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        self.running = [
-            subprocess.Popen(
-                [*command, *(str(TESTS / name) for name in names)],
-                env=environment,
-                cwd=TESTS.parents[1],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for names in PROCESSES
-        ]
+        self.running[i] = subprocess.Popen(
+            [*command, *(str(TESTS / name) for name in PROCESSES[i])],
+            env=environment,
+            cwd=TESTS.parents[1],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def outcome(self, i):
         """(output, exit status) of a process."""
+        self.start(i)
         return self.running[i].communicate()[0], self.running[i].returncode
 
     def close(self):
-        for process in self.running:
+        for process in self.running.values():
             if process.poll() is None:
                 process.kill()
                 process.communicate()

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from helpers.interpreter import Interpreter
+from helpers.interpreter import PROCESSES, Interpreter
 
 from opsdc_kernels.row_pass import build, compiled
 
@@ -38,7 +38,8 @@ def interpreter():
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_ahead(request):
     """Where they will be needed, the interpreter's processes start first and run beside the other
-    tests. (Of pytest-xdist's workers only one needs them: there they start when asked for.)"""
+    tests. (Of pytest-xdist's workers each starts the one that it is asked for.)"""
     needed = any("interpreter" in getattr(x, "fixturenames", ()) for x in request.session.items)
     if needed and "PYTEST_XDIST_WORKER" not in os.environ:
-        request.getfixturevalue("interpreter")
+        for i in range(len(PROCESSES)):
+            request.getfixturevalue("interpreter").start(i)
