@@ -9,7 +9,7 @@ import select
 import sys
 from collections.abc import Sequence
 
-from opsdc.commands import judging, preparing, training
+from opsdc.commands import judging, preparing, sharing, training
 from opsdc.config import command_line
 from opsdc.config.command_line import Parser
 from opsdc.errors import OPSDCError
@@ -76,7 +76,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     for add in (
         *(training.add_compress, training.add_train, judging.add_eval, training.add_serve),
         *(judging.add_inspect, preparing.add_plan, judging.add_plot),
-        *(preparing.add_recipes, preparing.add_init),
+        *(sharing.add_export, sharing.add_push, preparing.add_recipes, preparing.add_init),
     ):
         add(commands)
     return parser, commands.choices

