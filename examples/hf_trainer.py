@@ -34,7 +34,7 @@ def main(model: str | None = None, output_dir: str = "runs/hf_trainer") -> list[
         data_collator=collate,
     )
     trainer.train()
-    student.save_pretrained(f"{output_dir}/model")
+    trainer.model.save_pretrained(f"{output_dir}/model")
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -5,11 +5,13 @@ The names are imported when first used, so that `opsdc --help` answers at once.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsdc.config.settings import OPSDCConfig
+    from opsdc.method.batch import Pair
     from opsdc.method.distiller import Distiller, collate
     from opsdc.train import OPSDCTrainer
 
@@ -20,21 +22,24 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 )
 
 __version__ = "0.1.0"
-__all__ = ["Distiller", "OPSDCConfig", "OPSDCTrainer", "__version__", "collate"]
+__all__ = ["Distiller", "OPSDCConfig", "OPSDCTrainer", "Pair", "__version__", "collate"]
+
+_HOMES = {
+    "Distiller": "opsdc.method.distiller",
+    "OPSDCConfig": "opsdc.config.settings",
+    "OPSDCTrainer": "opsdc.train",
+    "Pair": "opsdc.method.batch",
+    "collate": "opsdc.method.distiller",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use."""
-    if name == "OPSDCConfig":
-        from opsdc.config.settings import OPSDCConfig
+    if name not in _HOMES:
+        raise AttributeError(f"module 'opsdc' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-        return OPSDCConfig
-    if name in ("Distiller", "collate"):
-        from opsdc.method import distiller
 
-        return getattr(distiller, name)
-    if name == "OPSDCTrainer":
-        from opsdc.train import OPSDCTrainer
-
-        return OPSDCTrainer
-    raise AttributeError(f"module 'opsdc' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

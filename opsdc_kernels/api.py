@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,9 +174,14 @@ def linear_reverse_kl(
     teacher_weight: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """KL(student‖teacher): `linear_divergence` with the divergence fixed, same other options."""
-    if "divergence" in options:
-        raise TypeError("linear_reverse_kl takes no divergence; use linear_divergence")
+    """KL(student‖teacher) over the full vocabulary: `linear_divergence` with this divergence fixed.
+
+    Options, what is returned and what is raised are those of `linear_divergence`, without
+    `divergence` and `beta`.
+    """
+    if unknown := options.keys() - _REVERSE_KL.parameters.keys():
+        hint = "; use linear_divergence" if unknown & {"divergence", "beta"} else ""
+        raise TypeError(f"linear_reverse_kl takes no {min(unknown)}{hint}")
     return linear_divergence(
         student_hidden,
         student_weight,
@@ -184,3 +190,11 @@ def linear_reverse_kl(
         divergence="reverse_kl",
         **options,
     )
+
+
+_EVERY = inspect.signature(linear_divergence)
+_REVERSE_KL = _EVERY.replace(
+    parameters=[p for n, p in _EVERY.parameters.items() if n not in ("divergence", "beta")]
+)
+# What help() and editors show; listed once, so that an option has one home.
+linear_reverse_kl.__signature__ = _REVERSE_KL  # type: ignore[attr-defined]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -208,12 +209,30 @@ class Distiller(nn.Module):
                 frozen.eval()
         return self
 
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the student alone, as an ordinary Hugging Face folder (with LoRA the adapter's).
 
-def collate(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+        `options` go to the student's own `save_pretrained`. (Trainer's `save_model` writes the
+        state of this module, from which `Trainer.train` goes on, and which no one else reads.)
+        """
+        self.student.save_pretrained(str(folder), **options)
+
+
+def collate(rows: Iterable[Pair | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Lay out the arguments of `Distiller.forward`, [rows, T] int64 each and padded on the right.
 
-    Serves Trainer as `data_collator`.
+    Serves Trainer and DataLoader as collator.
+
+    Args:
+        rows: Pairs, or mappings with the keys `student_prompt_ids`, `teacher_prompt_ids` and
+            `response_ids` (and `against_prompt_ids`), lists of token ids: the rows of a
+            `datasets.Dataset`, or one itself.
+
+    Raises DataError for a row without one of these keys, and for no rows at all.
     """
+    pairs = [row if isinstance(row, Pair) else _pair_of(row, i) for i, row in enumerate(rows)]
+    if not pairs:
+        raise DataError("collate was given no rows")
     arguments: dict[str, torch.Tensor] = {}
     sides = [("student", ""), ("teacher", "teacher_")]
     if any(pair.against_prompt_ids for pair in pairs):
@@ -232,6 +251,25 @@ def collate(pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
             f"{prefix}{'responses' if side == 'against' else 'labels'}": to_labels(batch),
         }
     return arguments
+
+
+def _pair_of(row: Any, i: int) -> Pair:
+    """Return the pair that a mapping describes; other columns of a dataset are left out."""
+    if not isinstance(row, Mapping):
+        raise DataError(f"row {i} of collate is a {type(row).__name__}, neither Pair nor mapping")
+    names = ("student_prompt_ids", "teacher_prompt_ids", "response_ids")
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        present = ", ".join(map(str, row)) or "nothing"
+        raise DataError(
+            f"row {i} of collate has no {missing[0]}; it has {present}"
+            " (Trainer drops columns that it does not know: set remove_unused_columns=False)"
+        )
+    # Datasets in torch's format give tensors.
+    return Pair(
+        **{name: torch.as_tensor(row[name]).tolist() for name in names},
+        against_prompt_ids=list(row.get("against_prompt_ids") or ()),
+    )
 
 
 def _check_equal_responses(batch: TokenBatch, other: TokenBatch, labels: str) -> None:

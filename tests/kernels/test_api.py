@@ -1,5 +1,7 @@
 """The contract: shapes, reductions, statistics."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -204,3 +206,13 @@ def test_a_mean_over_sequences_of_the_mean_over_tokens(backend):
     # The weights of a mean need not be normalized.
     again = linear_divergence(*leaves, ht, token_weight=7 * weight, backend=backend)
     torch.testing.assert_close(again, mean)
+
+
+def test_reverse_kl_shows_every_option_and_refuses_others():
+    shown = set(inspect.signature(linear_reverse_kl).parameters)
+    every = set(inspect.signature(linear_divergence).parameters)
+    assert every - shown == {"divergence", "beta"}
+    assert shown <= every
+    h, w = torch.ones(2, 3), torch.ones(5, 3)
+    with pytest.raises(TypeError, match="linear_reverse_kl takes no temprature"):
+        linear_reverse_kl(h, w, h, temprature=2.0)

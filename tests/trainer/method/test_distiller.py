@@ -403,3 +403,40 @@ def test_trainer_on_two_processes_equals_one(tmp_path):
     want, expected, _ = run(tmp_path, rows=4)
     assert losses[0] == pytest.approx(want[0], rel=1e-5)
     assert_close(grads[0], expected[0], 1e-5)
+
+
+def test_collate_takes_pairs_mappings_and_datasets():
+    import datasets
+
+    pairs = make_pairs()
+    names = ("student_prompt_ids", "teacher_prompt_ids", "response_ids")
+    rows = [{name: list(getattr(pair, name)) for name in names} | {"id": "x"} for pair in pairs]
+    dataset = datasets.Dataset.from_list(rows)
+    want = collate(pairs)
+    for given in (rows, dataset, dataset.with_format("torch"), iter(pairs), [pairs[0], *rows[1:]]):
+        got = collate(given)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "no rows"),
+        ([{"input_ids": [1]}], "row 0 of collate has no student_prompt_ids; it has input_ids"),
+        ([{"student_prompt_ids": [1], "teacher_prompt_ids": None}], "no teacher_prompt_ids"),
+        ([{}], "it has nothing"),
+        (["text"], "is a str, neither Pair nor mapping"),
+    ],
+)
+def test_collate_says_what_a_row_lacks(rows, words):
+    with pytest.raises(DataError, match=words):
+        collate(rows)
+
+
+def test_the_student_is_saved_alone_and_loads(tmp_path):
+    student = tiny_model()
+    Distiller(student, tiny_model(seed=1)).save_pretrained(tmp_path)
+    again = type(student).from_pretrained(tmp_path)
+    for name, parameter in student.named_parameters():
+        assert torch.equal(dict(again.named_parameters())[name], parameter)
