@@ -266,8 +266,11 @@ def _pair_of(row: Any, i: int) -> Pair:
             " (Trainer drops columns that it does not know: set remove_unused_columns=False)"
         )
     # Datasets in torch's format give tensors.
+    student, teacher, response = (torch.as_tensor(row[name]).tolist() for name in names)
     return Pair(
-        **{name: torch.as_tensor(row[name]).tolist() for name in names},
+        student_prompt_ids=student,
+        teacher_prompt_ids=teacher,
+        response_ids=response,
         against_prompt_ids=list(row.get("against_prompt_ids") or ()),
     )
 
