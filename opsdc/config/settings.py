@@ -304,7 +304,7 @@ class TrainConfig:
     keep_best: bool = False
     """Leave as model/ not the last step but the best evaluated one: the shortest answers whose
     accuracy has not fallen by more than best_margin (lower end of its paired 95 % interval), and
-    of steps that are within a tenth as short, the most often right."""
+    of steps that save nine tenths of what the shortest saves, the most often right."""
     best_margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Fall of accuracy that must be excluded for a step to be kept, as a share of the problems."""
     resume: str = "auto"

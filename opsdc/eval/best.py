@@ -20,9 +20,9 @@ _STEP = "opsdc_step.json"
 """File beside the kept weights that says which step they are of."""
 
 
-_AS_SHORT = 1.1
-"""Answers up to so many times as long as the shortest count as equally short: a tenth is less than
-what problems drawn anew would change, and more right answers are worth it."""
+_ENOUGH = 0.9
+"""Steps that save this share of the tokens that the shortest saves count as equally short: what more
+right answers are worth, and less than problems drawn anew would change."""
 
 
 class BestStep:
@@ -86,9 +86,9 @@ def candidates(
     """Return a row for each evaluated step: its answers against the base's, and the choice.
 
     A step is eligible where the lower end of the paired 95 % interval of its accuracy is not below
-    −`train.best_margin`. Of the eligible steps whose answers are as short as the shortest's, to
-    `_AS_SHORT`, the most accurate is kept; where none is eligible, the one with the highest lower
-    end. `pareto` marks steps that none beats in both measures.
+    −`train.best_margin`. Of the eligible steps that save nearly as many tokens as the one that
+    saves the most, to `_ENOUGH`, the most accurate is kept; where none is eligible, the one with
+    the highest lower end. `pareto` marks steps that none beats in both measures.
     """
     rows: list[dict[str, Any]] = []
     for step, path in evaluated_steps(folder).items():
@@ -111,9 +111,11 @@ def candidates(
         return []
     eligible = [row for row in rows if row["eligible"]]
     if eligible:
-        short = _AS_SHORT * min(row["tokens"] for row in eligible)
-        shortest = [row for row in eligible if row["tokens"] <= short]
-        kept = max(shortest, key=lambda row: (row["accuracy"], -row["tokens"]))
+        plain = sum(a.tokens for a in base) / len(base)
+        most = max(plain - row["tokens"] for row in eligible)
+        least = most - (1 - _ENOUGH) * abs(most)
+        short = [row for row in eligible if plain - row["tokens"] >= least]
+        kept = max(short, key=lambda row: (row["accuracy"], -row["tokens"]))
     else:
         kept = max(rows, key=lambda row: row["accuracy_difference_ci95"][0])
     for row in rows:
