@@ -21,8 +21,8 @@ _STEP = "opsdc_step.json"
 
 
 _ENOUGH = 0.9
-"""Steps that save this share of the tokens that the shortest saves count as equally short: what more
-right answers are worth, and less than problems drawn anew would change."""
+"""Steps that save this share of what the shortest saves count as equally short: more right answers
+are worth it, and problems drawn anew would change as much."""
 
 
 class BestStep:
