@@ -28,11 +28,11 @@ def plot_run(run: Path, file: Path | None = None) -> Path:
     Returns the picture: `file`, by default `run`/plot.png. Raises DataError where the folder holds
     no record, ConfigError where matplotlib is missing.
     """
-    rows, plt = _steps(run), _pyplot()
+    rows, figure = _steps(run), _figure(7)
     from matplotlib.ticker import MaxNLocator
 
     steps = [row["step"] for row in rows]
-    figure, axes = plt.subplots(2, 3, figsize=(16, 7), layout="constrained")
+    axes = figure.subplots(2, 3)
     (divergence, length, dial), (entropy, accuracy, trade) = axes
 
     def series(key: str) -> list[float]:
@@ -72,7 +72,7 @@ def plot_run(run: Path, file: Path | None = None) -> Path:
         axis.grid(alpha=0.25)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
-    return _save(plt, figure, file or run / "plot.png")
+    return _save(figure, file or run / "plot.png")
 
 
 def plot_runs(runs: Sequence[Path], file: Path | None = None) -> Path:
@@ -81,8 +81,8 @@ def plot_runs(runs: Sequence[Path], file: Path | None = None) -> Path:
     Returns the picture: `file`, by default overlay.png in the first run's folder. Raises as
     `plot_run`.
     """
-    records, plt = {run: _steps(run) for run in runs}, _pyplot()
-    figure, (loss, length, accuracy) = plt.subplots(1, 3, figsize=(16, 4), layout="constrained")
+    records, figure = {run: _steps(run) for run in runs}, _figure(4)
+    loss, length, accuracy = figure.subplots(1, 3)
     loss.set(title="KL(student‖teacher) per token", ylabel="nats", yscale="log")
     length.set(title="Length: held-out (dots), training (line)", ylabel="tokens")
     accuracy.set(title="Held-out accuracy", ylabel="share", ylim=(-0.02, 1.02))
@@ -103,7 +103,7 @@ def plot_runs(runs: Sequence[Path], file: Path | None = None) -> Path:
     for axis in (loss, length, accuracy):
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)
-    return _save(plt, figure, file or runs[0] / "overlay.png")
+    return _save(figure, file or runs[0] / "overlay.png")
 
 
 def _steps(run: Path) -> list[dict[str, Any]]:
@@ -113,23 +113,20 @@ def _steps(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _pyplot() -> Any:
+def _figure(height: float) -> Any:
+    """Return an empty figure of its own, which leaves a notebook's backend and figures alone."""
     if missing := no_picture():
         raise ConfigError(missing)
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(16, height), layout="constrained")
 
 
-def _save(plt: Any, figure: Any, file: Path) -> Path:
+def _save(figure: Any, file: Path) -> Path:
     try:
         figure.savefig(file, dpi=110)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot write the picture {file}: {error}") from error
-    plt.close(figure)
     return file
 
 

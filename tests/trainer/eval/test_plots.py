@@ -30,7 +30,7 @@ def test_a_picture_that_fails_is_a_line(make_config, tmp_path, monkeypatch, caps
     def broken(*arguments, **keywords):
         raise error
 
-    monkeypatch.setattr("matplotlib.pyplot.subplots", broken)
+    monkeypatch.setattr("matplotlib.figure.Figure.subplots", broken)
     settings = {"train.steps": 1, "eval.problems": 0}
     assert OPSDCTrainer(None, make_config(**settings)).train()["steps"] == 1
     assert f"later: opsdc plot {tmp_path / 'run'}" in capsys.readouterr().err
