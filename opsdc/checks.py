@@ -299,7 +299,7 @@ def before_first_step(
     step: int,
     ranks: Ranks = ALONE,
 ) -> Layout:
-    """Run all checks on the run's first prompts and print a line for each.
+    """Run all checks on the run's first prompts and print what they say, in one line or in many.
 
     Returns the layout to train with. `step` is the number of updates that the model has seen.
     Raises ModelError or CheckpointError for a check that fails.
@@ -324,6 +324,9 @@ def before_first_step(
         length=problems.longest + _trained_tokens(config),
         ranks=ranks,
     )
+    if not config.log.verbose:
+        loud = [line for line in lines if line.startswith("dropout")]
+        lines = [*loud, f"{len(lines)} checks passed (-v lists them); {lines[-1]}"]
     for line in [*ignored_settings(config), *lines, plots.no_picture()]:
         if line:
             print(line, flush=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from opsdc.config.command_line import ANY, add_command, given_settings, load_config
+from opsdc.config.command_line import ANY, Parser, add_command, given_settings, load_config
 from opsdc.config.describe import commented
 from opsdc.config.settings import OPSDCConfig
 
@@ -59,6 +63,7 @@ def add_train(commands: Any) -> None:
         help="print the plan, train one step of a tiny twin, leave nothing behind",
     )
     parser.add_argument("--print-config", action="store_true", help="print the settings, and end")
+    _add_loudness(parser)
     parser.add_settings()
 
 
@@ -74,11 +79,25 @@ def _train(arguments: argparse.Namespace) -> int:
 
         dry_run(config, OPSDCTrainer)
         return 0
-    return _train_with(config)
+    return _train_with(config, quiet=arguments.quiet)
 
 
-def _train_with(config: OPSDCConfig) -> int:
+def _add_loudness(parser: Parser) -> None:
+    """Add -v, a short name of log.verbose, and -q."""
+    parser.add_argument(
+        "-v", dest="set:log.verbose", action="store_const", const="true",
+        default=argparse.SUPPRESS, help="list the checks before step 1",
+    )  # fmt: skip
+    parser.add_argument(
+        "-q", dest="quiet", action="store_true", help="print the report and warnings only"
+    )
+
+
+def _train_with(config: OPSDCConfig, *, quiet: bool) -> int:
     """Train by these settings, and print the report."""
+    if quiet:
+        # Read when tqdm is loaded, which is later.
+        os.environ["TQDM_DISABLE"] = "1"
     from opsdc.ranks import stop
 
     # Signals are handled before large imports: a stop asked for then ends with status 0.
@@ -88,12 +107,14 @@ def _train_with(config: OPSDCConfig) -> int:
         from opsdc.train import OPSDCTrainer
 
         with talk.join(config.distributed).only_first_rank_prints():
-            try:
-                trainer = OPSDCTrainer(None, config)
-            except stop.Stopped as signal:
-                print(f"stopped by {signal} before the run began", flush=True)
-                return 0
-            if "stopped" not in trainer.train() and trainer.ranks.first:
+            with contextlib.redirect_stdout(io.StringIO() if quiet else sys.stdout):
+                try:
+                    trainer = OPSDCTrainer(None, config)
+                except stop.Stopped as signal:
+                    print(f"stopped by {signal} before the run began", flush=True)
+                    return 0
+                summary = trainer.train()
+            if "stopped" not in summary and trainer.ranks.first:
                 report.print_report(Path(config.output_dir))
             trainer.sampler.close()
             talk.leave()
@@ -111,6 +132,7 @@ def add_compress(commands: Any) -> None:
     )
     parser.add_argument("set:model.name_or_path", metavar="MODEL", help="a folder or a Hub name")
     parser.add_argument("--print-config", action="store_true", help="print the settings, and end")
+    _add_loudness(parser)
     parser.short = {"data.source": "--data", "teacher.target": "--target", "output_dir": "--output"}
     parser.add_settings()
 
@@ -130,7 +152,7 @@ def _compress(arguments: argparse.Namespace) -> int:
         file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, text)
     print(f"{file}: the settings above; opsdc train --config {file} goes on with this run\n")
-    return _train_with(OPSDCConfig.load(file))
+    return _train_with(OPSDCConfig.load(file), quiet=arguments.quiet)
 
 
 def add_serve(commands: Any) -> None:

@@ -379,6 +379,8 @@ class LogConfig:
     """Trackers beside metrics.jsonl: wandb, tensorboard, trackio, mlflow and others."""
     every: Annotated[int, Field(ge=1)] = 1
     """Steps between printed lines."""
+    verbose: bool = False
+    """Print a line for each check before step 1, not one for all."""
 
 
 @_section

@@ -57,6 +57,23 @@ def test_the_same_command_goes_on(finished, capsys):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 5
 
 
+def test_quiet_leaves_the_report_and_verbose_lists_the_checks(finished, tmp_path):
+    def said(*more):
+        command = [*finished[2], "--output_dir", str(tmp_path / more[0].strip("-")), *more]
+        command = [sys.executable, "-m", "opsdc", "train", *command]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    quiet, verbose = said("-q"), said("-v")
+    assert "token reduction" in quiet.stdout
+    assert "step 1/" not in quiet.stdout + quiet.stderr
+    assert "position/s" not in quiet.stderr
+    assert "head: the model's own logits" in verbose.stdout
+    assert "checks passed" in finished[1]
+    assert "head: the model's own logits" not in finished[1]
+
+
 def test_eval_anew(finished, tmp_path, capsys):
     out, _, _ = finished
     target = tmp_path / "again"

@@ -275,7 +275,9 @@ def test_qwen3_recipes_train_a_random_twin(recipe, tied, problem_file, tmp_path)
 
 def test_a_forward_in_16_bits_trains_from_float32_samples(make_config, tmp_path, capsys):
     """Preflight included: the sampler is the trainer to rounding, the same prompt gives 0."""
-    trainer, _ = run(make_config(**{"model.dtype": "bfloat16", "train.steps": 2}))
+    trainer, _ = run(
+        make_config(**{"model.dtype": "bfloat16", "train.steps": 2, "log.verbose": True})
+    )
     out = capsys.readouterr().out
     line = next(x for x in out.splitlines() if x.startswith("sampler: the trainer's log p"))
     # Rounding, and none of the infinities or zeros of a check that compares nothing.
