@@ -126,9 +126,9 @@ def build_prompts(
     options: dict[str, Any] = {}
     if enable_thinking is not None:
         options["enable_thinking"] = enable_thinking
-    if date is not None and "strftime_now" in _chat_template(tokenizer):
-        # Stands before transformers' own function of this name, which reads the clock.
-        options["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
+    template = _chat_template(tokenizer)
+    if date is not None and "strftime_now" in template:
+        options["chat_template"] = _on(date) + template
     sides = {"student": problem.messages, "teacher": teacher_messages}
     if against is not None:
         sides["against"] = _teacher_messages(problem.messages, against, placement)
@@ -265,6 +265,19 @@ def _encode(
 
 def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _on(date: str) -> str:
+    """Return what makes a chat template print this day: its own `strftime_now`, a Jinja macro.
+
+    It stands before transformers' function of this name, which reads the clock.
+    """
+    day = datetime.datetime.fromisoformat(date)
+    # "%%" last: what it leaves is no directive.
+    directives = [f"%{x}" for x in ("-d", "-m", *"aAbBcdeHIjmMpSuUwWxXyYfzZ")]
+    values = [(x, day.strftime(x)) for x in directives] + [("%%", "%")]
+    replaced = "".join(f" | replace({x!r}, {value!r})" for x, value in values)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{replaced} }}}}{{%- endmacro -%}}"
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,11 +20,16 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from opsdc.models.adapters import unwrap
 from opsdc.models.load import padding_id
 from opsdc.ranks import stop
 from opsdc.rollout.base import Request, Rollout, SamplingParams, stream_seed
+
+_NAMES = {field.name for field in fields(GenerateDecoderOnlyOutput)}
+_CACHE = "cache" if "cache" in _NAMES else "past_key_values"
+"""What `generate` calls its cache, given and returned; versions of transformers differ."""
 
 
 class HFSampler:
@@ -129,7 +135,7 @@ class HFSampler:
             output = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **{_CACHE: cache},
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=left,
@@ -160,7 +166,7 @@ class HFSampler:
             select = torch.tensor(going_on, dtype=torch.int64, device=device)
             ids = output.sequences[select]
             mask = torch.cat([mask, torch.ones_like(new)], dim=1)[select]
-            cache = output.past_key_values
+            cache = output[_CACHE]
             if rows and left > 0:
                 cache.batch_select_indices(select)
         return [self._rollout(*row) for row in zip(requests, sampled, logprobs, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import importlib.util
 
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from opsdc.data.problem import Problem
-from opsdc.data.prompts import build_prompts, load_instruction
+from opsdc.data.prompts import _on, build_prompts, load_instruction
 from opsdc.data.text import DAPO_FORMAT, DAPO_REMINDER, dapo_prompt
 from opsdc.errors import ConfigError, DataError, ModelError
 
@@ -397,3 +398,22 @@ def test_the_last_message_must_be_a_user_turn(tokenizer):
                 tokenizer,
                 instruction="x",
             )
+
+
+@pytest.mark.parametrize(
+    "written", ["%d %b %Y", "%Y-%m-%d", "%A, %-d. %B %y (%j) %H:%M %p", "100%% %e"]
+)
+def test_a_frozen_day_is_written_as_strftime_does(tokenizer, written):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }} on {{ strftime_now('"
+        + written
+        + "') }}"
+        "\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    options = {"chat_template": _on("2026-01-05") + tokenizer.chat_template}
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], tokenize=False, **options
+    )
+    day = datetime.datetime(2026, 1, 5)
+    assert text == f"<|im_start|>user on {day.strftime(written)}\nx<|im_end|>\n"
