@@ -39,7 +39,7 @@ from opsdc.record.checkpoint import write_model
 from opsdc.record.lines import RunRecord, is_due
 from opsdc.record.resume import RunState
 from opsdc.rollout.start import start_sampler
-from opsdc.rollout.step import StepRollouts, sample_plain_lengths, sample_step
+from opsdc.rollout.step import StepRollouts, sample_lengths, sample_step
 
 
 class OPSDCTrainer:
@@ -183,7 +183,7 @@ class OPSDCTrainer:
         self.record = RunRecord(config, after_step=state.step, ranks=ranks)
         self.arms.begin(state.step, self.record, self.events.emit)
         self.dial.begin(
-            state.step, lambda: sample_plain_lengths(self.sampler, self.problems, config.rollout)
+            state.step, lambda: sample_lengths(self.sampler, self.problems, config.rollout)
         )
         verdict = guard.apply(guard.check_steps(self.record.history, config.guard))
         # The run before may have ended between a step and its evaluation.

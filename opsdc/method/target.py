@@ -8,6 +8,14 @@ moves the dial by a proportional–integral rule on the log ratio::
 within 0 and `teacher.dial_max`. Longer than wanted pulls harder, shorter eases off; the sum stops
 where the dial is at a limit and would go beyond it. One step's mean is noisy (a handful of
 responses), so e is that of a running mean of log lengths.
+
+The start is a guess that is nearly right: logits are affine in the dial, and so, about, is the log
+of the length, which is known at 0 (plain) and at 1 (told)::
+
+    dial₀ = log(1 − target) / log(told length / plain length)                                    (2)
+
+From the paper's 1 a student would be as short as the told one within a few steps, and would have to
+be brought back.
 """
 
 from __future__ import annotations
@@ -37,19 +45,21 @@ class Dial:
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
-        self.value = config.dial
+        self.value = self._start = config.dial
         """The dial of the next step."""
         self._plain: dict[str, float] = {}
         self._mean_error: float | None = None
         self._sum = 0.0
 
-    def begin(self, step: int, plain_lengths: Callable[[], Mapping[str, float]]) -> None:
-        """Measure what a target is a share of, where there is one.
+    def begin(
+        self, step: int, lengths: Callable[[], tuple[Mapping[str, float], Mapping[str, float]]]
+    ) -> None:
+        """Measure what a target is a share of, where there is one, and where the dial starts.
 
         Args:
             step: The last completed step.
-            plain_lengths: Samples the model as it is, for mean response lengths in tokens by
-                problem.
+            lengths: Samples the model as it is, plain and told, for mean response lengths in
+                tokens by problem.
 
         Raises:
             ConfigError: The model has been trained already, so that nobody knows them any more.
@@ -62,7 +72,14 @@ class Dial:
                 f"which this run did not measure before its step {step}; unset it, or start anew "
                 "in another output_dir"
             )
-        self._plain = dict(plain_lengths())
+        plain, told = lengths()
+        self._plain = dict(plain)
+        shorter = sum(told.values()) / sum(plain.values())
+        # Another dial than the paper's is somebody's choice; an instruction that hardly shortens
+        # says nothing.
+        if self._config.dial == 1.0 and shorter < 0.95:
+            guess = math.log(1.0 - self._config.target) / math.log(max(shorter, 1e-3))
+            self.value = self._start = min(guess, self._config.dial_max)
 
     def after_step(self, lengths: Sequence[tuple[str, int]]) -> dict[str, float]:
         """Move the dial by the lengths in tokens of a step's responses, each with its problem.
@@ -83,7 +100,7 @@ class Dial:
         if self._mean_error is not None:
             error = MEMORY * self._mean_error + (1.0 - MEMORY) * error
         self._mean_error = error
-        moved = self._config.dial + PROPORTIONAL * error + INTEGRAL * (self._sum + error)
+        moved = self._start + PROPORTIONAL * error + INTEGRAL * (self._sum + error)
         self.value = min(max(moved, 0.0), self._config.dial_max)
         # At a limit the sum takes only what brings the dial back.
         if self.value == moved or (moved < 0.0) == (error > 0.0):
@@ -94,6 +111,7 @@ class Dial:
         """Return what `load` needs, as JSON can hold it."""
         return {
             "value": self.value,
+            "start": self._start,
             "plain": self._plain,
             "mean_error": self._mean_error,
             "sum": self._sum,
@@ -102,5 +120,5 @@ class Dial:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state."""
         if self._config.target is not None:
-            self.value, self._sum = state["value"], state["sum"]
+            self.value, self._start, self._sum = state["value"], state["start"], state["sum"]
             self._plain, self._mean_error = dict(state["plain"]), state["mean_error"]

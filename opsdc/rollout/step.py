@@ -124,32 +124,39 @@ def sample_step(
     return StepRollouts(items=items, rollouts=rollouts)
 
 
-def sample_plain_lengths(
+def sample_lengths(
     sampler: Sampler, problems: PromptedSet, settings: RolloutConfig
-) -> dict[str, float]:
-    """Sample the first steps' problems with the weights there are; mean tokens by problem.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Sample the first steps' problems, plain and told; mean tokens by problem, of both.
 
-    Called before training, it gives the lengths that `teacher.target` is a share of.
+    Called before training, the first are the lengths that `teacher.target` is a share of.
     """
     size = settings.prompts_per_step
     batch: dict[str, Prompted] = {}
     for step in range(1, -(-min(PLAIN_PROBLEMS, len(problems)) // size) + 1):
         batch |= {item.problem.id: item for item in problems.batch(step, size)}
-    items, requests = _requests(list(batch.values()), settings, "plain")
-    rollouts = sampler.generate(requests, _params(settings), label="plain lengths")
-    lengths: dict[str, list[int]] = {}
-    for item, rollout in zip(items, rollouts, strict=True):
-        lengths.setdefault(item.problem.id, []).append(len(rollout.response_ids))
-    return {problem: sum(n) / len(n) for problem, n in lengths.items()}
+
+    def lengths(key: str, *, told: bool) -> dict[str, float]:
+        items, requests = _requests(list(batch.values()), settings, key, told=told)
+        rollouts = sampler.generate(requests, _params(settings), label=f"{key} lengths")
+        found: dict[str, list[int]] = {}
+        for item, rollout in zip(items, rollouts, strict=True):
+            found.setdefault(item.problem.id, []).append(len(rollout.response_ids))
+        return {problem: sum(n) / len(n) for problem, n in found.items()}
+
+    return lengths("plain", told=False), lengths("told", told=True)
 
 
 def _requests(
-    batch: Sequence[Prompted], settings: RolloutConfig, key: str
+    batch: Sequence[Prompted], settings: RolloutConfig, key: str, *, told: bool = False
 ) -> tuple[list[Prompted], list[Request]]:
     """Return the problem and the request of each response, `samples_per_prompt` a problem."""
     asked = [(item, i) for item in batch for i in range(settings.samples_per_prompt)]
     requests = [
-        Request(key=f"{key}/{item.problem.id}/{i}", prompt_ids=item.prompts.student_ids)
+        Request(
+            key=f"{key}/{item.problem.id}/{i}",
+            prompt_ids=item.prompts.teacher_ids if told else item.prompts.student_ids,
+        )
         for item, i in asked
     ]
     return [item for item, _ in asked], requests

@@ -13,10 +13,10 @@ from opsdc.method.target import Dial
 PLAIN = {f"p{i}": 60.0 + i for i in range(-20, 21)}
 
 
-def follow(target, *, speed, noise=0.0, steps=60, pull=1.8, seed=0):
+def follow(target, *, speed, noise=0.0, steps=60, pull=1.8, seed=0, told=PLAIN):
     """Relative lengths of a student whose log length moves to −pull·dial, at `speed` a step."""
     draw, dial = random.Random(seed), Dial(TeacherConfig(target=target))
-    dial.begin(0, lambda: PLAIN)
+    dial.begin(0, lambda: (PLAIN, told))
     log_length, relative = 0.0, []
     for _ in range(steps):
         problems = draw.sample(sorted(PLAIN), 16)
@@ -46,10 +46,34 @@ def test_the_mean_of_noisy_lengths_is_held(seed):
     assert abs(1 - sum(relative[-20:]) / 20 - 0.6) <= 0.05
 
 
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.7])
+def test_a_dial_that_starts_where_the_told_length_says_never_leaves_the_target(target):
+    """A student that follows its teacher in three steps, and a told length of exp(-1.8)."""
+    told = {p: n * math.exp(-1.8) for p, n in PLAIN.items()}
+    relative, dial = follow(target, speed=0.8, told=told, steps=24)
+    assert dial._start == pytest.approx(-math.log(1 - target) / 1.8)
+    assert all(abs(1 - r - target) <= 0.1 for r in relative[4:]), relative
+    assert all(abs(1 - r - target) <= 0.03 for r in relative[-6:]), relative
+
+
+def test_where_the_dial_starts():
+    def start(told, **settings):
+        dial = Dial(TeacherConfig(target=0.5, **settings))
+        dial.begin(0, lambda: ({"a": 100.0}, {"a": told}))
+        return dial.value
+
+    assert start(50.0) == pytest.approx(1.0)
+    assert start(25.0) == pytest.approx(0.5)
+    # An instruction that does not shorten says nothing, and a dial that was asked for stands.
+    assert start(99.0) == start(120.0) == 1.0
+    assert start(25.0, dial=0.8) == 0.8
+    assert start(90.0, dial_max=1.5) == 1.5
+
+
 def test_a_dial_at_its_limit_does_not_wind_up():
     """A target that cannot be reached: once lengths fall, the dial comes back at once."""
     dial = Dial(TeacherConfig(target=0.9, dial_max=1.5))
-    dial.begin(0, lambda: PLAIN)
+    dial.begin(0, lambda: (PLAIN, PLAIN))
     for _ in range(200):
         dial.after_step([("p0", 60)])
     assert dial.value == 1.5
@@ -70,7 +94,8 @@ def test_without_a_target_the_dial_stands_still():
 
 def test_problems_with_a_known_plain_length_count_by_it():
     dial = Dial(TeacherConfig(target=0.5))
-    dial.begin(0, lambda: {"short": 10.0, "long": 90.0})
+    plain = {"short": 10.0, "long": 90.0}
+    dial.begin(0, lambda: (plain, plain))
     used = dial.after_step([("short", 5), ("long", 45)])
     assert used == {"dial": 1.0, "relative_length": pytest.approx(0.5)}
     assert dial.after_step([("short", 5), ("new", 25)])["relative_length"] == pytest.approx(0.5)
@@ -78,14 +103,14 @@ def test_problems_with_a_known_plain_length_count_by_it():
 
 def test_a_resumed_dial_steers_as_the_whole_one():
     whole = Dial(TeacherConfig(target=0.5))
-    whole.begin(0, lambda: PLAIN)
+    whole.begin(0, lambda: (PLAIN, PLAIN))
     lengths = [[("p1", 50 - i), ("p2", 40 - i)] for i in range(12)]
     values = []
     for step in lengths:
         whole.after_step(step)
         values.append(whole.value)
     resumed = Dial(TeacherConfig(target=0.5))
-    resumed.begin(0, lambda: PLAIN)
+    resumed.begin(0, lambda: (PLAIN, PLAIN))
     for step in lengths[:5]:
         resumed.after_step(step)
     state = json.loads(json.dumps(resumed.state()))
@@ -99,11 +124,11 @@ def test_a_resumed_dial_steers_as_the_whole_one():
 
 def test_steps_without_responses_move_nothing():
     dial = Dial(TeacherConfig(target=0.5))
-    dial.begin(0, lambda: PLAIN)
+    dial.begin(0, lambda: (PLAIN, PLAIN))
     assert dial.after_step([]) == {"dial": 1.0}
     assert dial.value == 1.0
 
 
 def test_a_target_that_comes_too_late_is_refused():
     with pytest.raises(ConfigError, match=r"teacher.target 0.5 .* before its step 3"):
-        Dial(TeacherConfig(target=0.5)).begin(3, lambda: PLAIN)
+        Dial(TeacherConfig(target=0.5)).begin(3, lambda: (PLAIN, PLAIN))
