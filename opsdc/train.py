@@ -165,7 +165,8 @@ class OPSDCTrainer:
             **perf,
             "perf/out_of_memory": self.out_of_memory,
         }
-        row = self.record.commit(row, rollouts.rows(step, self.tokenizer))
+        looks = rollouts.divergence_rows(step, self.tokenizer, self.config, result)
+        row = self.record.commit(row, rollouts.rows(step, self.tokenizer), looks)
         self.state.complete(step, result.is_sick)
         self.events.emit("on_log", step=step, logs=row)
 
