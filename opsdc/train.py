@@ -206,7 +206,7 @@ class OPSDCTrainer:
         return verdict
 
     def _end(self, verdict: str | None) -> dict[str, Any]:
-        """Write the trained model, its answers, the summary and the picture; return the summary."""
+        """Write the trained model, its answers, summary, picture and page; return the summary."""
         state, output_dir = self.state, Path(self.config.output_dir)
         if verdict == "rollback":
             state.roll_back(self.record)
