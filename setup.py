@@ -72,7 +72,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
-        "opsdc": ["py.typed", "models/*.yaml", "recipes/*.yaml", "instructions/*.txt"],
+        "opsdc": ["py.typed", "models/*.yaml", "recipes/*.yaml", "instructions/*.txt", "eval/*.j2"],
         "opsdc_kernels": ["py.typed", "row_pass/*.[ch]", "columns/columns.c"],
     },
     install_requires=[
@@ -87,6 +87,7 @@ setup(
         "typing_extensions>=4.12",
         "numpy>=1.26",
         "tqdm>=4.66",
+        "jinja2>=3.1",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["opsdc = opsdc.cli:main"]},

@@ -75,7 +75,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for add in (
         *(training.add_compress, training.add_train, judging.add_eval, training.add_serve),
-        *(judging.add_inspect, preparing.add_plan, judging.add_plot),
+        *(judging.add_inspect, preparing.add_plan, judging.add_plot, judging.add_report),
         *(sharing.add_export, sharing.add_push, preparing.add_recipes, preparing.add_init),
     ):
         add(commands)

@@ -165,7 +165,8 @@ class OPSDCTrainer:
             **perf,
             "perf/out_of_memory": self.out_of_memory,
         }
-        row = self.record.commit(row, rollouts.rows(step, self.tokenizer))
+        looks = rollouts.divergence_rows(step, self.tokenizer, self.config, result)
+        row = self.record.commit(row, rollouts.rows(step, self.tokenizer), looks)
         self.state.complete(step, result.is_sick)
         self.events.emit("on_log", step=step, logs=row)
 
@@ -205,7 +206,7 @@ class OPSDCTrainer:
         return verdict
 
     def _end(self, verdict: str | None) -> dict[str, Any]:
-        """Write the trained model, its answers, the summary and the picture; return the summary."""
+        """Write the trained model, its answers, summary, picture and page; return the summary."""
         state, output_dir = self.state, Path(self.config.output_dir)
         if verdict == "rollback":
             state.roll_back(self.record)

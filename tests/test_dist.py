@@ -44,7 +44,7 @@ def dist(tmp_path_factory):
 
 def shipped():
     """Files of both packages that a user needs, by their path in the wheel."""
-    endings = (".py", ".c", ".h", ".yaml", ".txt", ".typed")
+    endings = (".py", ".c", ".h", ".yaml", ".txt", ".typed", ".j2")
     return {
         str(path.relative_to(ROOT))
         for package in ("opsdc", "opsdc_kernels")

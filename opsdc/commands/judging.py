@@ -1,4 +1,4 @@
-"""Commands that look at a run or a model: eval, inspect, plot."""
+"""Commands that look at a run or a model: eval, inspect, plot, report."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ _INSPECT_EPILOG = """\
   opsdc inspect --config runs/demo/config.yaml --problem 3 --model runs/demo/model
   opsdc inspect --batch runs/demo/sick-step-000007.json  a step that was not finite, again
   opsdc inspect --text 'What is \\boxed{2+2}?' --color | less -R
+"""
+_REPORT_EPILOG = """\
+  opsdc report runs/demo                                 runs/demo/report.html
+  opsdc report runs/demo --output demo.html --cost_per_hour 2.5 --currency EUR --watts 700
+
+The page is one file that loads nothing from elsewhere. It shows texts of the problems and answers.
 """
 
 
@@ -121,4 +127,38 @@ def _plot(arguments: argparse.Namespace) -> int:
 
     runs = arguments.folders
     print(plot_runs(runs, arguments.output) if runs[1:] else plot_run(runs[0], arguments.output))
+    return 0
+
+
+def add_report(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "report",
+        "write a run as a page to send around: numbers, curves, answers, cost",
+        "RUN [--output HTML] [--cost_per_hour PRICE] [--currency NAME] [--watts WATTS]",
+        _report,
+        _REPORT_EPILOG,
+    )
+    parser.add_argument("folder", metavar="RUN", type=Path, help="folder of a run (config.yaml)")
+    parser.add_argument("--output", type=Path, metavar="HTML", help="default: RUN/report.html")
+    parser.add_argument(
+        "--cost_per_hour", type=float, metavar="PRICE", help="what an hour of the machine costs"
+    )
+    parser.add_argument(
+        "--currency", default="USD", metavar="NAME", help="of that price (default: USD)"
+    )
+    parser.add_argument(
+        "--watts", type=float, metavar="WATTS", help="power that the whole machine draws"
+    )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Write the page of a run, and print the name of its file."""
+    from opsdc.eval.cost import Rates
+    from opsdc.eval.page import write_page
+
+    rates = Rates(
+        cost_per_hour=arguments.cost_per_hour, currency=arguments.currency, watts=arguments.watts
+    )
+    print(write_page(arguments.folder, arguments.output, rates))
     return 0

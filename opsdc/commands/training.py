@@ -24,8 +24,8 @@ A list is written a,b.
   opsdc train --config my.yaml --optim.lr 2e-6 --train.steps 50
   opsdc train --config my.yaml                           again: goes on from the newest checkpoint
 
-A run leaves in output_dir: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, model/,
-eval/*.jsonl, summary.json and plot.png.
+A run leaves in output_dir: config.yaml, metrics.jsonl, rollouts.jsonl, divergence.jsonl,
+checkpoints/, model/, eval/*.jsonl, summary.json, plot.png and report.html.
 """
 _COMPRESS_EPILOG = """\
 Answers a few problems to see how long answers are, plans what fits this machine, prints the

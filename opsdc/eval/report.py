@@ -13,13 +13,12 @@ from opsdc.eval.answers import read_answers
 from opsdc.eval.arms import write_summary
 from opsdc.eval.best import candidates
 from opsdc.eval.card import write_card
+from opsdc.eval.figures import FEWEST, TOO_FEW, percent, points
+from opsdc.eval.page import write_page
 from opsdc.eval.plots import plot_run
 
 _ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
 """Arms by their key in summary.json, with the title of their row."""
-
-_FEWEST, _TOO_FEW = 10, "too few problems for an interval"
-"""Of fewer problems a bootstrap sees too little of what they might have been."""
 
 _SAMPLES = 3
 """Number of answers that are shown before and after."""
@@ -29,9 +28,10 @@ _SHOWN_CHARACTERS = 400
 
 
 def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write a finished run's summary.json, plot.png and the model's card; return the summary.
+    """Write a finished run's summary.json, plot.png, report.html and its model's card.
 
-    What cannot be drawn or written is a line on stderr: the run is complete without it.
+    Returns the summary. What cannot be drawn or written is a line on stderr: the run is complete
+    without it.
     """
     base = folder / "eval" / ("gate-base.jsonl" if config.data.gate_size else "base.jsonl")
     if base.is_file():
@@ -45,6 +45,11 @@ def finish_run(folder: Path, config: OPSDCConfig, facts: dict[str, Any]) -> dict
         write_card(folder, config, summary)
     except Exception as error:  # The base's own card may be anything.
         print(f"{folder}/model has no card: {error}", file=sys.stderr)
+    try:
+        write_page(folder)
+    except Exception as error:  # It reads all that a run leaves, and other people's files too.
+        again = f"later: opsdc report {folder}"
+        print(f"{folder} has no report.html: {error}; {again}", file=sys.stderr)
     return summary
 
 
@@ -67,7 +72,8 @@ def print_report(folder: Path) -> None:
             print(_steps_table(summary))
         print("\n" + _samples(folder))
         print(_verdict(summary))
-    print(f"record: {folder}/ (summary.json, metrics.jsonl, plot.png)")
+    names = ("summary.json", "metrics.jsonl", "plot.png", "report.html")
+    print(f"record: {folder}/ ({', '.join(n for n in names if (folder / n).is_file())})")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -99,12 +105,12 @@ def _arms_table(summary: dict[str, Any]) -> str:
         arm = summary[key]
         rows.append((
             name,
-            _percent(summary["compared_with_base"].get(key, {}).get("token_reduction")),
+            percent(summary["compared_with_base"].get(key, {}).get("token_reduction")),
             f"{arm['tokens_mean']:.1f}",
             f"{arm['tokens_p10']:.0f} / {arm['tokens_p50']:.0f} / {arm['tokens_p90']:.0f}",
-            _percent(arm["truncated"]),
-            _percent(arm["accuracy"]),
-            _percent(arm["no_answer_found"]),
+            percent(arm["truncated"]),
+            percent(arm["accuracy"]),
+            percent(arm["no_answer_found"]),
         ))  # fmt: skip
     return _table(head, rows)
 
@@ -116,8 +122,8 @@ def _bins_table(bins: Sequence[dict[str, Any]]) -> str:
             row["bin"],
             str(row["problems"]),
             f"{row['base_tokens']:.1f} → {row['trained_tokens']:.1f}",
-            _percent(row["token_reduction"]),
-            f"{_percent(row.get('base_accuracy'))} → {_percent(row.get('trained_accuracy'))}",
+            percent(row["token_reduction"]),
+            f"{percent(row.get('base_accuracy'))} → {percent(row.get('trained_accuracy'))}",
         )
         for row in bins
     ]
@@ -130,8 +136,8 @@ def _steps_table(summary: dict[str, Any]) -> str:
         (
             str(row["step"]),
             f"{row['tokens']:.1f}",
-            _percent(row["accuracy"]),
-            _TOO_FEW if row["problems"] < _FEWEST else _points(*row["accuracy_difference_ci95"]),
+            percent(row["accuracy"]),
+            TOO_FEW if row["problems"] < FEWEST else points(*row["accuracy_difference_ci95"]),
             "yes" if row["pareto"] else "",
             "yes" if row["step"] == summary["kept_step"] else "",
         )
@@ -160,17 +166,17 @@ def _samples(folder: Path) -> str:
 def _verdict(summary: dict[str, Any]) -> str:
     """Say in a few lines what training changed, with intervals."""
     base, told = summary["compared_with_base"]["trained"], summary["trained_compared_with_told"]
-    few = base["problems"] < _FEWEST
-    low, high = map(_percent, base["token_reduction_ci95"])
-    interval = _TOO_FEW if few else f"95 % interval {low} … {high}"
-    lines = [f"token reduction {_percent(base['token_reduction'])} ({interval})"]
+    few = base["problems"] < FEWEST
+    low, high = map(percent, base["token_reduction_ci95"])
+    interval = TOO_FEW if few else f"95 % interval {low} … {high}"
+    lines = [f"token reduction {percent(base['token_reduction'])} ({interval})"]
     for name, compared in (("base", base), ("base told to be concise", told)):
         if "accuracy_difference" in compared:
             p = compared["mcnemar_p"]
-            interval = _TOO_FEW
+            interval = TOO_FEW
             if not few:
                 interval = (
-                    f"95 % interval {_points(*compared['accuracy_difference_ci95'])}; smallest "
+                    f"95 % interval {points(*compared['accuracy_difference_ci95'])}; smallest "
                     "difference this sample shows with 80 % power: "
                     f"{100 * compared['accuracy_detectable']:.1f}"
                 )
@@ -184,11 +190,3 @@ def _verdict(summary: dict[str, Any]) -> str:
     if "seconds" in summary:
         lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     return "\n".join(lines)
-
-
-def _points(low: float, high: float) -> str:
-    return f"{100 * low:+.1f} … {100 * high:+.1f}"
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f} %"

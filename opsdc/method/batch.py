@@ -217,6 +217,12 @@ class StepPlan:
         weights = [self.weights[i] for i in group for _ in self.pairs[i].response_ids]
         return torch.tensor(weights or [0.0], device=device)
 
+    def owners(self) -> torch.Tensor:
+        """Return the pair's index [n] int64 of each token that this rank's student pass scores."""
+        order = [i for group in self.student_groups for i in group]
+        lengths = torch.tensor([len(self.pairs[i].response_ids) for i in order], dtype=torch.int64)
+        return torch.tensor(order, dtype=torch.int64).repeat_interleave(lengths)
+
     def _pairs_of(self, group: Sequence[int]) -> list[Pair]:
         # A rank without tokens runs a row all the same: the others wait for it in every layer.
         ids = [self.layout.pad_id]

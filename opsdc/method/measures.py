@@ -32,6 +32,9 @@ class UpdateResult:
     optimizer are untouched."""
     divergence: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """The divergence [n] float32 in nats of every response token of the step."""
+    owner: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Whose token each of `divergence` is: the place [n] of its response among the step's responses
+    that have tokens. A response's own tokens stand in their order."""
     student_entropy: float = math.nan
     """The student's entropy in nats, mean over tokens."""
     teacher_entropy: float = math.nan

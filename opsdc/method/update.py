@@ -58,7 +58,7 @@ def update(
     if not any(p.response_ids for p in pairs):
         return UpdateResult(seconds=seconds, layout=layout, is_empty=not pairs)
 
-    def accumulate(layout: Layout) -> tuple[float, float, list[DivergenceStats]]:
+    def accumulate(layout: Layout) -> tuple[float, float, list[DivergenceStats], torch.Tensor]:
         began = time.perf_counter()
         normalization = config.loss.normalization
         plan = plan_step(
@@ -72,9 +72,10 @@ def update(
             ranks=ranks, on_tokens=on_tokens, exact_value=exact_value,
         )  # fmt: skip
         seconds["teacher"], seconds["student"] = scored - began, time.perf_counter() - scored
-        return losses_and_stats
+        return *losses_and_stats, plan.owners()
 
-    (loss, whole_loss, stats), layout = fit_into_memory(accumulate, layout, pairs, model, ranks)
+    done, layout = fit_into_memory(accumulate, layout, pairs, model, ranks)
+    loss, whole_loss, stats, owner = done
     if not sampled_finite:
         loss = math.nan
     began = time.perf_counter()
@@ -85,6 +86,7 @@ def update(
         grad_norm=grad_norm,
         skipped=skipped,
         **of_tokens(stats, ranks),
+        owner=ranks.concat(owner),
         extra=of_left_out(loss, whole_loss, stats, pairs, config.loss, ranks),
         seconds=seconds,
         layout=layout,

@@ -61,6 +61,21 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to a text, "" for a control token.
+
+    A letter that several tokens share is a replacement character in each of them.
+    """
+    found = []
+    for i, token in enumerate(ids):
+        # Some tokenizers drop the space before a token that stands alone: it needs company.
+        before = decode(tokenizer, ids[max(i - 4, 0) : i])
+        after = decode(tokenizer, ids[max(i - 4, 0) : i + 1])
+        alone = not after.startswith(before)
+        found.append(decode(tokenizer, [token]) if alone else after[len(before) :])
+    return found
+
+
 def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return an id for padded places: the tokenizer's, or 0 where the model has no such row.
 

@@ -51,7 +51,7 @@ class Lines:
 
 
 class RunRecord:
-    """The files metrics.jsonl, rollouts.jsonl and config.yaml of a run: one commit per step.
+    """The files config.yaml and metrics, rollouts, divergence.jsonl of a run: a commit per step.
 
     An evaluation stands in the row of its step, the base's in the first row, so that metrics.jsonl
     has a row for each step and no others.
@@ -77,21 +77,28 @@ class RunRecord:
 
     def cut(self, after_step: int) -> None:
         """Drop the rows of later steps, so that the record ends where the checkpoint does."""
-        self._metrics, self._responses = (
+        self._metrics, self._responses, self._looks = (
             Lines(self._folder / name, after_step=after_step, writes=self._ranks.first)
-            for name in ("metrics.jsonl", "rollouts.jsonl")
+            for name in ("metrics.jsonl", "rollouts.jsonl", "divergence.jsonl")
         )
         self.history = self._ranks.from_first(read_lines(self._folder / "metrics.jsonl"))
         self._waiting: dict[int, dict[str, Any]] = {}
 
-    def commit(self, row: dict[str, Any], responses: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def commit(
+        self,
+        row: dict[str, Any],
+        responses: Sequence[dict[str, Any]],
+        looks: Sequence[dict[str, Any]] = (),
+    ) -> dict[str, Any]:
         """Append a step's responses and then its row; print the row where it is due.
 
-        Both are on disk when this returns. The row returned is the first rank's on all ranks, so
-        that guards decide alike.
+        `looks`, which few steps have, are the lines of divergence.jsonl. All are on disk when this
+        returns. The row returned is the first rank's on all ranks, so that guards decide alike.
         """
         row = self._ranks.from_first(row)
         self._responses.write(*responses)
+        if looks:
+            self._looks.write(*looks)
         # The base's evaluation, and a gate's of this step, came before this row.
         whole = row.copy()
         for values in self._waiting.values():

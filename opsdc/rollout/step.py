@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from opsdc.config.settings import OPSDCConfig, RolloutConfig
 from opsdc.data.prompted import Prompted, PromptedSet
 from opsdc.method.batch import Pair
-from opsdc.models.load import decode
+from opsdc.method.measures import UpdateResult
+from opsdc.models.load import decode, pieces
 from opsdc.record.guard import repeated_share
 from opsdc.record.lines import peak_mib
 from opsdc.rollout.base import Request, Rollout, Sampler, SamplingParams, check_batch
+
+_LOOKED_AT, _LONGEST_LOOK = 4, 1000
+"""Responses of a step, and tokens of each, whose divergence is recorded token by token."""
 
 PLAIN_PROBLEMS = 64
 """Problems whose plain response lengths are sampled before training with `teacher.target`."""
@@ -48,18 +54,22 @@ class StepRollouts:
 
         dial: The teacher's for this step; 0 for wrong responses with `data.train_on` dial.
         """
-        right = self.right or [True] * len(self.rollouts)
         return [
             Pair(
-                student_prompt_ids=item.prompts.student_ids,
-                teacher_prompt_ids=item.prompts.teacher_ids,
-                against_prompt_ids=item.prompts.against_ids,
-                response_ids=r.response_ids[: config.train.max_train_tokens],
-                dial=dial if is_right else 0.0,
+                student_prompt_ids=self.items[i].prompts.student_ids,
+                teacher_prompt_ids=self.items[i].prompts.teacher_ids,
+                against_prompt_ids=self.items[i].prompts.against_ids,
+                response_ids=self.rollouts[i].response_ids[: config.train.max_train_tokens],
+                dial=dial if self.right is None or self.right[i] else 0.0,
             )
-            for item, r, is_right in zip(self.items, self.rollouts, right, strict=True)
-            if is_right or config.data.train_on == "dial"
+            for i in self._learned_from(config)
         ]
+
+    def _learned_from(self, config: OPSDCConfig) -> list[int]:
+        """Return the places of the responses that the step learns from."""
+        if self.right is None or config.data.train_on == "dial":
+            return list(range(len(self.rollouts)))
+        return [i for i, is_right in enumerate(self.right) if is_right]
 
     def measures(self, config: OPSDCConfig) -> dict[str, Any]:
         """Return the record's values about the responses."""
@@ -106,6 +116,28 @@ class StepRollouts:
             }
             for r, verdict in zip(self.rollouts, verdicts, strict=True)
         ]
+
+    def divergence_rows(
+        self, step: int, tokenizer: PreTrainedTokenizerBase, config: OPSDCConfig, of: UpdateResult
+    ) -> list[dict[str, Any]]:
+        """Return the lines of divergence.jsonl: the first responses of the first and the last step.
+
+        Each has its tokens as text, with the nats that the update `of` the step found at them.
+        """
+        if step not in (1, config.train.steps):
+            return []
+        scored = [i for i in self._learned_from(config) if self.rollouts[i].response_ids]
+        rows = []
+        for place, i in enumerate(scored[:_LOOKED_AT]):
+            nats = of.divergence[torch.nonzero(of.owner == place).flatten()][:_LONGEST_LOOK]
+            texts = pieces(tokenizer, self.rollouts[i].response_ids[: len(nats)])
+            # JSON has no NaN.
+            shown = [round(v, 4) if math.isfinite(v) else None for v in nats.tolist()]
+            question = self.items[i].problem.messages[-1]["content"]
+            tokens = [list(pair) for pair in zip(texts, shown, strict=True)]
+            row = {"step": step, "key": self.rollouts[i].key, "question": question}
+            rows.append({**row, "tokens": tokens})
+        return rows
 
 
 def sample_step(

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from opsdc import train
 from opsdc.config.settings import OPSDCConfig
+from opsdc.debug.show import padded_layout, per_token
 from opsdc.errors import ConfigError, DataError, TrainingError
 from opsdc.record import checkpoint
 from opsdc.record.lines import read_lines
@@ -524,3 +525,36 @@ def test_a_target_is_measured_and_recorded(make_config, tmp_path):
     assert len({row["dial"] for row in rows}) > 1
     assert all(0 < row["relative_length"] < 3 for row in rows)
     assert trainer.dial.value != rows[-1]["dial"]
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_the_divergence_of_single_tokens_is_recorded_in_their_order(make_config, tmp_path, packing):
+    settings = {"eval.problems": 0, "train.steps": 3, "rollout.prompts_per_step": 6}
+    # Short rows, so that a step is several micro-batches, whose order is not the responses'.
+    small = {"train.max_tokens_per_micro_batch": 120, "train.packing": packing}
+    trainer = OPSDCTrainer(None, make_config(**settings, **small))
+    updates = []
+    commit = trainer.commit
+    trainer.commit = lambda step, rollouts, result, perf: (
+        updates.append((rollouts, result)),
+        commit(step, rollouts, result, perf),
+    )
+    trainer.train()
+    rows = read_lines(tmp_path / "run" / "divergence.jsonl")
+    assert [row["step"] for row in rows] == [1] * 4 + [3] * 4
+    sampled = read_lines(tmp_path / "run" / "rollouts.jsonl")
+    for row in rows:
+        (response,) = [r for r in sampled if r["key"] == row["key"]]
+        assert "".join(text for text, _ in row["tokens"]) == response["text"]
+        assert len(row["tokens"]) == len(response["response_ids"])
+    rollouts, result = updates[0]
+    assert len(result.owner) == len(result.divergence)
+    assert result.owner.tolist() != sorted(result.owner.tolist())
+    # One response at a time, by the weights of step 1's teacher and student: the base's.
+    fresh = OPSDCTrainer(None, make_config(**settings))
+    layout = padded_layout(fresh.model, fresh.config, fresh.tokenizer)
+    fresh.model.eval()
+    for pair, row in zip(rollouts.pairs(fresh.config, 1.0), rows[:4]):
+        alone = per_token(fresh.model, fresh.teacher, pair, fresh.config, layout)["kl"]
+        assert [nats for _, nats in row["tokens"]] == pytest.approx(alone.tolist(), abs=2e-4)
+        assert alone.max() > 1e-3

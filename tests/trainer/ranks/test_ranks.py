@@ -21,6 +21,7 @@ from helpers import runs
 from opsdc.method.batch import share_out
 from opsdc.ranks.talk import ALONE
 from opsdc.record import checkpoint
+from opsdc.record.lines import read_lines
 
 pytestmark = pytest.mark.whole
 
@@ -190,6 +191,13 @@ def record(out):
 def assert_same_run(out, expected):
     """The same tokens, and the same numbers but for the order of additions."""
     assert (out / "rollouts.jsonl").read_text() == (expected / "rollouts.jsonl").read_text()
+    looks = [read_lines(root / "divergence.jsonl") for root in (out, expected)]
+    assert len(looks[0]) == len(looks[1]) > 2
+    for look, other in zip(*looks):
+        assert look["key"] == other["key"]
+        assert [text for text, _ in look["tokens"]] == [text for text, _ in other["tokens"]]
+        nats = [value for _, value in other["tokens"]]
+        assert [value for _, value in look["tokens"]] == pytest.approx(nats, abs=2e-4)
     for name in ("base", "prompt_only", "step-000002", "step-000004", "trained"):
         answers = [(root / "eval" / f"{name}.jsonl").read_text() for root in (out, expected)]
         assert answers[0] == answers[1]
