@@ -8,7 +8,7 @@ VLLM_NEEDS := aiohttp cachetools cbor2 cloudpickle compressed-tensors einops fas
 	pyzmq uvloop xgrammar
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test test-slow test-gpu chaos fuzz mutants check format docs \
+.PHONY: help install demo quick test test-slow test-gpu chaos fuzz mutants matrix check format docs \
 	dist bench recipes clean
 
 help:  ## this list
@@ -54,6 +54,9 @@ fuzz: $(STAMP)  ## malformed settings and data, 8 more seeds
 
 mutants: $(STAMP)  ## small wrong edits, one at a time: which do the tests notice? (~90 min)
 	$(BIN)/python tests/mutants.py
+
+matrix: $(STAMP)  ## other versions of the packages it stands on; rewrites the docs' table
+	$(BIN)/python tests/matrix.py
 
 check: $(STAMP)  ## lint, format, types
 	$(BIN)/ruff check .

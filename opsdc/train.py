@@ -122,8 +122,7 @@ class OPSDCTrainer:
             pairs = rollouts.pairs(config, self.dial.value)
             sampled = time.perf_counter()
 
-            # KL(student‖teacher) at every token of y, the teacher with the instruction in its
-            # prompt; one AdamW step.
+            # KL(student‖teacher) at every token of y, the teacher told to be concise; one update.
             self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
             # Dropout, where a model has any, follows from (seed, step): nothing to save.
             torch.manual_seed((config.seed << 32) + step)
