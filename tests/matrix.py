@@ -24,7 +24,7 @@ ROWS = {
     "newest": ["transformers==5.24.0"],
     "oldest": ["transformers==5.0.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0", "httpx"],
 }
-"""Packages by the name of a row; those that it does not name are as constraints-cpu.txt has them."""
+"""Packages by the name of a row; all others are as constraints-cpu.txt has them."""
 SHOWN = ("torch", "transformers", "tokenizers", "peft", "trl")
 
 
