@@ -53,9 +53,7 @@ def load_tokenizer(
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{setting}: no tokenizer in '{config.name_or_path}': {error}"
-        ) from error
+        raise ModelError(f"{setting}: no tokenizer in '{config.name_or_path}': {error}") from error
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

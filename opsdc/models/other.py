@@ -43,7 +43,7 @@ class OtherModel:
         admit(module, trained=False)
         self.module = module.requires_grad_(False).eval()
         self.vocab_size = vocab_size
-        self._device, self._home = read_head(module).weight.device, None
+        self._device = self._home = read_head(module).weight.device
 
     def place(self, device: torch.device, *, offload: bool = False) -> None:
         """Compute on `device` from now on; with `offload` stay in the host's memory in between."""
@@ -57,7 +57,7 @@ class OtherModel:
         try:
             yield
         finally:
-            self.module.to(self._home or self._device)
+            self.module.to(self._home)
 
     def head(self) -> Head:
         """Return the head, on the device where the module computes."""
@@ -129,8 +129,8 @@ def check_same_tokenizer(
     if tokenizer.eos_token_id != its_tokenizer.eos_token_id:
         raise ModelError(
             f"{_names(config)}: a response ends in {its_tokenizer.eos_token!r} there and in "
-            f"{tokenizer.eos_token!r} here, so that the teacher never ends one; give a model whose "
-            "tokenizer has the same eos_token"
+            f"{tokenizer.eos_token!r} here, so that they would disagree at every end; give a model "
+            "whose tokenizer has the same eos_token"
         )
     for text in (*_PROBES, *sorted(tokenizer.all_special_tokens)):
         ids = [t(text, add_special_tokens=False)["input_ids"] for t in (tokenizer, its_tokenizer)]

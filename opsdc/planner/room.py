@@ -29,7 +29,7 @@ def check_disk(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
     saved = trained if hasattr(model, "peft_config") else list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in saved)
     moments = 2 * sum(p.numel() * p.element_size() for p in trained)
-    size = weights * (1 if teacher.is_student else 2) + moments
+    size = weights * (2 if teacher.is_copy else 1) + moments
     saves = -(-config.train.steps // config.train.save_every) if config.train.save_every else 1
     folder = Path(config.output_dir) / "checkpoints"
     wanted = min(config.train.keep + 1, saves)

@@ -210,8 +210,8 @@ def test_every_number_has_a_range():
          "loss.divergence must be reverse_kl with loss.skip_tolerance, got 'jsd'"),
         ("loss", {"skip_tolerance": 0.1, "backend": "fused"},
          "loss.backend must be auto or chunked with loss.skip_tolerance, got 'fused'"),
-        ("teacher", {"model": "a/b"}, "teacher.mode must be frozen with teacher.model: no update of "
-         "the student reaches another model, got 'refresh'"),
+        ("teacher", {"model": "a/b"}, "teacher.mode must be frozen with teacher.model: no update "
+         "of the student reaches another model, got 'refresh'"),
         ("teacher", {"model": "a/b", "mode": "frozen", "gate": True},
          "teacher.gate must be false with teacher.model, which is never refreshed, got True"),
         ("teacher", {"model": "a/b", "mode": "frozen", "anchor": 0.5},
