@@ -432,7 +432,7 @@ def run(
         *by_another,
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
         check_disk(model, teacher, config),
-        check_memory(model, config, ranks),
+        check_memory(model, config, ranks, teacher.module if teacher.is_other else None),
         f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
         check_sampler(sampler, model, pairs, config, length),
     ]
