@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -97,6 +98,12 @@ def load_other(
         return None
     its_tokenizer = load_tokenizer(settings, setting=_SETTING)
     check_same_tokenizer(tokenizer, its_tokenizer, config)
+    if its_tokenizer.chat_template not in (None, tokenizer.chat_template):
+        print(
+            f"{_SETTING} {settings.name_or_path} has a chat template of its own, which is not "
+            "used: the student's renders both prompts",
+            file=sys.stderr,
+        )
     module = load_model(settings, trained=False, setting=_SETTING)
     other = OtherModel(module)
     sizes = [len(read_head(model).weight) for model in (student, module)]

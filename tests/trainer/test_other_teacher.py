@@ -19,6 +19,8 @@ from opsdc.method.mixture import Mix
 from opsdc.method.teacher import Teacher
 from opsdc.models.head import read_head
 from opsdc.models.other import OtherModel, load_other
+from opsdc.planner.holders import PHASES
+from opsdc.planner.plan import make_plan
 from opsdc.record.lines import read_lines
 from opsdc.train import OPSDCTrainer
 
@@ -285,6 +287,38 @@ def test_target_and_against(taught, settings, row):
     config = taught(**settings)
     OPSDCTrainer(None, config).train()
     assert all(row in r for r in outcome_rows(config))
+
+
+def test_the_students_chat_template_renders_both_prompts(taught, tmp_path, capsys):
+    config = taught()
+    said = "has a chat template of its own, which is not used"
+    load_other(config, tiny_model(), byte_tokenizer())
+    assert said not in capsys.readouterr().err
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template += "<think>"
+    tokenizer.save_pretrained(tmp_path / "other")
+    load_other(config, tiny_model(), byte_tokenizer())
+    assert said in capsys.readouterr().err
+
+
+def test_the_plan_counts_its_weights_states_and_products(taught):
+    def plan(**teacher):
+        settings = {f"teacher.{key}": value for key, value in teacher.items()}
+        return make_plan(taught(**settings), memory_bytes=10**9)
+
+    alone, whole, paged = plan(model=None), plan(), plan(offload=True)
+    module = wide(vocab_size=272)
+    weights = 4 * sum(p.numel() for p in module.parameters())
+    name, states = "other model's weights (float32)", "teacher's hidden states"
+    assert whole.parts[name] == dict.fromkeys(PHASES, weights)
+    head = 4 * read_head(module).weight.numel()
+    assert paged.parts[name] == {"teacher": weights, "loss": head, "backward": head}
+    assert "teacher's copy (float32)" not in whole.parts
+    assert whole.parts[states]["loss"] == alone.parts[states]["loss"] * 48 / 32
+    # One of four products is the teacher's.
+    assert whole.loss_flop == alone.loss_flop * (3 + 48 / 32) / 4
+    assert whole.parts["activations"]["teacher"] > alone.parts["activations"]["teacher"]
+    assert whole.parts["activations"]["backward"] == alone.parts["activations"]["backward"]
 
 
 # --- what is refused
