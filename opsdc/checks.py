@@ -119,6 +119,27 @@ def _repeated(ids: list[int], length: int) -> list[int]:
     return (ids * -(-length // len(ids)))[:length]
 
 
+def check_other(
+    module: Any, sequences: list[list[int]], length: int, config: OPSDCConfig
+) -> list[str]:
+    """Check another model that teaches, as the student is; return lines for the log.
+
+    Raises ModelError for one that the loss does not describe, or with too few positions.
+    """
+    limit = longest_sequence(module)
+    if limit is not None and length > limit[0]:
+        raise ModelError(
+            f"teacher.model {config.teacher.model} is to have {limit[0]} tokens at most: "
+            f"{limit[1]}; the longest prompt and response have {length}: lower prompt.max_tokens, "
+            "rollout.max_new_tokens or train.max_train_tokens"
+        )
+    difference = check_head(module)
+    return [
+        f"teacher: {architecture(module)} for itself, its own logits to {difference:.1e}",
+        f"teacher's {check_length(module, sequences, length, config)}",
+    ]
+
+
 def check_attention(model: Any) -> None:
     """Raise ModelError for an attention that can sample on this device, but not learn."""
     attention = unwrap(model).config._attn_implementation
@@ -197,6 +218,35 @@ def same_prompt_divergence(
     for parameter in model.parameters():
         parameter.grad = None
     return loss
+
+
+def check_same_prompt(
+    model: Any,
+    teacher: Teacher,
+    pairs: list[Pair],
+    layout: Layout,
+    config: OPSDCConfig,
+    ranks: Ranks = ALONE,
+) -> list[str]:
+    """Raise ModelError unless equal weights agree behind equal prompts; return what to print."""
+    args, lines = (model, teacher, pairs, layout, config, ranks), []
+    divergence = same_prompt_divergence(*args)
+    if not divergence <= _SAME_PROMPT_LIMIT:
+        noisy = divergence
+        with evaluating(model):
+            divergence = same_prompt_divergence(*args)
+        lines.append(
+            f"dropout: {noisy:.1e} nats per token of every loss come from the student's; teacher "
+            "and sampler have none"
+        )
+    lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
+    if not divergence <= _SAME_PROMPT_LIMIT:
+        raise ModelError(
+            f"the same prompt on both sides gives a divergence of {divergence:.1e} nats per token "
+            "instead of 0: teacher and student do not compute alike. An attention implementation "
+            "that is not deterministic would do that; use another model.attn_implementation"
+        )
+    return lines
 
 
 def common_suffix(pairs: list[Pair]) -> int:
@@ -364,6 +414,12 @@ def run(
         difference = check_head(model)
         by_length = check_length(model, sequences, length, config)
         packed, why = choose_packing(model, config, sequences)
+    by_another: list[str] = []
+    if teacher.is_other:
+        with teacher.weights():
+            by_another = check_other(teacher.module, sequences, length, config)
+            if packed:
+                packed, why = choose_packing(teacher.module, config, sequences)
     layout = Layout(
         packed=packed,
         max_tokens=config.train.max_tokens_per_micro_batch,
@@ -373,29 +429,15 @@ def run(
     lines = [
         f"head: the model's own logits to {difference:.1e}",
         by_length,
+        *by_another,
         f"layout: {why}, at most {layout.max_tokens} tokens a forward",
         check_disk(model, teacher, config),
-        check_memory(model, config, ranks),
+        check_memory(model, config, ranks, teacher.module if teacher.is_other else None),
         f"prompts: student's and teacher's end in the same {common_suffix(pairs)} tokens",
         check_sampler(sampler, model, pairs, config, length),
     ]
-    if not teacher_is_student:
-        return layout, lines
-    args = (model, teacher, pairs, layout, config, ranks)
-    divergence = same_prompt_divergence(*args)
-    if not divergence <= _SAME_PROMPT_LIMIT:
-        noisy = divergence
-        with evaluating(model):
-            divergence = same_prompt_divergence(*args)
-        lines.append(
-            f"dropout: {noisy:.1e} nats per token of every loss come from the student's; teacher "
-            "and sampler have none"
-        )
-    lines.append(f"same prompt on both sides: {divergence:.1e} nats per token")
-    if not divergence <= _SAME_PROMPT_LIMIT:
-        raise ModelError(
-            f"the same prompt on both sides gives a divergence of {divergence:.1e} nats per token "
-            "instead of 0: teacher and student do not compute alike. An attention implementation "
-            "that is not deterministic would do that; use another model.attn_implementation"
-        )
+    if teacher_is_student:
+        lines += check_same_prompt(model, teacher, pairs, layout, config, ranks)
+    if teacher.is_other:
+        lines.append("same prompt on both sides: not tried, another model teaches (teacher.model)")
     return layout, lines

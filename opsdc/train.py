@@ -32,6 +32,7 @@ from opsdc.method.target import Dial
 from opsdc.method.teacher import Teacher
 from opsdc.method.update import make_optimizer, update
 from opsdc.models.load import describe, prepare_model, receive_model
+from opsdc.models.other import load_other
 from opsdc.ranks import shard, stop, talk
 from opsdc.record import contents, guard
 from opsdc.record.callbacks import Callbacks
@@ -67,31 +68,30 @@ class OPSDCTrainer:
         callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
         self.started, self.out_of_memory = time.perf_counter(), 0
-        self.ranks = talk.join(config.distributed)
+        self.ranks = ranks = talk.join(config.distributed)
         self.events = Callbacks(config, callbacks or [])
         problems = read_problems(config, train_dataset, eval_dataset)  # Before a model is loaded.
         module, self.tokenizer, settings = receive_model(model, config.model, processing_class)
-        self.config = config = contents.dated(replace(config, model=settings), self.ranks)
+        self.config = config = contents.dated(replace(config, model=settings), ranks)
         sets = scored_sets(config, self.tokenizer, problems)
         self.problems, self.held_out = sets.training, sets.held_out
-        made_of = contents.read_contents(module, self.tokenizer, sets, config, self.ranks)
+        other = load_other(config, module, self.tokenizer)
+        made_of = contents.read_contents(module, other, self.tokenizer, sets, config, ranks)
         torch.manual_seed(config.seed)  # An adapter starts from random numbers.
         self.model = prepare_model(module, config.model).train()
-        shard.shard_(self.model, config, self.ranks)
-        checks.before_sampling(self.model, sets, config, self.ranks)
-        self.teacher = Teacher(self.model, config.teacher)
+        shard.shard_(self.model, config, ranks, other and other.module)
+        checks.before_sampling(self.model, sets, config, ranks)
+        self.teacher = Teacher(self.model, config.teacher, other)
         self.optimizer, self.learning_rate = make_optimizer(self.model, config)
-        self.sampler = start_sampler(
-            config, self.model, self.tokenizer, self.problems[0].prompts.student_ids, self.ranks
-        )
-        self.arms = Arms(sets, self.sampler, self.tokenizer, config, self.ranks)
-        self.best = BestStep(self.arms, self.model, config, self.ranks)
+        prompt = self.problems[0].prompts.student_ids
+        self.sampler = start_sampler(config, self.model, self.tokenizer, prompt, ranks)
+        self.arms = Arms(sets, self.sampler, self.tokenizer, config, ranks)
+        self.best = BestStep(self.arms, self.model, config, ranks)
         self.dial = Dial(config.teacher)
         self.gate = Gate(config.teacher, self.arms, self.model, self.teacher, self.optimizer)
         self.state = RunState(
-            self.model, self.teacher, self.optimizer, config, made_of,
-            self.ranks, self.dial, self.gate,
-        )  # fmt: skip
+            self.model, self.teacher, self.optimizer, config, made_of, ranks, self.dial, self.gate
+        )
 
     def train(self) -> dict[str, Any]:
         """Run training, or go on with it, and return the contents of summary.json.

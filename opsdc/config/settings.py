@@ -1,7 +1,7 @@
 """The settings of a run: a frozen dataclass per section, checked whenever one is made.
 
 A field carries its type, range and default, and its meaning stands below it. The command line, the
-page of settings and the errors are made from these. Rules between settings stand in their section.
+page of settings and the errors are made from these. What one asks of another stands in `rules`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_vali
 from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
 
+from opsdc.config import rules
 from opsdc.config.fields import MustBe, UsedWith, convert
 from opsdc.config.mistakes import first_mistake
 from opsdc.config.yaml_file import read_file, with_settings
@@ -85,9 +86,7 @@ class ModelConfig:
     """Frozen base in 4 bits (QLoRA), all but embedding and head; vLLM is given it dequantized."""
 
     def __post_init__(self) -> None:
-        if self.quantize is not None and self.lora is None:
-            rule = "must be set with model.quantize, whose weights are fixed"
-            raise ConfigError(f"model.lora {rule}, got None")
+        rules.check_model(self)
 
 
 @_section
@@ -177,9 +176,7 @@ class RolloutConfig:
     """Folder, seen by both sides, for weights on their way; unset: a temporary one."""
 
     def __post_init__(self) -> None:
-        if self.server_address is not None and self.weights_dir is None:
-            rule = "must be a folder that the server at rollout.server_address sees as well"
-            raise ConfigError(f"rollout.weights_dir {rule}, got None")
+        rules.check_rollout(self)
 
 
 _REFRESH = UsedWith("teacher.mode", ("refresh",))
@@ -192,6 +189,9 @@ class TeacherConfig:
     mode: Literal["refresh", "frozen", "ema", "live"] = "refresh"
     """Weights of the teacher. refresh: a copy of the student, renewed every refresh_steps; frozen:
     the start; ema: a moving average; live: the student's (the paper's M = 1, which collapses)."""
+    model: Annotated[str | None, MustBe("a model", str.strip)] = None
+    """Another model that teaches, a folder or Hub name: of any size, with the student's vocabulary,
+    and frozen; unset: the student teaches itself."""
     refresh_steps: Annotated[int, _REFRESH, Field(ge=1)] = 50
     """The paper's M: the student is copied AFTER the update of step k where k % M == 0."""
     refresh_plateau: Annotated[float | None, _REFRESH, Field(ge=0, lt=1)] = None
@@ -220,9 +220,7 @@ class TeacherConfig:
     """With teacher.gate, the largest fall of accuracy that passes, as a share of the problems."""
 
     def __post_init__(self) -> None:
-        if self.target is not None and not 0 <= self.dial <= self.dial_max:
-            rule = f"must be at least teacher.dial ({self.dial:g}), which is where it starts"
-            raise ConfigError(f"teacher.dial_max {rule}, got {self.dial_max!r}")
+        rules.check_teacher(self)
 
 
 @_section
@@ -253,12 +251,7 @@ class LossConfig:
     others are lower bounds; 0: never."""
 
     def __post_init__(self) -> None:
-        if self.skip_tolerance is not None:
-            needed = {"divergence": ("reverse_kl",), "backend": ("auto", "chunked")}
-            for key, values in needed.items():
-                if getattr(self, key) not in values:
-                    rule = f"must be {' or '.join(values)} with loss.skip_tolerance"
-                    raise ConfigError(f"loss.{key} {rule}, got {getattr(self, key)!r}")
+        rules.check_loss(self)
 
 
 def _are_decays(betas: tuple[float, ...]) -> bool:
@@ -409,13 +402,7 @@ class OPSDCConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        if self.model.quantize is not None and (strategy := self.distributed.strategy) != "ddp":
-            rule = "must be ddp with model.quantize"
-            raise ConfigError(f"distributed.strategy {rule}, got {strategy!r}")
-        problems, held_out = self.eval.problems, self.data.eval_size
-        if problems is not None and problems > held_out:
-            rule = f"must be between 0 and data.eval_size ({held_out})"
-            raise ConfigError(f"eval.problems {rule}, got {problems}")
+        rules.check_run(self)
 
     @classmethod
     def load(cls, source: str | Path, overrides: Mapping[str, Any] | None = None) -> OPSDCConfig:

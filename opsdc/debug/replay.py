@@ -16,6 +16,7 @@ from opsdc.method.batch import Pair, plan_step
 from opsdc.method.teacher import Teacher
 from opsdc.method.update import student_pass, teacher_pass
 from opsdc.models.load import load_model, load_tokenizer, prepare_model
+from opsdc.models.other import load_other
 from opsdc.record import checkpoint
 
 _SHOWN = 8
@@ -33,7 +34,7 @@ def replay(path: Path) -> str:
     tokenizer = load_tokenizer(config.model)
     torch.manual_seed(config.seed)
     model = prepare_model(load_model(config.model), config.model)
-    teacher = Teacher(model, config.teacher)
+    teacher = Teacher(model, config.teacher, load_other(config, model, tokenizer))
     where = "the model as it was loaded"
     if step > 1:
         folder = checkpoint.path_of(path.parent / "checkpoints", step - 1)

@@ -16,6 +16,7 @@ from opsdc.method.teacher import Teacher
 from opsdc.method.update import autocast, teacher_head, teacher_pass
 from opsdc.models.head import hidden_states, read_head
 from opsdc.models.load import padding_id
+from opsdc.models.other import load_other
 from opsdc.rollout.base import Request, Rollout, SamplingParams
 from opsdc.rollout.hf import HFSampler
 
@@ -62,6 +63,7 @@ def per_token(
             config.loss,
             reduction="none",
             target_ids=torch.tensor(list(pair.response_ids), device=device),
+            vocab_size=teacher.vocab_size,
         )
     assert stats.student_logprob is not None
     assert stats.teacher_logprob is not None
@@ -86,7 +88,7 @@ def inspect(
 
     `colour` None colours the text if standard output is a terminal.
     """
-    teacher = Teacher(model, config.teacher)
+    teacher = Teacher(model, config.teacher, load_other(config, model, tokenizer))
     sampler = HFSampler(model, tokenizer, seed=config.seed)
     sampler.push(model, 0)
     (rollout,) = sampler.generate(

@@ -99,11 +99,12 @@ def _body(name: str, base: str, config: OPSDCConfig, summary: dict[str, Any]) ->
     steps = f"{summary['steps']} steps" + (
         f", of which step {summary['kept_step']} was kept" if summary.get("kept_step") else ""
     )
+    teacher = config.teacher.model or "the same model"
     paragraphs = [
         f"# {name}",
         f"{base}, taught to answer as if it had been told to be concise, by on-policy "
         "self-distillation (OPSDC, [arXiv 2603.05433](https://arxiv.org/abs/2603.05433)): the "
-        "model answers a problem, the same model, given the instruction below, scores those very "
+        f"model answers a problem, {teacher}, given the instruction below, scores those very "
         "tokens, and the reverse KL between the two is what is trained on. No reward and no "
         "reference answer is used.",
         "The instruction, which is *not* needed any more:",

@@ -1,9 +1,10 @@
-"""The teacher: the same module with an older copy of the trained parameters swapped in.
+"""The teacher: the same module with an older copy of the trained parameters swapped in, or another.
 
 Only parameters that are trained can differ between teacher and student, so only they are copied:
 all of them in full fine-tuning, the adapter alone with LoRA. Scoring swaps the copies into the
 module, which keeps the teacher in the student's dtype and on the student's attention path: the
-same prompt on both sides then gives a divergence of exactly zero.
+same prompt on both sides then gives a divergence of exactly zero. Another model (`teacher.model`)
+stands in a module of its own and never moves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from opsdc.config.settings import TeacherConfig
 from opsdc.errors import ConfigError
 from opsdc.method.mixture import START, Mix, check_mixable
-from opsdc.models.head import Head, read_head
+from opsdc.models.head import Head, TokenBatch, read_head
+from opsdc.models.other import OtherModel
 
 
 class Snapshot:
@@ -110,15 +112,20 @@ class Teacher:
         model: The student's module, as it is before training; the parameters that require a
             gradient are the trained ones.
         config: Mode, refresh interval, decay, mixture, and where the copies lie.
+        other: Another model that teaches; it is moved to where the student is. None: the student's
+            own module does, with other weights.
 
     Raises:
         ConfigError: `teacher.offload` with a model that is cut over the ranks.
         ModelError: A mixture under a head that caps its logits softly.
     """
 
-    def __init__(self, model: Any, config: TeacherConfig) -> None:
+    def __init__(self, model: Any, config: TeacherConfig, other: OtherModel | None = None) -> None:
         self._model = model
         self._config = config
+        self._other = other
+        if other is not None:
+            other.place(read_head(model).weight.device, offload=config.offload)
         self.anchor = config.anchor
         against = config.against_weight if config.against is not None else 0.0
         self._mix = Mix(dial=config.dial, anchor=config.anchor, against=against)
@@ -130,9 +137,9 @@ class Teacher:
         }
         if any(asks.values()):
             names = ", ".join(f"teacher.{name}" for name, asked in asks.items() if asked)
-            check_mixable(read_head(model), names)
+            check_mixable(read_head(self.module), names)
         self._snapshot = None
-        if config.mode != "live":
+        if config.mode != "live" and other is None:
             self._snapshot = Snapshot(model, offload=config.offload)
         # A frozen teacher has the weights before training itself.
         self._start = None
@@ -142,9 +149,29 @@ class Teacher:
         """Number of student updates that the teacher's weights have seen (ema: averaged)."""
 
     @property
+    def module(self) -> Any:
+        """Return the module that computes as the teacher within `weights`."""
+        return self._model if self._other is None else self._other.module
+
+    @property
+    def is_other(self) -> bool:
+        """Return True where another model teaches."""
+        return self._other is not None
+
+    @property
     def is_student(self) -> bool:
         """Return True in mode "live", where the teacher has no weights of its own."""
-        return self._snapshot is None
+        return self._config.mode == "live"
+
+    @property
+    def is_copy(self) -> bool:
+        """Return True where the teacher is a copy of weights that a run must save."""
+        return self._snapshot is not None
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Return the rows of both heads that are tokens; None for all rows."""
+        return None if self._other is None else self._other.vocab_size
 
     @property
     def is_wide(self) -> bool:
@@ -161,13 +188,20 @@ class Teacher:
 
     def equals_student(self, step: int) -> bool:
         """Return True when both compute alike after `step` updates, as after a refresh."""
+        if self.is_other:
+            return False
         averaged = self._config.mode == "ema" and step > 0
         same_weights = self.is_student or (self.version == step and not averaged)
         return same_weights and START not in self.contexts(self._config.dial)
 
     def weights(self) -> contextlib.AbstractContextManager[None]:
         """Let the module compute as the teacher within the block. Blocks must not be nested."""
-        return contextlib.nullcontext() if self._snapshot is None else self._snapshot.weights()
+        source = self._other or self._snapshot
+        return contextlib.nullcontext() if source is None else source.weights()
+
+    def known(self, batch: TokenBatch) -> TokenBatch:
+        """Return a batch as the module can read it, see `OtherModel.known`."""
+        return batch if self._other is None else self._other.known(batch)
 
     def start_weights(self) -> contextlib.AbstractContextManager[None]:
         """Let the module compute as it did before training within the block."""
@@ -176,7 +210,8 @@ class Teacher:
 
     def head(self) -> Head:
         """Return the teacher's head; the student's very tensors where they are not trained."""
-        return read_head(self._model) if self._snapshot is None else self._snapshot.head()
+        source = self._other or self._snapshot
+        return read_head(self._model) if source is None else source.head()
 
     def start_head(self) -> Head:
         """Return the head of the model before training."""
@@ -197,6 +232,8 @@ class Teacher:
             accepts: Asked at a refresh that is due, whether it may take place.
         """
         mode, snapshot = self._config.mode, self._snapshot
+        if self.is_other:
+            return False
         if snapshot is not None:
             if mode == "ema":
                 snapshot.take(self._config.ema_decay)

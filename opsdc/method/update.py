@@ -100,15 +100,15 @@ def teacher_pass(
 
     They are [n_i, D], mixed from the contexts that the plan names; [n_i, 2·D] for a wide head.
     """
-    device = read_head(model).weight.device
+    device, module = read_head(model).weight.device, teacher.module
     hidden: dict[int, dict[str, torch.Tensor]] = {}
     for context, groups in plan.teacher_groups.items():
         weights = teacher.start_weights() if context == START else teacher.weights()
-        with weights, evaluating(model), torch.no_grad(), autocast(device, plan.layout.dtype):
+        with weights, evaluating(module), torch.no_grad(), autocast(device, plan.layout.dtype):
             for group in groups:
                 ranks.check_stop()
-                batch = plan.teacher_batch(context, group, device)
-                rows = shard.as_forward(model, hidden_states, model, batch)
+                batch = teacher.known(plan.teacher_batch(context, group, device))
+                rows = shard.as_forward(module, hidden_states, module, batch)
                 # A clone, so that one pair's rows do not keep the whole forward's alive.
                 for i, part in zip(group, rows.split(list(batch.lengths)), strict=False):
                     hidden.setdefault(i, {})[context] = part.clone()
@@ -155,7 +155,7 @@ def student_pass(
         with autocast(device, plan.layout.dtype):
             forward = shard.as_forward(
                 model, _student_losses, model, their_head, batch, torch.cat(teacher_rows),
-                token_weight, config.loss, exact_value,
+                token_weight, config.loss, exact_value, teacher.vocab_size,
             )  # fmt: skip
         if sharded:
             # In the backward the others would wait for a rank whose loss found no memory.
@@ -243,6 +243,7 @@ def _student_losses(
     token_weight: torch.Tensor,
     config: LossConfig,
     exact_value: bool,
+    vocab_size: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, DivergenceStats] | None:
     """Run the student on one micro-batch and compute its losses, within `shard.as_forward`.
 
@@ -258,11 +259,16 @@ def _student_losses(
         student_head if teacher_head is None else teacher_head,
     )
     try:
-        if config.token_share == 1:
-            loss, stats = distillation_loss(*states, token_weight, config, exact_value=exact_value)
+        kept_weight, all_stats = token_weight, None
+        if config.token_share < 1:
+            kept_weight, all_stats = select_tokens(
+                *states, token_weight, batch.lengths, config, vocab_size=vocab_size
+            )
+        loss, stats = distillation_loss(
+            *states, kept_weight, config, exact_value=exact_value, vocab_size=vocab_size
+        )
+        if all_stats is None:
             return loss, loss.detach(), stats
-        kept_weight, all_stats = select_tokens(*states, token_weight, batch.lengths, config)
-        loss, stats = distillation_loss(*states, kept_weight, config, exact_value=exact_value)
         # That loss dropped the rows of the other tokens: the selection has their statistics.
         per_token = {name: getattr(all_stats, name) for name in PER_TOKEN}
         return loss, (token_weight * all_stats.divergence).sum(), replace(stats, **per_token)

@@ -39,8 +39,13 @@ VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
 """Only these attention kernels skip other sequences' blocks; the rest cost T² on a packed row."""
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer, whose chat template makes both prompts; raises ModelError."""
+def load_tokenizer(
+    config: ModelConfig, *, setting: str = "model.name_or_path"
+) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer, whose chat template makes both prompts; raises ModelError.
+
+    `setting` is the one that names the model, here and below.
+    """
     try:
         return AutoTokenizer.from_pretrained(
             demo_model.resolve(config.name_or_path),
@@ -48,9 +53,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model.name_or_path: no tokenizer in '{config.name_or_path}': {error}"
-        ) from error
+        raise ModelError(f"{setting}: no tokenizer in '{config.name_or_path}': {error}") from error
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -85,7 +88,9 @@ def padding_id(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     return pad if pad is not None and pad < len(embedding.weight) else 0
 
 
-def load_architecture(config: ModelConfig) -> PreTrainedConfig:
+def load_architecture(
+    config: ModelConfig, *, setting: str = "model.name_or_path"
+) -> PreTrainedConfig:
     """Load an architecture's config, by a name of our table, a config.json, a folder or a Hub name.
 
     Raises ModelError, asking for a config.json, where it cannot be read.
@@ -97,7 +102,7 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.for_model(**known[name])
     path = here(name)
     if path.name == "config.json" and not path.is_file():
-        raise ModelError(f"model.name_or_path: there is no file '{name}'")
+        raise ModelError(f"{setting}: there is no file '{name}'")
     source = str(path.parent) if path.name == "config.json" else demo_model.resolve(name)
     try:
         return AutoConfig.from_pretrained(
@@ -105,17 +110,24 @@ def load_architecture(config: ModelConfig) -> PreTrainedConfig:
         )
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(
-            f"model.name_or_path: no config of '{name}': give its config.json, or a name out of "
+            f"{setting}: no config of '{name}': give its config.json, or a name out of "
             f"{', '.join(known)} ({error})"
         ) from error
 
 
-def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig,
+    *,
+    folder: str | Path | None = None,
+    trained: bool = True,
+    setting: str = "model.name_or_path",
+) -> PreTrainedModel:
     """Load the model that the settings name, or the same one from a checkpoint's `folder`.
 
-    Parameters that will be trained are float32, whatever `dtype` says. Raises ModelError.
+    Parameters that will be trained are float32, whatever `dtype` says; none are where `trained` is
+    False. Raises ModelError.
     """
-    trained_whole = config.lora is None
+    trained_whole = trained and config.lora is None
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
@@ -132,7 +144,7 @@ def load_model(config: ModelConfig, *, folder: str | Path | None = None) -> PreT
         model.config._commit_hash = commit
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"model.name_or_path: cannot load '{folder or config.name_or_path}': {error}"
+            f"{setting}: cannot load '{folder or config.name_or_path}': {error}"
         ) from error
     except ImportError as error:
         if config.attn_implementation is None:

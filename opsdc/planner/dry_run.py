@@ -30,6 +30,7 @@ from opsdc.errors import ModelError
 from opsdc.models import demo_model
 from opsdc.models.head import check_head
 from opsdc.models.load import load_architecture, load_model
+from opsdc.models.other import settings_of_other
 from opsdc.planner.activations import shallower
 from opsdc.planner.report import report
 
@@ -70,6 +71,9 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
     shape = load_architecture(config.model)
     twin = twin_of(shape, tokenizer)
     print(f"\none step of a twin: {type(twin).__name__}, two layers, {whose}", flush=True)
+    if (other := settings_of_other(config)) is not None:
+        its_twin = twin_of(load_architecture(other, setting="teacher.model"), tokenizer)
+        print(f"taught by a twin of {other.name_or_path}: {type(its_twin).__name__}", flush=True)
     if config.rollout.engine != "hf":
         print(f"rollout.engine {config.rollout.engine} is not started: hf samples instead")
 
@@ -81,6 +85,11 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
             place = f"{folder}/twin"
             twin.save_pretrained(place)
             twin = load_model(replace(small.model, name_or_path=place, revision=None))
+        if other is not None:
+            place = f"{folder}/teacher"
+            its_twin.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+            small = replace(small, teacher=replace(small.teacher, model=place))
         trainer(twin, small, rows, rows, tokenizer).train()
     print("dry run: ok")
 

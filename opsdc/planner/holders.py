@@ -27,8 +27,9 @@ class Run:
 
     config: OPSDCConfig
     architecture: PreTrainedConfig
-    architecture_json: str
     sizes: Sizes
+    other: Sizes | None
+    """The sizes of another model that teaches."""
     gpus: int
     """The number of data-parallel ranks."""
     memory_bytes: int
@@ -42,8 +43,10 @@ class Run:
     """The number of response tokens of a whole step on one device."""
     loss: kernels.Plan
     """The kernels' plan of the loss over the responses of one forward."""
-    activations: tuple[Activations, Activations] | None
-    """Those of one sequence, and of every further one, see `count_activations`; None: unknown."""
+    activations: tuple[Activations, Activations] | str
+    """Those of one sequence, and of every further one, see `count_activations`; a text: unknown."""
+    its_activations: tuple[Activations, Activations] | str
+    """Those of the model that teaches; it may be the student."""
 
     @property
     def sharded(self) -> bool:
@@ -92,7 +95,9 @@ def _state(run: Run) -> Iterator[Holder]:
     # A paged copy takes the student's place for its pass; only its head stays for the loss.
     paged = _during(4 * sizes.head * sizes.trains_head, "loss", "backward")
     copy = paged if config.teacher.offload else _during(4 * sizes.trained / ranks)
-    if config.teacher.mode != "live":
+    if run.other is not None:
+        yield f"other model's weights ({config.model.dtype})", _of_other(run, run.other)
+    elif config.teacher.mode != "live":
         yield "teacher's copy (float32)", copy
     if config.teacher.anchor and config.teacher.mode != "frozen":
         yield "start's copy, for the anchor (float32)", copy
@@ -106,19 +111,27 @@ def _state(run: Run) -> Iterator[Holder]:
     yield "gradients (float32)", gradients
 
 
+def _of_other(run: Run, other: Sizes) -> dict[str, float]:
+    """Return what the weights of another model take that teaches."""
+    weights = other.item * (other.trained + other.frozen)
+    if not run.config.teacher.offload:
+        return _during(weights)
+    return _during(weights, "teacher") | _during(other.item * other.head, "loss", "backward")
+
+
 def _passes(run: Run) -> Iterator[Holder]:
     """Yield what the passes of teacher and student hold beside the state, the loss included."""
     config, sizes, loss = run.config, run.sizes, run.loss
-    one, more = run.activations or (Activations.none(), Activations.none())
-    rows = one + more * (run.rows - 1)
-
-    # Weights that autocast has cast do not grow with rows. A checkpointed backward casts anew.
-    cast = max(one.held - more.held, 0.0) * (config.model.dtype != "float32")
+    rows, cast = _of_rows(run, run.activations)
+    # A checkpointed backward casts anew.
     cast_in_backward = 0.0 if config.model.gradient_checkpointing else cast
+    # Another model's weights are of that dtype already, though they were traced in float32.
+    its_rows, its_cast = _of_rows(run, run.its_activations)
     if run.sharded:
         yield from _gathered(run)
     elif cast:
-        phases = {"teacher": cast, "loss": cast, "backward": cast_in_backward}
+        to_teach = cast if run.other is None else 0.0
+        phases = {"teacher": to_teach, "loss": cast, "backward": cast_in_backward}
         yield f"weights cast to {config.model.dtype}", phases
 
     # The embedding's gradient is made last, when the others' activations are gone.
@@ -126,7 +139,7 @@ def _passes(run: Run) -> Iterator[Holder]:
     yield (
         "activations",
         {
-            "teacher": max(rows.teacher - cast, 0.0),
+            "teacher": max(its_rows.teacher - its_cast, 0.0),
             "loss": max(rows.held, rows.forward - loss.peak_bytes) - cast,
             "backward": max(
                 rows.backward - cast_in_backward + embedding * sizes.tied,
@@ -135,13 +148,26 @@ def _passes(run: Run) -> Iterator[Holder]:
         },
     )
     # A mixture of contexts is summed in float32 from the states of each; a wide one is two sums.
-    hidden = run.step_tokens * sizes.dim * run.item
-    mixed = run.step_tokens * sizes.dim * 4 * (1 + sizes.widens(config.teacher))
+    wide = sizes.teacher_dim(config.teacher, run.other)
+    its_dim, item = (sizes.dim, run.item) if run.other is None else (wide, run.other.item)
+    hidden = run.step_tokens * its_dim * item
+    mixed = run.step_tokens * wide * 4
     contexts = _contexts(config.teacher)
     states = dict.fromkeys(("loss", "backward"), float(mixed if contexts > 1 else hidden))
     while_mixed = hidden * contexts + mixed * (contexts > 1)
     yield "teacher's hidden states", {"teacher": float(while_mixed), **states}
     yield "loss: scratch and its gradients", _during(loss.peak_bytes, "loss")
+
+
+def _of_rows(
+    run: Run, activations: tuple[Activations, Activations] | str
+) -> tuple[Activations, float]:
+    """Return the activations of a forward, and the bytes in them of weights that autocast casts."""
+    none = Activations.none()
+    one, more = (none, none) if isinstance(activations, str) else activations
+    # What is cast does not grow with the rows.
+    cast = max(one.held - more.held, 0.0) * (run.config.model.dtype != "float32")
+    return one + more * (run.rows - 1), cast
 
 
 def _contexts(teacher: TeacherConfig) -> int:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig
 
-from opsdc.config.settings import OPSDCConfig
+from opsdc.config.settings import ModelConfig, OPSDCConfig
 from opsdc.models.load import VARIABLE_LENGTH, load_architecture
-from opsdc.planner.activations import count_activations
+from opsdc.models.other import settings_of_other
+from opsdc.planner.activations import Activations, count_activations
 from opsdc.planner.holders import PHASES, Run, holders
 from opsdc.planner.sizes import Sizes, planned_sizes
 from opsdc_kernels import plan as kernels
@@ -24,17 +25,23 @@ USABLE = 0.92
 
 
 def loss_plan(
-    sizes: Sizes, config: OPSDCConfig, tokens: int, device: torch.device, workspace: int | None
+    sizes: Sizes,
+    config: OPSDCConfig,
+    tokens: int,
+    device: torch.device,
+    workspace: int | None,
+    teacher_dim: int,
 ) -> kernels.Plan:
     """Return the kernels' plan of the loss over `tokens` response tokens, all columns kept.
 
-    `workspace` is its limit in bytes; None takes the kernels' default for the device.
+    `workspace` is its limit in bytes; None takes the kernels' default for the device. `teacher_dim`
+    is the width of the states that the teacher scores with, see `Sizes.teacher_dim`.
     """
     plan = kernels.estimate(
         tokens=tokens,
         vocab_size=sizes.vocab_size,
         student_dim=sizes.dim,
-        teacher_dim=sizes.dim * (1 + sizes.widens(config.teacher)),
+        teacher_dim=teacher_dim,
         dtype=getattr(torch, config.model.dtype),
         device=device,
         trainable_head=sizes.trains_head,
@@ -121,8 +128,6 @@ def make_plan(
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if architecture is None:
         architecture = load_architecture(config.model)
-    architecture_json = architecture.to_json_string(use_diff=False)
-    sizes = planned_sizes(architecture_json, config.model)
     response, width = _lengths(config)
     sequences = -(-config.rollout.prompts_per_step * config.rollout.samples_per_prompt // gpus)
     if rows is None:
@@ -131,20 +136,21 @@ def make_plan(
     if workspace is None and device.type == "cuda":
         # The kernels' default asks the device, which may not be on this machine.
         workspace = memory_bytes // 64
-    loss = loss_plan(sizes, config, rows * response, device, workspace)
-    whole_step = loss_plan(sizes, config, sequences * response, device, workspace)
-    # A wide teacher's states are twice as long.
-    units = whole_step.gemm_units + sizes.widens(config.teacher)
-    # Neither setting changes what is traced, so that one trace serves all of their values.
-    traced = replace(config.model, compile=False, liger=False, quantize=None)
-    masked = config.model.attn_implementation not in VARIABLE_LENGTH
-    activations = count_activations(architecture_json, traced, width=width, masked=masked)
-    unknown = activations if isinstance(activations, str) else None
+    sizes, activations = _count(architecture, config.model, width)
+    other, its_activations = None, activations
+    if (settings := settings_of_other(config)) is not None:
+        its_architecture = load_architecture(settings, setting="teacher.model")
+        other, its_activations = _count(its_architecture, settings, width)
+    teacher_dim = sizes.teacher_dim(config.teacher, other)
+    loss = loss_plan(sizes, config, rows * response, device, workspace, teacher_dim)
+    whole_step = loss_plan(sizes, config, sequences * response, device, workspace, teacher_dim)
+    # One of the GEMMs is the teacher's, whose states may have another width.
+    units = whole_step.gemm_units + teacher_dim / sizes.dim - 1
     run = Run(
         config=config,
         architecture=architecture,
-        architecture_json=architecture_json,
         sizes=sizes,
+        other=other,
         gpus=gpus,
         memory_bytes=memory_bytes,
         on_gpu=device.type == "cuda",
@@ -152,7 +158,8 @@ def make_plan(
         width=width,
         step_tokens=sequences * response,
         loss=loss,
-        activations=None if isinstance(activations, str) else activations,
+        activations=activations,
+        its_activations=its_activations,
     )
     return Plan(
         memory_bytes=memory_bytes,
@@ -161,8 +168,20 @@ def make_plan(
         parts={name: part for name, part in holders(run) if any(part.values())},
         loss=loss,
         loss_flop=2.0 * units * sequences * response * sizes.head,
-        unknown=unknown,
+        unknown=next((a for a in (activations, its_activations) if isinstance(a, str)), None),
     )
+
+
+def _count(
+    architecture: PreTrainedConfig, config: ModelConfig, width: int
+) -> tuple[Sizes, tuple[Activations, Activations] | str]:
+    """Count a model's elements and its activations, see `count_activations`."""
+    as_json = architecture.to_json_string(use_diff=False)
+    # These settings do not change what is traced, so that one trace serves all of their values.
+    traced = replace(config, compile=False, liger=False, quantize=None)
+    masked = config.attn_implementation not in VARIABLE_LENGTH
+    activations = count_activations(as_json, traced, width=width, masked=masked)
+    return planned_sizes(as_json, config), activations
 
 
 def _lengths(config: OPSDCConfig) -> tuple[int, int]:

@@ -36,6 +36,8 @@ def report(
     adapter = "full fine-tuning" if config.model.lora is None else f"LoRA r {config.model.lora.r}"
     if config.model.quantize is not None:
         adapter += f" on {config.model.quantize}"
+    if config.teacher.model is not None:
+        adapter += f", taught by {config.teacher.model}"
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     if plan.fits and plan.unknown:
         verdict = "fits, but for the activations"

@@ -29,7 +29,7 @@ def check_disk(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
     saved = trained if hasattr(model, "peft_config") else list(model.parameters())
     weights = sum(p.numel() * p.element_size() for p in saved)
     moments = 2 * sum(p.numel() * p.element_size() for p in trained)
-    size = weights * (1 if teacher.is_student else 2) + moments
+    size = weights * (2 if teacher.is_copy else 1) + moments
     saves = -(-config.train.steps // config.train.save_every) if config.train.save_every else 1
     folder = Path(config.output_dir) / "checkpoints"
     wanted = min(config.train.keep + 1, saves)
@@ -48,8 +48,10 @@ def check_disk(model: Any, teacher: Teacher, config: OPSDCConfig) -> str:
     return line
 
 
-def check_memory(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
+def check_memory(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE, other: Any = None) -> str:
     """Compare free memory with gradients, moments and the loss; activations are not counted.
+
+    `other` is another model that teaches, which is in memory already.
 
     Returns a line for the log, which only warns where there is less: activations depend on
     attention and checkpointing, and free memory on other programs.
@@ -57,7 +59,9 @@ def check_memory(model: Any, config: OPSDCConfig, ranks: Ranks = ALONE) -> str:
     device, sizes = read_head(model).weight.device, sizes_of(model, config.model)
     # A forward holds at most so many response tokens.
     tokens = config.train.max_tokens_per_micro_batch
-    plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes)
+    its_sizes = None if other is None else sizes_of(other, config.model)
+    teacher_dim = sizes.teacher_dim(config.teacher, its_sizes)
+    plan = loss_plan(sizes, config, tokens, device, config.loss.workspace_bytes, teacher_dim)
     # Gradients and two moments in float32.
     held = 12 * sizes.trained // (ranks.size if shard.is_sharded(model) else 1)
     needed = held + plan.peak_bytes

@@ -41,6 +41,10 @@ class Sizes:
         """Return True where an anchor mixes two heads into a wide one, see `method.mixture`."""
         return bool(teacher.anchor) and teacher.mode != "frozen" and self.trains_head
 
+    def teacher_dim(self, teacher: TeacherConfig, other: Sizes | None) -> int:
+        """Return the width of the teacher's states; `other` is another model that teaches."""
+        return other.dim if other is not None else self.dim * (1 + self.widens(teacher))
+
 
 def sizes_of(model: Any, config: ModelConfig) -> Sizes:
     """Count the elements of a model, on any device, that is ready to be trained as `config` says.

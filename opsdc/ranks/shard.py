@@ -46,13 +46,15 @@ _AS_FORWARD = "opsdc_as_forward"
 """FSDP knows the method that `as_forward` calls by this name."""
 
 
-def shard_(model: Any, config: OPSDCConfig, ranks: Ranks) -> None:
+def shard_(model: Any, config: OPSDCConfig, ranks: Ranks, other: Any = None) -> None:
     """Put the model on this rank's device, the whole of it or this rank's part.
 
-    Raises TrainingError where ranks were given different weights.
+    `other` is a model that teaches it, if any. Raises TrainingError where ranks were given
+    different weights of either.
     """
     if ranks.size > 1:
-        _check_equal(model, ranks)
+        for given in (m for m in (model, other) if m is not None):
+            _check_equal(given, ranks)
     if ranks.size == 1 or config.distributed.strategy == "ddp":
         model.to(ranks.device)
         return
@@ -190,7 +192,7 @@ def _check_equal(model: Any, ranks: Ranks) -> None:
     for rank, total_there in enumerate(totals):
         if total_there != totals[0]:
             raise TrainingError(
-                f"rank {rank} was given other weights than rank 0 (sums {total_there} and "
-                f"{totals[0]}); "
-                "load the model from one folder, or seed its initialisation alike on all ranks"
+                f"rank {rank} was given other weights of {architecture(model)} than rank 0 (sums "
+                f"{total_there} and {totals[0]}); load the model from one folder, or seed its "
+                "initialisation alike on all ranks"
             )

@@ -94,7 +94,7 @@ def save(
         # Every rank writes the tensors that it holds, the first rank all other files.
         ranks.on_first_rank(lambda: _begin(root, aside))
         save_weights(model, aside / _weights_folder(model), ranks)
-        if not teacher.is_student:
+        if teacher.is_copy:
             with teacher.weights():
                 save_weights(model, aside / "teacher", ranks)
         _save_optimizer(model, optimizer, aside, ranks)
@@ -317,7 +317,7 @@ def restore(
     state = read_state(folder)
     try:
         load_weights(model, folder / _weights_folder(model))
-        if not teacher.is_student:
+        if teacher.is_copy:
             with teacher.weights():
                 load_weights(model, folder / "teacher")
         teacher.version = int(state["teacher_version"])

@@ -22,6 +22,7 @@ from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompted import ProblemSets
 from opsdc.data.prompts import load_instruction
 from opsdc.models.adapters import architecture, unwrap
+from opsdc.models.other import OtherModel
 from opsdc.ranks.talk import Ranks
 from opsdc.record import checkpoint
 
@@ -30,22 +31,24 @@ _NAMES = ("_name_or_path", "_commit_hash", "architectures", "dtype", "transforme
 
 
 def read_contents(
-    model: Any, tokenizer: Any, sets: ProblemSets, config: OPSDCConfig, ranks: Ranks
+    model: Any,
+    other: OtherModel | None,
+    tokenizer: Any,
+    sets: ProblemSets,
+    config: OPSDCConfig,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Describe what a run is made of, as plain JSON; the first rank reads for all.
 
-    `model` is as it was given, before an adapter of the run's own or another rank's part.
+    `model` is as it was given, before an adapter of the run's own or another rank's part; `other`
+    is the one that teaches, if any.
     """
 
     def read() -> dict[str, Any]:
-        base, against = unwrap(model), config.teacher.against
+        against = config.teacher.against
         return {
-            "model": {
-                "architecture": architecture(model),
-                "config": _without_names(json.loads(base.config.to_json_string(use_diff=False))),
-                "eos_token_id": getattr(base.generation_config, "eos_token_id", None),
-                "weights": _digest_of_weights(model),
-            },
+            "model": _read_model(model),
+            "teacher": None if other is None else _read_model(other.module),
             "instruction": load_instruction(config.prompt.instruction),
             "against": None if against is None else load_instruction(against, "teacher.against"),
             "chat_template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
@@ -60,7 +63,8 @@ def changes(old: Any, new: Any, prefix: str = "", *, but: tuple[str, ...] = ()) 
     """List the entries of two nested mappings that differ, except those named in `but`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         # Versions of transformers differ in the entries that a model's config has.
-        keys = [k for k in old if k in new] if prefix == "model.config." else {**old, **new}
+        of_versions = prefix in ("model.config.", "teacher.config.")
+        keys = [k for k in old if k in new] if of_versions else {**old, **new}
         return [
             line
             for key in keys
@@ -84,6 +88,17 @@ def dated(config: OPSDCConfig, ranks: Ranks) -> OPSDCConfig:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             dates.insert(-1, checkpoint.read_state(folder)["config"]["prompt"]["date"])
     return replace(config, prompt=replace(config.prompt, date=ranks.from_first(dates[0])))
+
+
+def _read_model(model: Any) -> dict[str, Any]:
+    """Describe a model by what it computes."""
+    base = unwrap(model)
+    return {
+        "architecture": architecture(model),
+        "config": _without_names(json.loads(base.config.to_json_string(use_diff=False))),
+        "eos_token_id": getattr(base.generation_config, "eos_token_id", None),
+        "weights": _digest_of_weights(model),
+    }
 
 
 def _digest_of_weights(model: Any) -> str:

@@ -36,7 +36,10 @@ MAX_SKIPPED = 3
 _NO_EFFECT = ("output_dir", "log", "train.resume", "train.keep")
 """Settings that do not change the results of a run."""
 
-_NAMES = ("model.name_or_path", "data.source", "prompt.instruction", "teacher.against")
+_NAMES = (
+    *("model.name_or_path", "data.source", "prompt.instruction"),
+    *("teacher.against", "teacher.model"),
+)
 """Settings that name what is compared by its contents."""
 
 

@@ -131,6 +131,7 @@ def test_every_setting_has_a_flag_and_a_help_text():
 
 REFUSED = {
     "teacher.against": ["", " "],
+    "teacher.model": ["", " "],
     "output_dir": ["", " \n"],
     "model.name_or_path": ["", " \n"],
     "prompt.instruction": ["", " \n"],
@@ -209,6 +210,12 @@ def test_every_number_has_a_range():
          "loss.divergence must be reverse_kl with loss.skip_tolerance, got 'jsd'"),
         ("loss", {"skip_tolerance": 0.1, "backend": "fused"},
          "loss.backend must be auto or chunked with loss.skip_tolerance, got 'fused'"),
+        ("teacher", {"model": "a/b"}, "teacher.mode must be frozen with teacher.model: no update "
+         "of the student reaches another model, got 'refresh'"),
+        ("teacher", {"model": "a/b", "mode": "frozen", "gate": True},
+         "teacher.gate must be false with teacher.model, which is never refreshed, got True"),
+        ("teacher", {"model": "a/b", "mode": "frozen", "anchor": 0.5},
+         "teacher.anchor must be 0 with teacher.model"),
     ],
 )  # fmt: skip
 def test_rules_inside_a_section(section, changes, sentence):
@@ -223,6 +230,8 @@ def test_rules_inside_a_section(section, changes, sentence):
     [
         ({"model": {"quantize": "nf4", "lora": {}}, "distributed": {"strategy": "fsdp"}},
          "distributed.strategy must be ddp with model.quantize, got 'fsdp'"),
+        ({"teacher": {"model": "a/b", "mode": "frozen"}, "distributed": {"strategy": "fsdp"}},
+         "distributed.strategy must be ddp with teacher.model, got 'fsdp'"),
         ({"eval": {"problems": 9}, "data": {"eval_size": 8}},
          "eval.problems must be between 0 and data.eval_size (8), got 9"),
     ],
