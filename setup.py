@@ -70,7 +70,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
-        "opsdc": ["py.typed", "models/*.yaml", "recipes/*.yaml", "instructions/*.txt"],
+        "opsdc": [
+            *("py.typed", "data/*.yaml", "models/*.yaml", "recipes/*.yaml"),
+            "instructions/*.txt",
+        ],
         "opsdc_kernels": ["py.typed", "row_pass/*.[ch]", "columns/columns.c"],
     },
     install_requires=[

@@ -17,7 +17,7 @@ from opsdc.eval.plots import plot_run
 _ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
 """Arms by their key in summary.json, with the title of their row."""
 
-_FEWEST, _TOO_FEW = 10, "too few problems for an interval"
+FEWEST, TOO_FEW = 10, "too few problems for an interval"
 """Of fewer problems a bootstrap sees too little of what they might have been."""
 
 _SAMPLES = 3
@@ -65,7 +65,7 @@ def print_report(folder: Path) -> None:
     print(f"record: {folder}/ (summary.json, metrics.jsonl, plot.png)")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out columns of text, the first aligned to the left and the others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -94,14 +94,14 @@ def _arms_table(summary: dict[str, Any]) -> str:
         arm = summary[key]
         rows.append((
             name,
-            _percent(summary["compared_with_base"].get(key, {}).get("token_reduction")),
+            percent(summary["compared_with_base"].get(key, {}).get("token_reduction")),
             f"{arm['tokens_mean']:.1f}",
             f"{arm['tokens_p10']:.0f} / {arm['tokens_p50']:.0f} / {arm['tokens_p90']:.0f}",
-            _percent(arm["truncated"]),
-            _percent(arm["accuracy"]),
-            _percent(arm["no_answer_found"]),
+            percent(arm["truncated"]),
+            percent(arm["accuracy"]),
+            percent(arm["no_answer_found"]),
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _bins_table(bins: Sequence[dict[str, Any]]) -> str:
@@ -111,12 +111,12 @@ def _bins_table(bins: Sequence[dict[str, Any]]) -> str:
             row["bin"],
             str(row["problems"]),
             f"{row['base_tokens']:.1f} → {row['trained_tokens']:.1f}",
-            _percent(row["token_reduction"]),
-            f"{_percent(row.get('base_accuracy'))} → {_percent(row.get('trained_accuracy'))}",
+            percent(row["token_reduction"]),
+            f"{percent(row.get('base_accuracy'))} → {percent(row.get('trained_accuracy'))}",
         )
         for row in bins
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _steps_table(summary: dict[str, Any]) -> str:
@@ -125,14 +125,14 @@ def _steps_table(summary: dict[str, Any]) -> str:
         (
             str(row["step"]),
             f"{row['tokens']:.1f}",
-            _percent(row["accuracy"]),
-            _TOO_FEW if row["problems"] < _FEWEST else _points(*row["accuracy_difference_ci95"]),
+            percent(row["accuracy"]),
+            TOO_FEW if row["problems"] < FEWEST else points(*row["accuracy_difference_ci95"]),
             "yes" if row["pareto"] else "",
             "yes" if row["step"] == summary["kept_step"] else "",
         )
         for row in summary["evaluated"]
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _samples(folder: Path) -> str:
@@ -155,35 +155,43 @@ def _samples(folder: Path) -> str:
 def _verdict(summary: dict[str, Any]) -> str:
     """Say in a few lines what training changed, with intervals."""
     base, told = summary["compared_with_base"]["trained"], summary["trained_compared_with_told"]
-    few = base["problems"] < _FEWEST
-    low, high = map(_percent, base["token_reduction_ci95"])
-    interval = _TOO_FEW if few else f"95 % interval {low} … {high}"
-    lines = [f"token reduction {_percent(base['token_reduction'])} ({interval})"]
+    few = base["problems"] < FEWEST
+    low, high = map(percent, base["token_reduction_ci95"])
+    interval = TOO_FEW if few else f"95 % interval {low} … {high}"
+    lines = [f"token reduction {percent(base['token_reduction'])} ({interval})"]
     for name, compared in (("base", base), ("base told to be concise", told)):
-        if "accuracy_difference" in compared:
-            p = compared["mcnemar_p"]
-            interval = _TOO_FEW
-            if not few:
-                interval = (
-                    f"95 % interval {_points(*compared['accuracy_difference_ci95'])}; smallest "
-                    "difference this sample shows with 80 % power: "
-                    f"{100 * compared['accuracy_detectable']:.1f}"
-                )
-            lines.append(
-                f"accuracy against {name}: {100 * compared['accuracy_difference']:+.1f} points "
-                f"({interval})\n"
-                f"  {compared['kept']} right in both, {compared['lost']} lost, "
-                f"{compared['gained']} gained, {compared['still_wrong']} wrong in both"
-                + ("" if few or p is None else f", p = {p:.2g}")
-            )
+        lines += accuracy_lines(name, compared)
     if "seconds" in summary:
         lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     return "\n".join(lines)
 
 
-def _points(low: float, high: float) -> str:
+def accuracy_lines(name: str, compared: dict[str, Any]) -> list[str]:
+    """Say how accuracy differs from that of `name`, with what was kept, lost and gained."""
+    if "accuracy_difference" not in compared:
+        return []
+    few, p = compared["problems"] < FEWEST, compared["mcnemar_p"]
+    interval = TOO_FEW
+    if not few:
+        interval = (
+            f"95 % interval {points(*compared['accuracy_difference_ci95'])}; smallest "
+            "difference this sample shows with 80 % power: "
+            f"{100 * compared['accuracy_detectable']:.1f}"
+        )
+    return [
+        f"accuracy against {name}: {100 * compared['accuracy_difference']:+.1f} points "
+        f"({interval})",
+        f"  {compared['kept']} right in both, {compared['lost']} lost, "
+        f"{compared['gained']} gained, {compared['still_wrong']} wrong in both"
+        + ("" if few or p is None else f", p = {p:.2g}"),
+    ]
+
+
+def points(low: float, high: float) -> str:
+    """Format an interval of a difference in shares, in points."""
     return f"{100 * low:+.1f} … {100 * high:+.1f}"
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """Format a share; a dash stands for none."""
     return "–" if share is None else f"{100 * share:.1f} %"
