@@ -146,10 +146,14 @@ def _samples(folder: Path) -> str:
             (f"before, {base.tokens} tokens", base.text),
             (f"after, {after.tokens} tokens", after.text),
         ):
-            short = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " […]"
-            shown += [f"── {title}", short.strip()]
+            shown += [f"── {title}", shortened(text)]
         shown.append("")
     return "\n".join(shown)
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text that is to be shown."""
+    return (text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " […]").strip()
 
 
 def _verdict(summary: dict[str, Any]) -> str:
