@@ -72,7 +72,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
-        "opsdc": ["py.typed", "models/*.yaml", "recipes/*.yaml", "instructions/*.txt", "eval/*.j2"],
+        "opsdc": [
+            *("py.typed", "data/*.yaml", "models/*.yaml", "recipes/*.yaml", "eval/*.j2"),
+            "instructions/*.txt",
+        ],
         "opsdc_kernels": ["py.typed", "row_pass/*.[ch]", "columns/columns.c"],
     },
     install_requires=[

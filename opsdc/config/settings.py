@@ -338,7 +338,7 @@ class EvalConfig:
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Responses generated together."""
     scorer: str = "dual"
-    """Judge of answers: math_verify, answer_line, boxed, dual, number, exact or reasoning_gym."""
+    """Judge: math_verify, answer_line, boxed, letter, dual, number, exact or reasoning_gym."""
     greedy: bool = False
     """At the ends answer once more greedily, in a table of its own."""
     difficulty_samples: Annotated[int, Field(ge=0)] = 0

@@ -143,7 +143,9 @@ def read_problems(
             seed=config.seed,
         )
 
-    problems = from_rows(train_rows, "train_dataset") if train_rows is not None else _load(config)
+    problems = (
+        from_rows(train_rows, "train_dataset") if train_rows is not None else read_all(config)
+    )
     train, gate, held_out = problems.split(
         0 if eval_rows is not None else data.eval_size, data.gate_size
     )
@@ -181,10 +183,11 @@ def read_held_out(config: OPSDCConfig) -> ProblemSet:
 
     Raises DataError for more than there are, and the errors of `load_problems`.
     """
-    return _load(config).held_out(config.data.eval_size)
+    return read_all(config).held_out(config.data.eval_size)
 
 
-def _load(config: OPSDCConfig) -> ProblemSet:
+def read_all(config: OPSDCConfig) -> ProblemSet:
+    """Return all problems of `data.source`; raises the errors of `load_problems`."""
     data = config.data
     return load_problems(
         data.source,

@@ -114,12 +114,14 @@ def problems_from_rows(
     prompt_column: str | None,
     answer_column: str | None,
     seed: int,
+    template: str | None = None,
 ) -> ProblemSet:
     """Make problems of rows in memory: a list of mappings or a `datasets.Dataset`.
 
-    `origin` names them in ids and errors. Columns and errors are those of `load_problems`.
+    `origin` names them in ids and errors. `template` is `load_problems`' option `prompt_template`,
+    and columns and errors are those of that function.
     """
-    layout = _layout(None)
+    layout = _layout(template)
     problems = _make_problems(
         enumerate(rows, 1), origin, origin, "row",
         prompt_column=prompt_column, answer_column=answer_column, layout=layout,

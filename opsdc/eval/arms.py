@@ -23,12 +23,12 @@ from opsdc.eval.answers import Answer, answer, headline, one_line, read_answers,
 from opsdc.eval.compare import by_difficulty, by_length, compare
 from opsdc.eval.scorers import check_scorer
 from opsdc.models.load import load_model, load_tokenizer, load_trained
-from opsdc.ranks.talk import Ranks
+from opsdc.ranks.talk import ALONE, Ranks
 from opsdc.record import guard
 from opsdc.record.lines import RunRecord, is_due, write_json
 from opsdc.record.versions import versions
 from opsdc.rollout.base import Sampler
-from opsdc.rollout.hf import HFSampler
+from opsdc.rollout.start import start_sampler
 
 
 class Arms:
@@ -293,12 +293,14 @@ def evaluate_arms(config: OPSDCConfig, trained: str | Path) -> dict[str, Any]:
     folder = Path(config.output_dir)
 
     def answer_with(model: Any, arms: dict[str, str]) -> None:
-        sampler = HFSampler(model, tokenizer, seed=config.seed)
+        model.to(ALONE.device)
+        sampler = start_sampler(config, model, tokenizer, problems[0].prompts.student_ids)
         sampler.push(model, 0)
         for name, arm in arms.items():
             answers = answer(sampler, tokenizer, problems, config.eval, arm=arm, label=name)
             write_answers(folder / "eval" / f"{name}.jsonl", answers)
             print(f"eval {name}: {one_line(answers)}", flush=True)
+        sampler.close()
 
     # The trained model first: its folder is the one that may be missing or broken.
     answer_with(load_trained(config.model, trained), {"trained": "student"})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -61,6 +62,34 @@ def compare(base: Sequence[Answer], changed: Sequence[Answer], *, seed: int = 0)
             **_outcomes(base, changed),
         }
     return comparison
+
+
+def pass_at_1(answers: Sequence[Answer], *, seed: int = 0) -> dict[str, Any]:
+    """Return the share of right answers, every problem counted alike, with its 95 % interval.
+
+    The interval is a bootstrap over problems, and the exact one where all answers are right, or
+    none: there a bootstrap would see no spread at all. {} where no problem has an answer.
+    """
+    graded = [p["accuracy"] for p in _by_problem(answers).values() if p["accuracy"] is not None]
+    if not graded:
+        return {}
+    shares, n = np.array(graded), len(graded)
+    mean = float(shares.mean())
+    if mean in (0.0, 1.0):
+        far = 0.025 ** (1 / n)
+        low, high = (0.0, 1 - far) if mean == 0 else (far, 1.0)
+    else:
+        draws = np.random.default_rng(seed).integers(0, n, (_RESAMPLES, n))
+        low, high = np.quantile(shares[draws].mean(1), (0.025, 0.975))
+    return {"pass_at_1": mean, "pass_at_1_ci95": [round(float(low), 4), round(float(high), 4)]}
+
+
+def in_characters(answers: Sequence[Answer]) -> list[Answer]:
+    """Return the answers with characters in the place of tokens, for models that cut text apart.
+
+    An empty one counts as one character, as an empty one of tokens has its end-of-sequence token.
+    """
+    return [replace(a, tokens=max(len(a.text), 1)) for a in answers]
 
 
 def _outcomes(base: Sequence[Answer], changed: Sequence[Answer]) -> dict[str, Any]:

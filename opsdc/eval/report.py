@@ -76,7 +76,7 @@ def print_report(folder: Path) -> None:
     print(f"record: {folder}/ ({', '.join(n for n in names if (folder / n).is_file())})")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out columns of text, the first aligned to the left and the others to the right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -112,7 +112,7 @@ def _arms_table(summary: dict[str, Any]) -> str:
             percent(arm["accuracy"]),
             percent(arm["no_answer_found"]),
         ))  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _bins_table(bins: Sequence[dict[str, Any]]) -> str:
@@ -127,7 +127,7 @@ def _bins_table(bins: Sequence[dict[str, Any]]) -> str:
         )
         for row in bins
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _steps_table(summary: dict[str, Any]) -> str:
@@ -143,7 +143,7 @@ def _steps_table(summary: dict[str, Any]) -> str:
         )
         for row in summary["evaluated"]
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _samples(folder: Path) -> str:
@@ -157,10 +157,14 @@ def _samples(folder: Path) -> str:
             (f"before, {base.tokens} tokens", base.text),
             (f"after, {after.tokens} tokens", after.text),
         ):
-            short = text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " […]"
-            shown += [f"── {title}", short.strip()]
+            shown += [f"── {title}", shortened(text)]
         shown.append("")
     return "\n".join(shown)
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text that is to be shown."""
+    return (text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " […]").strip()
 
 
 def _verdict(summary: dict[str, Any]) -> str:
@@ -171,22 +175,28 @@ def _verdict(summary: dict[str, Any]) -> str:
     interval = TOO_FEW if few else f"95 % interval {low} … {high}"
     lines = [f"token reduction {percent(base['token_reduction'])} ({interval})"]
     for name, compared in (("base", base), ("base told to be concise", told)):
-        if "accuracy_difference" in compared:
-            p = compared["mcnemar_p"]
-            interval = TOO_FEW
-            if not few:
-                interval = (
-                    f"95 % interval {points(*compared['accuracy_difference_ci95'])}; smallest "
-                    "difference this sample shows with 80 % power: "
-                    f"{100 * compared['accuracy_detectable']:.1f}"
-                )
-            lines.append(
-                f"accuracy against {name}: {100 * compared['accuracy_difference']:+.1f} points "
-                f"({interval})\n"
-                f"  {compared['kept']} right in both, {compared['lost']} lost, "
-                f"{compared['gained']} gained, {compared['still_wrong']} wrong in both"
-                + ("" if few or p is None else f", p = {p:.2g}")
-            )
+        lines += accuracy_lines(name, compared)
     if "seconds" in summary:
         lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s")
     return "\n".join(lines)
+
+
+def accuracy_lines(name: str, compared: dict[str, Any]) -> list[str]:
+    """Say how accuracy differs from that of `name`, with what was kept, lost and gained."""
+    if "accuracy_difference" not in compared:
+        return []
+    few, p = compared["problems"] < FEWEST, compared["mcnemar_p"]
+    interval = TOO_FEW
+    if not few:
+        interval = (
+            f"95 % interval {points(*compared['accuracy_difference_ci95'])}; smallest "
+            "difference this sample shows with 80 % power: "
+            f"{100 * compared['accuracy_detectable']:.1f}"
+        )
+    return [
+        f"accuracy against {name}: {100 * compared['accuracy_difference']:+.1f} points "
+        f"({interval})",
+        f"  {compared['kept']} right in both, {compared['lost']} lost, "
+        f"{compared['gained']} gained, {compared['still_wrong']} wrong in both"
+        + ("" if few or p is None else f", p = {p:.2g}"),
+    ]

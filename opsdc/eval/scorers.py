@@ -3,6 +3,8 @@ r"""Scorers that decide whether a response is right, by name, from strict to len
     exact          the whole response is the answer
     answer_line    the last line "Answer: X"; X equals the answer as text or as a number
     boxed          the last \boxed{X}; X equals the answer as text or as a number
+    letter         the last line "Answer: X", else the last \boxed{X}; X begins with the answer's
+                   letter: "B", "(B)", "B. Paris", "option B"
     number         the last number of the response equals the answer as a rational number
     math_verify    math-verify finds the answer in the response, or the last \boxed{X} equals it
     dual           the last line "Answer: X" passes math-verify, or the whole response does
@@ -83,6 +85,8 @@ def check_scorer(scorer: str, problems: Sequence[Problem], setting: str) -> None
     for problem in problems:
         if scorer == "number":
             _number_gold(problem)
+        elif scorer == "letter":
+            _letter_gold(problem)
         elif scorer == "reasoning_gym":
             _task_entry(problem)
         elif not same_answer(gold := _gold(problem), gold) and scorer != "exact":
@@ -172,6 +176,33 @@ def _boxed(response: str, problem: Problem) -> Score:
     return _score_extracted(last_boxed(response), problem)
 
 
+def _letter_gold(problem: Problem) -> str:
+    gold = _gold(problem).strip()
+    if not re.fullmatch("[A-Z]", gold):
+        raise DataError(
+            f"problem {problem.id}: scorer 'letter' needs one of A to Z as answer, got "
+            f"{problem.answer!r}; use the scorer answer_line or exact"
+        )
+    return gold
+
+
+def _letter(response: str, problem: Problem) -> Score:
+    """Compare the letter of an option, which stands alone or in front of the option's text."""
+    gold, answer = _letter_gold(problem), last_answer_line(response) or last_boxed(response)
+    found = _OPTION.match(answer or "")
+    return Score(
+        found is not None and found[1].upper() == gold, found[1].upper() if found else None
+    )
+
+
+_OPTION = re.compile(
+    r"(?:\\text\w*\s*\{|[\s*_$(\[{])*(?:(?:option|choice)\s*[:\s(]\s*)?"
+    r"([A-Z])(?![^\W_]|['’]|\s+(?:or|and)\b)(?:(?<![AI])|(?!\s+[a-z]))",
+    re.IGNORECASE,
+)
+"""A letter at the start of an answer, but not "A or B", and not the word in "A dog"."""
+
+
 def _number_gold(problem: Problem) -> Fraction:
     gold = value(_gold(problem))
     if gold is None:
@@ -258,6 +289,7 @@ _SCORERS: dict[str, Callable[[str, Problem], Score]] = {
     "math_verify": _math_verify,
     "answer_line": _answer_line,
     "boxed": _boxed,
+    "letter": _letter,
     "exact": _exact,
     "dual": _dual,
     "reasoning_gym": _reasoning_gym,

@@ -30,14 +30,16 @@ def resolve(name_or_path: str) -> str:
 
     Raises ModelError for another embedded name, a missing wheel, or a folder that is not there.
     """
-    if name_or_path == NAME:
-        return str(_smollm2())
-    if name_or_path.startswith("embedded:"):
+    check_known(name_or_path)
+    return str(_smollm2()) if name_or_path == NAME else str(here(name_or_path))
+
+
+def check_known(name_or_path: str) -> None:
+    """Raise ModelError for another embedded name, or a folder that is not there."""
+    if name_or_path != NAME and name_or_path.startswith("embedded:"):
         raise ModelError(f"model.name_or_path '{name_or_path}': the embedded model is '{NAME}'")
-    folder = here(name_or_path)
-    if is_local(name_or_path) and not folder.is_dir():
+    if is_local(name_or_path) and not here(name_or_path).is_dir():
         raise ModelError(f"model.name_or_path: there is no folder '{name_or_path}'")
-    return str(folder)
 
 
 def _smollm2() -> Path:
