@@ -93,6 +93,7 @@ def test_scorers_by_name():
         "math_verify",
         "answer_line",
         "boxed",
+        "letter",
         "exact",
         "dual",
         "reasoning_gym",
@@ -181,7 +182,7 @@ def test_what_a_scorer_needs():
     with pytest.raises(DataError, match="scorer 'number' needs a number as answer, got 'x'"):
         score("5", problem("x"), "number")
     with pytest.raises(DataError, match="not from reasoning-gym"):
-        score("5", problem("5"), "reasoning_gym")
+        score("5", problem("B" if scorer == "letter" else "5"), "reasoning_gym")
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -389,7 +390,7 @@ def test_no_answer_is_run(tmp_path):
     for scorer in SCORERS:
         if scorer != "reasoning_gym":
             for response in (code, f"Answer: {code}", rf"\boxed{{{code}}}", f"${code}$"):
-                assert not right(response, "5", scorer)
+                assert not right(response, "B" if scorer == "letter" else "5", scorer)
     assert not marker.exists()
 
 
