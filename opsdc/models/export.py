@@ -89,7 +89,7 @@ def _log_probabilities(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def _copy_card(source: Path, target: Path) -> None:
     """Copy a model's card; a merged model is transformers' and no adapter any more."""
     card = ModelCard.load(source)
-    card.data.library_name = "transformers"
+    card.data["library_name"] = "transformers"
     card.save(target)
 
 

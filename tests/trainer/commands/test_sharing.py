@@ -69,7 +69,7 @@ def test_every_model_has_a_card_with_base_figures_and_recipe(whole, tiny_folder)
     assert card.data.base_model is None
     assert tiny_folder.name in card.text
     assert str(tiny_folder.parent) not in str(card)
-    assert card.data.library_name == "transformers"
+    assert card.data["library_name"] == "transformers"
     assert "opsdc" in card.data.tags
     summary = json.loads((whole / "summary.json").read_text())
     tokens = [r for r in card.data.eval_results if "tokens" in r.metric_type]
@@ -130,7 +130,7 @@ def test_float32_is_what_was_trained(whole, tmp_path):
 def test_an_adapter_names_its_base_by_the_whole_path(adapted, tiny_folder):
     config = json.loads((adapted / "model" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_folder.resolve())
-    assert ModelCard.load(adapted / "model" / "README.md").data.library_name == "peft"
+    assert ModelCard.load(adapted / "model" / "README.md").data["library_name"] == "peft"
 
 
 def test_a_merged_adapter_is_a_model_of_its_own(adapted, tiny_folder, tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_merged_adapter_is_a_model_of_its_own(adapted, tiny_folder, tmp_path, 
     arguments = ["export", str(adapted), "--merge", "--dtype", "float32", "--output", str(out)]
     assert main(arguments) == 0
     assert not (out / "adapter_config.json").exists()
-    assert ModelCard.load(out / "README.md").data.library_name == "transformers"
+    assert ModelCard.load(out / "README.md").data["library_name"] == "transformers"
     ids = torch.tensor([[3, 5, 8, 13]])
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     merged = AutoModelForCausalLM.from_pretrained(out)
