@@ -34,7 +34,7 @@ demo: $(STAMP)  ## train SmolLM2-135M to be concise on two CPU cores, then ask i
 	$(BIN)/opsdc eval runs/demo --data.source embedded:word_sums --data.options '{size: 64}' \
 	  --data.eval_size 64 --data.gate_size 0 --output_dir runs/demo/word_sums
 
-quick: $(STAMP)  ## while editing: laws, units, one tiny run (under 2 min)
+quick: $(STAMP)  ## while editing: laws, units, one tiny run
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not whole" tests
 
 test: $(STAMP)  ## all tests that need neither a GPU nor an hour
@@ -52,7 +52,7 @@ chaos: $(STAMP)  ## 200 kills, 200 stops and a soak
 fuzz: $(STAMP)  ## malformed settings and data, 8 more seeds
 	$(BIN)/python -m pytest --slow -m fuzz tests
 
-mutants: $(STAMP)  ## small wrong edits, one at a time: which do the tests notice? (~90 min)
+mutants: $(STAMP)  ## small wrong edits, one at a time: which do the tests notice? (hours, resumable)
 	$(BIN)/python tests/mutants.py
 
 matrix: $(STAMP)  ## other versions of the packages it stands on; rewrites the docs' table

@@ -1,6 +1,6 @@
 """Plant small wrong edits, one at a time, and see which of them the tests notice.
 
-    python tests/mutants.py                 all that the record does not know yet; under two hours
+    python tests/mutants.py                 all that the record does not know yet: hours
     python tests/mutants.py --only opsdc_kernels/chunked --limit 10
     python tests/mutants.py --survivors     again those that lived
 
