@@ -125,7 +125,8 @@ def train_cell(arm: str, seed: int, steps: int, problems: int, folder: Path) -> 
     shutil.rmtree(run, ignore_errors=True)
     trainer = OPSDCTrainer(None, config)
     started = time.perf_counter()
-    trainer.train()
+    if "stopped" in trainer.train():
+        raise RuntimeError("stopped before its end: nothing is answered or kept")
     seconds = time.perf_counter() - started
     _answer(trainer, problems, folder / f"trained-{_file(arm, seed)}", "student")
     for heavy in ("checkpoints", "model", "best"):
