@@ -72,7 +72,8 @@ def test_every_arm_is_a_run_that_can_be_made(tmp_path):
     for arm in effect.EVERY_ARM:
         config = effect.config_of(arm, 1, 8, tmp_path)
         assert config.seed == 1
-        assert config.train.steps == (24 if arm == effect.DEMO else 8)
+        long = arm == effect.DEMO or arm in effect.TARGETS
+        assert config.train.steps == (24 if long else 8)
 
 
 def test_tables_say_what_is_not_measured(folder):
