@@ -73,8 +73,12 @@ setup(
     packages=find_packages(include=["opsdc*", "opsdc_kernels*"]),
     package_data={
         "opsdc": [
-            *("py.typed", "data/*.yaml", "models/*.yaml", "recipes/*.yaml", "eval/*.j2"),
+            "py.typed",
+            "data/*.yaml",
+            "eval/*.j2",
             "instructions/*.txt",
+            "models/*.yaml",
+            "recipes/*.yaml",
         ],
         "opsdc_kernels": ["py.typed", "row_pass/*.[ch]", "columns/columns.c"],
     },

@@ -5,7 +5,6 @@ The names are imported when first used, so that `opsdc --help` answers at once.
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -24,20 +23,22 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 __version__ = "0.1.0"
 __all__ = ["Distiller", "OPSDCConfig", "OPSDCTrainer", "Pair", "__version__", "collate"]
 
-_HOMES = {
-    "Distiller": "opsdc.method.distiller",
-    "OPSDCConfig": "opsdc.config.settings",
-    "OPSDCTrainer": "opsdc.train",
-    "Pair": "opsdc.method.batch",
-    "collate": "opsdc.method.distiller",
-}
-
 
 def __getattr__(name: str) -> Any:
     """Import a public name at its first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'opsdc' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "OPSDCConfig":
+        from opsdc.config.settings import OPSDCConfig
+
+        return OPSDCConfig
+    if name == "OPSDCTrainer":
+        from opsdc.train import OPSDCTrainer
+
+        return OPSDCTrainer
+    if name in ("Distiller", "Pair", "collate"):
+        from opsdc.method import distiller
+
+        return getattr(distiller, name)
+    raise AttributeError(f"module 'opsdc' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

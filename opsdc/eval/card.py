@@ -14,14 +14,13 @@ from opsdc.data.sources import is_on_hub
 from opsdc.models import demo_model
 
 _TAGS = ["opsdc", "concise-reasoning", "self-distillation"]
-_HOW = """\
+_USE = """\
 ```python
 from transformers import pipeline
 
-ask = pipeline("text-generation", model={model!r})
-ask([{{"role": "user", "content": "What is 7 times 8?"}}], max_new_tokens=256)
-```
-"""
+ask = pipeline("text-generation", model="PATH OR NAME OF THIS MODEL")
+ask([{"role": "user", "content": "What is 7 times 8?"}], max_new_tokens=256)
+```"""
 
 
 def write_card(folder: Path, config: OPSDCConfig, summary: dict[str, Any]) -> Path:
@@ -123,7 +122,7 @@ def _body(name: str, base: str, config: OPSDCConfig, summary: dict[str, Any]) ->
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     paragraphs += ["## How it was made", f"| | |\n|---|---|\n{table}"]
     if config.model.lora is None:
-        paragraphs += ["## Use", _HOW.format(model="PATH OR NAME OF THIS MODEL").strip()]
+        paragraphs += ["## Use", _USE]
     paragraphs += [
         "## Limits",
         "The figures hold for held-out problems of the same kind as the ones that were trained on. "
