@@ -6,10 +6,11 @@ same seed and the same noise per problem; each model has its own tokenizer and c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -89,8 +90,8 @@ def read_questions(config: OPSDCConfig, *, everything: bool) -> Questions:
 
 def read_suite(
     name: str, config: OPSDCConfig, folder: Path | None, template: str | None
-) -> tuple[list[Questions], list[str]]:
-    """Return the sets of a suite that are here or on the Hub, and a line about each that is not.
+) -> tuple[list[Questions], dict[str, str]]:
+    """Return the sets of a suite that are here or on the Hub, and why each other one is left out.
 
     Args:
         folder: Local files, which win over the Hub.
@@ -98,35 +99,58 @@ def read_suite(
 
     Raises DataError for a local file that cannot be used, and where no set is left.
     """
-    found, skipped = [], []
-    for s in load_suite(name):
-        file = local_file(s, folder)
-        try:
-            problems = read_set(s, file, config.seed, template)
-        except DataError as error:
-            if file is not None:
-                raise
-            skipped.append(
-                f"{s.name} left out: the Hub does not give {s.hub} ({_reason(error)}); put "
-                f"{s.name}.jsonl into a folder for --suite_dir or OPSDC_DATA, or see "
-                f"huggingface.co/datasets/{s.hub}"
-            )
-            print(skipped[-1], file=sys.stderr, flush=True)
-            continue
-        limit = config.data.eval_size if config.eval.problems is None else config.eval.problems
-        drawn = problems.held_out(min(limit, len(problems)))
-        found.append(Questions(name=s.name, problems=drawn, scorer=s.scorer))
-        print(f"{s.name}: {len(drawn)} of {len(problems)} problems, {file or s.hub}", flush=True)
+    found: list[Questions] = []
+    skipped: dict[str, str] = {}
+    with _remembering_that_it_is_offline() as remember:
+        for s in load_suite(name):
+            file = local_file(s, folder)
+            try:
+                problems = read_set(s, file, config.seed, template)
+            except DataError as error:
+                if file is not None:
+                    raise
+                remember(error)
+                skipped[s.name] = (
+                    f"the Hub does not give {s.hub} ({_reason(error)}); put {s.name}.jsonl into a "
+                    "folder for --suite_dir or OPSDC_DATA"
+                )
+                print(f"{s.name} left out: {skipped[s.name]}", file=sys.stderr, flush=True)
+                continue
+            limit = config.data.eval_size if config.eval.problems is None else config.eval.problems
+            drawn = problems.held_out(min(limit, len(problems)))
+            found.append(Questions(name=s.name, problems=drawn, scorer=s.scorer))
+            origin = file or s.hub
+            print(f"{s.name}: {len(drawn)} of {len(problems)} problems, {origin}", flush=True)
     if not found:
         raise DataError(f"--suite {name}: no set of it is here; see the lines above")
     return found, skipped
+
+
+@contextlib.contextmanager
+def _remembering_that_it_is_offline() -> Iterator[Callable[[DataError], None]]:
+    """Give a function that takes errors: after one of the network only the Hub's cache is asked.
+
+    Else each set would wait half a minute for a network that is not there.
+    """
+    import datasets
+
+    before = datasets.config.HF_HUB_OFFLINE
+
+    def remember(error: DataError) -> None:
+        if isinstance(error.__cause__, ConnectionError):
+            datasets.config.HF_HUB_OFFLINE = True
+
+    try:
+        yield remember
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _reason(error: BaseException) -> str:
     """Return the first words of what went wrong below an error."""
     cause = error.__cause__ or error
     text = " ".join(str(cause).split())
-    return f"{type(cause).__name__}: {text[:100]}{'…' if len(text) > 100 else ''}"
+    return f"{type(cause).__name__}: {text[:80]}{'…' if len(text) > 80 else ''}"
 
 
 def check_free(folder: Path) -> None:

@@ -25,7 +25,9 @@ def print_comparison(folder: Path) -> None:
         f"{settings['temperature']:g}"
     )
     if "suite" in summary:
-        print("\n".join([suite_table(summary), *summary["skipped"]]))
+        print(suite_table(summary))
+        if summary["skipped"]:
+            print(f"left out: {', '.join(summary['skipped'])}; summary.json says why")
     else:
         (results,) = summary["sets"]
         print(set_table(summary, results) + "\n")
@@ -87,7 +89,7 @@ def suite_table(summary: dict[str, Any]) -> str:
                 percent(compared[f"{lengths}_reduction"]) if compared else "",
                 difference,
             ))  # fmt: skip
-    return table(head, rows)
+    return table(head, rows, left=2)
 
 
 def _right(arm: dict[str, Any], problems: int) -> str:
