@@ -3,7 +3,7 @@ import pytest
 
 from opsdc.errors import DataError
 from opsdc.eval.answers import Answer, headline
-from opsdc.eval.compare import by_difficulty, by_length, compare
+from opsdc.eval.compare import by_difficulty, by_length, compare, in_characters, pass_at_1
 
 
 def answers(tokens, correct, samples=1, truncated=None):
@@ -208,3 +208,26 @@ def test_pass_rates_are_those_of_several_samples():
     arm = answers([9] * 3, [0, 1, 1])
     names = [row["bin"] for row in by_difficulty(measured, arm, arm)["pass_rate"]]
     assert names == ["base never right", "base sometimes right", "base always right"]
+
+
+def test_pass_at_1_is_the_mean_over_problems_with_an_interval():
+    rng = np.random.default_rng(3)
+    right = rng.random(400) < 0.3
+    found = pass_at_1(answers([9] * 400, right))
+    low, high = found["pass_at_1_ci95"]
+    assert found["pass_at_1"] == pytest.approx(right.mean())
+    assert high - low == pytest.approx(2 * 1.96 * (0.21 / 400) ** 0.5, rel=0.15)
+    # Four equal answers to each problem say no more.
+    assert pass_at_1(answers([9] * 1600, np.repeat(right, 4), samples=4)) == found
+    assert pass_at_1(answers([9], [None])) == {}
+
+
+def test_an_interval_where_all_are_wrong_or_right_is_the_exact_one():
+    """The interval of Clopper and Pearson; of 30 problems none, up to 11.6 %."""
+    assert pass_at_1(answers([9] * 30, [0] * 30))["pass_at_1_ci95"] == [0.0, 0.1157]
+    assert pass_at_1(answers([9] * 30, [1] * 30))["pass_at_1_ci95"] == [0.8843, 1.0]
+
+
+def test_characters_stand_in_for_tokens():
+    (empty,) = in_characters(answers([7], [1]))
+    assert empty.tokens == 1

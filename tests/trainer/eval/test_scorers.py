@@ -174,6 +174,26 @@ def test_algebra_is_for_math_verify_alone():
     assert not right(r"$\boxed{x-1}$", "x+1", "math_verify")
 
 
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        ("Answer: B", "B"),
+        ("**Answer:** (b)", "B"),
+        ("Answer: B. Paris", "B"),
+        ("so it is\nAnswer: option B", "B"),
+        (r"it is \boxed{\text{B}}", "B"),
+        (r"Answer: $\boxed{B}$", "B"),
+        ("Answer: C", "C"),
+        ("Answer: A or B", None),
+        ("Answer: A dog", None),
+        ("Answer: Berlin", None),
+        ("B", None),
+    ],
+)
+def test_the_letter_of_an_option(response, letter):
+    assert score(response, problem("B"), "letter") == Score(letter == "B", letter)
+
+
 def test_what_a_scorer_needs():
     for scorer in SCORERS:
         if scorer != "reasoning_gym":

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 from helpers.problems import written
 from helpers.tiny import byte_tokenizer, tiny_model
+from helpers.vllm_runs import needs_vllm, small_folder
 from tokenizers import AddedToken
 
 from opsdc.cli import main
@@ -287,3 +292,53 @@ def test_inspect_takes_the_folder_of_a_run(run, capsys):
     assert "give one" in capsys.readouterr().err
     assert main(["inspect", "nowhere"]) == 2
     assert "has no config.yaml" in capsys.readouterr().err
+
+
+def test_after_one_fault_of_the_network_no_set_waits_for_it(monkeypatch, tiny_folder, capsys):
+    import datasets
+
+    asked = []
+
+    def unreachable(*_, **__):
+        asked.append(datasets.config.HF_HUB_OFFLINE)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    assert main(["eval", str(tiny_folder), "--suite", "reasoning"]) == 2
+    assert asked == [False, *[True] * 7]
+    assert datasets.config.HF_HUB_OFFLINE is False
+    assert capsys.readouterr().err.count("left out") == 8
+
+
+def test_a_run_that_trained_an_adapter(run, adapter, tiny_folder, tmp_path, data, capsys):
+    config = OPSDCConfig.load(run / "config.yaml", {"model.lora": {}})
+    (run / "config.yaml").write_text(config.to_yaml())
+    shutil.rmtree(run / "model")
+    shutil.copytree(adapter, run / "model")
+    evaluated(run, adapter, "--data", data)
+    out = tmp_path / "evals" / "run-vs-adapter" / "eval"
+    of_run, of_adapter = (read_answers(out / f"{arm}.jsonl") for arm in "ab")
+    assert [a.text for a in of_run] == [a.text for a in of_adapter]
+    assert main(["inspect", str(run), "--rollout.max_new_tokens", "6"]) == 0
+    assert "log p student" in capsys.readouterr().out
+
+
+@pytest.mark.whole
+@needs_vllm
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+def test_two_models_one_after_the_other_in_vllm(engine, tmp_path_factory, tmp_path, data):
+    """In a process of its own, which vLLM changes; each push is proven by its probe."""
+    models = [
+        small_folder(tmp_path_factory, "llama", tied=True),
+        small_folder(tmp_path_factory, "qwen3", tied=False, head_dim=64),
+    ]
+    flags = ["--data", data, "--rollout.engine", engine, "--prompt.max_tokens", "128", *QUICK]
+    done = subprocess.run(
+        [sys.executable, "-m", "opsdc", "eval", *map(str, models), *flags, "--output_dir", "out"],
+        cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("rollouts: vLLM") == 2
+    assert [len(read_answers(tmp_path / f"out/eval/{arm}.jsonl")) for arm in "ab"] == [12, 12]
