@@ -79,9 +79,6 @@ def add_command(
     return parser
 
 
-# The commands. What is large is imported when a command runs, so that --help answers at once.
-
-
 def refuse_command(name: str, known: Iterable[str]) -> NoReturn:
     """Raise ConfigError for a command that there is not, with the one that was meant."""
     hint = meant(name, known) or f" (there are {', '.join(known)})"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
+"""Arms by their key in summary.json, with the title of their row."""
+
 FEWEST, TOO_FEW = 10, "too few problems for an interval"
 """Of fewer problems a bootstrap sees too little of what they might have been."""
 

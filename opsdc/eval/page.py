@@ -16,8 +16,8 @@ from opsdc.errors import ConfigError, DataError
 from opsdc.eval.arms import summary_of_run
 from opsdc.eval.cost import Rates, cost_rows, duration, seconds_by_phase
 from opsdc.eval.curves import Series, draw
-from opsdc.eval.figures import FEWEST, TOO_FEW, percent, points
-from opsdc.eval.shown import ARMS, SCALE, looks, problems
+from opsdc.eval.figures import ARMS, FEWEST, TOO_FEW, percent, points
+from opsdc.eval.shown import SCALE, looks, problems
 from opsdc.record.lines import read_lines
 
 _HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

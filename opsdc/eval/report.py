@@ -13,12 +13,9 @@ from opsdc.eval.answers import read_answers
 from opsdc.eval.arms import write_summary
 from opsdc.eval.best import candidates
 from opsdc.eval.card import write_card
-from opsdc.eval.figures import FEWEST, TOO_FEW, percent, points
+from opsdc.eval.figures import ARMS, FEWEST, TOO_FEW, percent, points
 from opsdc.eval.page import write_page
 from opsdc.eval.plots import plot_run
-
-_ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
-"""Arms by their key in summary.json, with the title of their row."""
 
 _SAMPLES = 3
 """Number of answers that are shown before and after."""
@@ -101,7 +98,7 @@ def _arms_table(summary: dict[str, Any]) -> str:
         "no answer found",
     )
     rows = []
-    for key, name in _ARMS.items():
+    for key, name in ARMS.items():
         arm = summary[key]
         rows.append((
             name,

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from opsdc.eval.answers import Answer, read_answers
+from opsdc.eval.figures import ARMS
 from opsdc.record.lines import read_lines
-
-ARMS = {"base": "base", "prompt_only": "base, told to be concise", "trained": "trained"}
-"""Arms by their key in summary.json, with the title of their row."""
 
 _PROBLEMS = 8
 """Number of held-out problems whose answers are shown."""
