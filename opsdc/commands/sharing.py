@@ -62,7 +62,10 @@ def _export(arguments: argparse.Namespace) -> int:
     moved = export_model(
         config.model, trained, target, merge=arguments.merge, dtype=arguments.dtype
     )
-    print(f"{target}: read back; log-probabilities moved by {moved:.1e} nats on average")
+    if moved is None:
+        print(f"{target}: the adapter as it is, in its own dtype; --merge makes one whole model")
+    else:
+        print(f"{target}: read back; log-probabilities moved by {moved:.1e} nats on average")
     return 0
 
 

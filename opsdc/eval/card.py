@@ -11,6 +11,7 @@ from opsdc.config.places import here
 from opsdc.config.settings import OPSDCConfig
 from opsdc.data.prompts import load_instruction
 from opsdc.data.sources import is_on_hub
+from opsdc.eval.figures import FEWEST, TOO_FEW, percent, points
 from opsdc.models import demo_model
 
 _TAGS = ["opsdc", "concise-reasoning", "self-distillation"]
@@ -21,6 +22,14 @@ from transformers import pipeline
 ask = pipeline("text-generation", model="PATH OR NAME OF THIS MODEL")
 ask([{"role": "user", "content": "What is 7 times 8?"}], max_new_tokens=256)
 ```"""
+
+
+_ANSWERS_DECIDE = {
+    "all": "There is no reward, and reference answers have no part in it.",
+    "correct": "Only right answers were learned from, as reference answers tell.",
+    "dial": "Wrong answers, as reference answers tell, pull back to the plain model.",
+}
+"""What `data.train_on` makes of reference answers."""
 
 
 def write_card(folder: Path, config: OPSDCConfig, summary: dict[str, Any]) -> Path:
@@ -99,13 +108,15 @@ def _body(name: str, base: str, config: OPSDCConfig, summary: dict[str, Any]) ->
         f", of which step {summary['kept_step']} was kept" if summary.get("kept_step") else ""
     )
     teacher = config.teacher.model or "the same model"
+    if here(teacher).is_dir():
+        teacher = here(teacher).resolve().name
     paragraphs = [
         f"# {name}",
         f"{base}, taught to answer as if it had been told to be concise, by on-policy "
         "self-distillation (OPSDC, [arXiv 2603.05433](https://arxiv.org/abs/2603.05433)): the "
         f"model answers a problem, {teacher}, given the instruction below, scores those very "
-        "tokens, and the reverse KL between the two is what is trained on. No reward and no "
-        "reference answer is used.",
+        "tokens, and the reverse KL between the two is what is trained on. "
+        + _ANSWERS_DECIDE[config.data.train_on],
         "The instruction, which is *not* needed any more:",
         "> " + " ".join(load_instruction(config.prompt.instruction).split()),
     ]
@@ -137,25 +148,24 @@ def _measured(summary: dict[str, Any]) -> list[str]:
     """Return the table of the three arms, and a sentence with intervals."""
     arms = (("base", "base"), ("base, told", "prompt_only"), ("this model", "trained"))
 
-    def percent(share: float | None) -> str:
-        return "–" if share is None else f"{100 * share:.1f} %"
-
     rows = "\n".join(
         f"| {title} | {summary[key]['tokens_mean']:.1f} | {percent(summary[key]['accuracy'])} | "
         f"{percent(summary[key]['truncated'])} |"
         for title, key in arms
     )
     compared = summary["compared_with_base"]["trained"]
-    low, high = (f"{100 * x:.0f}" for x in compared["token_reduction_ci95"])
+    few = compared["problems"] < FEWEST
+    low, high = map(percent, compared["token_reduction_ci95"])
+    interval = TOO_FEW if few else f"95 % interval {low} … {high}, paired over problems"
     text = (
-        f"{compared['problems']} held-out problems, the same for all three. Tokens against the "
-        f"base: −{100 * compared['token_reduction']:.0f} % (95 % interval {low} to {high} %)."
+        f"{compared['problems']} held-out problems, the same for all three. Tokens saved against "
+        f"the base: {percent(compared['token_reduction'])} ({interval})."
     )
     if "accuracy_difference" in compared:
-        low, high = (f"{100 * x:+.1f}" for x in compared["accuracy_difference_ci95"])
+        interval = TOO_FEW if few else points(*compared["accuracy_difference_ci95"])
         text += (
-            f" Right answers: {100 * compared['accuracy_difference']:+.1f} points "
-            f"({low} to {high}, paired over problems); {compared['kept']} right in both, "
-            f"{compared['lost']} lost, {compared['gained']} gained."
+            f" Right answers: {100 * compared['accuracy_difference']:+.1f} points ({interval}); "
+            f"{compared['kept']} right in both, {compared['lost']} lost, {compared['gained']} "
+            "gained."
         )
     return [f"| | mean tokens | right | cut off |\n|---|---|---|---|\n{rows}", text]

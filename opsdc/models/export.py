@@ -30,11 +30,11 @@ _MERGE_LIMIT = 1e-3
 @torch.no_grad()
 def export_model(
     config: ModelConfig, trained: Path, target: Path, *, merge: bool, dtype: str
-) -> float:
+) -> float | None:
     """Write a trained model to a new folder, read it back, and return what the cast has changed.
 
     That is the mean difference of log-probabilities on a short text, in nats. What is read back
-    must equal what was to be written, bit for bit.
+    must equal what was to be written, bit for bit. An adapter alone is copied as it is: None.
 
     Args:
         config: The settings of the run's model, whose base an adapter goes onto.
@@ -52,7 +52,7 @@ def export_model(
     adapter = (trained / "adapter_config.json").is_file()
     if adapter and not merge:
         shutil.copytree(trained, target, dirs_exist_ok=True)
-        return 0.0
+        return None
     model = load_trained(replace(config, quantize=None, dtype="float32"), trained).eval()
     tokenizer = AutoTokenizer.from_pretrained(trained)
     probe = torch.tensor([tokenizer.encode(_PROBE, add_special_tokens=False)])
@@ -74,7 +74,8 @@ def export_model(
     if (trained / "README.md").is_file():
         _copy_card(trained / "README.md", target / "README.md")
     again = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
-    wrong = [n for n, p in again.state_dict().items() if not p.equal(model.state_dict()[n])]
+    written = model.state_dict()
+    wrong = [name for name, t in again.state_dict().items() if not t.equal(written[name])]
     if wrong:
         raise ModelError(f"{target} holds other weights than were written: {wrong[0]} for one")
     return (_log_probabilities(again, probe) - truth).abs().mean().item()

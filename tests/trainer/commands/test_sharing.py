@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, pipeline
 from opsdc.cli import main
 from opsdc.config.settings import OPSDCConfig
 from opsdc.errors import ConfigError, ModelError
+from opsdc.eval.card import _measured
 from opsdc.models.export import export_model
 
 pytestmark = pytest.mark.whole
@@ -319,3 +320,23 @@ def test_the_help_of_both_teaches(capsys):
             [sys.executable, "-m", "opsdc", command, "--help"], capture_output=True, text=True
         )
         assert f"opsdc {command} runs/" in done.stdout
+
+
+def test_an_adapter_alone_is_copied_and_nothing_else_is_claimed(adapted, tmp_path, capsys):
+    out = tmp_path / "alone"
+    assert main(["export", str(adapted), "--output", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "the adapter as it is" in said
+    assert "read back" not in said
+    weights = "adapter_model.safetensors"
+    assert (out / weights).read_bytes() == (adapted / "model" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("saved", [0.4, -0.25])
+def test_a_card_gives_savings_their_own_sign_and_few_problems_no_interval(saved):
+    arm = {"tokens_mean": 10.0, "accuracy": 0.5, "truncated": 0.0}
+    compared = {"problems": 4, "token_reduction": saved, "token_reduction_ci95": [saved, saved]}
+    summary = dict.fromkeys(("base", "prompt_only", "trained"), arm)
+    summary["compared_with_base"] = {"trained": compared}
+    text = _measured(summary)[1]
+    assert f"saved against the base: {100 * saved:.1f} % (too few problems" in text
