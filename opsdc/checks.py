@@ -376,7 +376,7 @@ def before_first_step(
     )
     if not config.log.verbose:
         loud = [line for line in lines if line.startswith("dropout")]
-        lines = [*loud, f"{len(lines)} checks passed (-v lists them); {lines[-1]}"]
+        lines = [*loud, f"checks before step 1 passed (-v lists them); {lines[-1]}"]
     for line in [*ignored_settings(config), *lines, plots.no_picture()]:
         if line:
             print(line, flush=True)

@@ -114,6 +114,8 @@ def _train_with(config: OPSDCConfig, *, quiet: bool) -> int:
                     print(f"stopped by {signal} before the run began", flush=True)
                     return 0
                 summary = trainer.train()
+            if quiet and "stopped" in summary:
+                print(f"stopped by {summary['stopped']} after step {summary['steps']}", flush=True)
             if "stopped" not in summary and trainer.ranks.first:
                 report.print_report(Path(config.output_dir))
             trainer.sampler.close()

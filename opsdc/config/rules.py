@@ -26,7 +26,7 @@ def check_rollout(rollout: Any) -> None:
 def check_teacher(teacher: Any) -> None:
     """Raise ConfigError for a dial out of its range, and for another model that is to move."""
     if teacher.target is not None and not 0 <= teacher.dial <= teacher.dial_max:
-        rule = f"must be at least teacher.dial ({teacher.dial:g}), which is where it starts"
+        rule = f"must be at least teacher.dial ({teacher.dial:g})"
         _refuse("teacher.dial_max", rule, teacher.dial_max)
     if teacher.model is None:
         return

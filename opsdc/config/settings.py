@@ -210,7 +210,8 @@ class TeacherConfig:
     against_weight: Annotated[float, Field(gt=0, le=2)] = 0.5
     """How strongly teacher.against is subtracted."""
     target: Annotated[float | None, Field(gt=0, lt=1)] = None
-    """Share of the response tokens to save, held there: the dial then moves by itself."""
+    """Share of the response tokens to save, held there: the dial then moves by itself, from where
+    plain and told lengths put it, or from teacher.dial where that is not 1."""
     dial_max: Annotated[float, Field(gt=0, le=4)] = 2.0
     """The dial's largest value with teacher.target; its smallest is 0."""
     gate: Annotated[bool, UsedWith("teacher.mode", ("refresh",))] = False

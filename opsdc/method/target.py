@@ -120,5 +120,7 @@ class Dial:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's state."""
         if self._config.target is not None:
-            self.value, self._start, self._sum = state["value"], state["start"], state["sum"]
+            self.value, self._sum = state["value"], state["sum"]
+            # Checkpoints of earlier versions have none: theirs was the setting's.
+            self._start = state.get("start", self._config.dial)
             self._plain, self._mean_error = dict(state["plain"]), state["mean_error"]

@@ -67,6 +67,8 @@ def dry_run(config: OPSDCConfig, trainer: Callable[..., Any]) -> None:
     elif is_own:
         sets = prompted_sets(config, tokenizer, problems)
         print(f"\n{len(sets.training)} problems to train on, {len(sets.held_out)} held out")
+    else:
+        print(f"\n{len(problems[0])} problems to train on, {len(problems[2])} held out; no prompts")
     whose = "the model's own tokenizer" if is_own else "a tokenizer of bytes (no other is here)"
     shape = load_architecture(config.model)
     twin = twin_of(shape, tokenizer)

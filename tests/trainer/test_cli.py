@@ -70,7 +70,7 @@ def test_quiet_leaves_the_report_and_verbose_lists_the_checks(finished, tmp_path
     assert "step 1/" not in quiet.stdout + quiet.stderr
     assert "position/s" not in quiet.stderr
     assert "head: the model's own logits" in verbose.stdout
-    assert "checks passed" in finished[1]
+    assert "checks before step 1 passed" in finished[1]
     assert "head: the model's own logits" not in finished[1]
 
 
