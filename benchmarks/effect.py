@@ -1,7 +1,7 @@
 """What protects accuracy, and what shortens: arms of the demo's task by seeds, paired.
 
     python -m benchmarks.effect --quick             (minutes: two arms, one seed, a few steps)
-    python -m benchmarks.effect --save              (about 3 hours on two cores: the record)
+    python -m benchmarks.effect --save              (hours: the record)
     python -m benchmarks.effect_tables --write      (docs/effect.md and its plots)
 
 A cell is one arm with one seed, trained in a process of its own on one thread. Finished cells stay
