@@ -25,7 +25,7 @@ ask([{"role": "user", "content": "What is 7 times 8?"}], max_new_tokens=256)
 
 
 _ANSWERS_DECIDE = {
-    "all": "There is no reward, and reference answers have no part in it.",
+    "all": "There is no reward, and reference answers have no part in the loss.",
     "correct": "Only right answers were learned from, as reference answers tell.",
     "dial": "Wrong answers, as reference answers tell, pull back to the plain model.",
 }

@@ -17,3 +17,8 @@ def percent(share: float | None) -> str:
 def points(low: float, high: float) -> str:
     """Return the interval of a difference between shares, in percentage points."""
     return f"{100 * low:+.1f} … {100 * high:+.1f}"
+
+
+def p_value(p: float) -> str:
+    """Return a p-value with its sign; the summary has four places of it."""
+    return f"= {p:.2g}" if p else "< 0.0001"

@@ -16,7 +16,7 @@ from opsdc.errors import ConfigError, DataError
 from opsdc.eval.arms import summary_of_run
 from opsdc.eval.cost import Rates, cost_rows, duration, seconds_by_phase
 from opsdc.eval.curves import Series, draw
-from opsdc.eval.figures import ARMS, FEWEST, TOO_FEW, percent, points
+from opsdc.eval.figures import ARMS, FEWEST, TOO_FEW, p_value, percent, points
 from opsdc.eval.shown import SCALE, looks, problems
 from opsdc.record.lines import read_lines
 
@@ -249,8 +249,7 @@ def _differences(
             if not few:
                 row["detectable"] = f"{100 * found['accuracy_detectable']:.1f}"
                 p = found["mcnemar_p"]
-                # The summary has four places of it.
-                row["p"] = "–" if p is None else f"{p:.2g}" if p else "< 0.0001"
+                row["p"] = "–" if p is None else p_value(p).removeprefix("= ")
         rows.append(row)
     return rows
 

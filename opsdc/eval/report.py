@@ -13,7 +13,7 @@ from opsdc.eval.answers import read_answers
 from opsdc.eval.arms import write_summary
 from opsdc.eval.best import candidates
 from opsdc.eval.card import write_card
-from opsdc.eval.figures import ARMS, FEWEST, TOO_FEW, percent, points
+from opsdc.eval.figures import ARMS, FEWEST, TOO_FEW, p_value, percent, points
 from opsdc.eval.page import write_page
 from opsdc.eval.plots import plot_run
 
@@ -195,5 +195,5 @@ def accuracy_lines(name: str, compared: dict[str, Any]) -> list[str]:
         f"({interval})",
         f"  {compared['kept']} right in both, {compared['lost']} lost, "
         f"{compared['gained']} gained, {compared['still_wrong']} wrong in both"
-        + ("" if few or p is None else f", p = {p:.2g}"),
+        + ("" if few or p is None else f", p {p_value(p)}"),
     ]
