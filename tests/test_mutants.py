@@ -85,6 +85,7 @@ def small_tree(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.whole
 def test_a_run_kills_survives_and_goes_on(small_tree, capsys):
     mutants.main()
     shown = capsys.readouterr().out

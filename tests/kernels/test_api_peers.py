@@ -159,6 +159,7 @@ except (ValueError, ImportError) as error:
 """
 
 
+@pytest.mark.whole
 def test_import_and_use_without_triton_or_transformers():
     done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True)
     assert done.stdout.strip() == "works", done.stderr
@@ -174,6 +175,7 @@ print("works")
 """
 
 
+@pytest.mark.whole
 def test_triton_is_imported_only_when_asked_for():
     done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True)
     assert done.stdout.strip() == "works", done.stderr
@@ -203,6 +205,7 @@ print("agrees")
 """
 
 
+@pytest.mark.whole
 def test_a_second_opinion_of_ligers_kernel():
     """Its JSD in Triton, interpreted, where it is installed: value, dH and dW."""
     pytest.importorskip("liger_kernel")

@@ -64,6 +64,7 @@ def test_other_divergences(divergence, capsys):
     assert "naive" not in capsys.readouterr().out
 
 
+@pytest.mark.whole
 def test_help_teaches():
     done = subprocess.run(
         [sys.executable, "-m", "opsdc_kernels.verify", "--help"],

@@ -58,6 +58,7 @@ def node_of(tree, path):
 NAMES = tuple(flags())
 
 
+@pytest.mark.whole
 @MANY
 def test_malformed_configs(seed):
     """2,000: a wrong value, key or section in a good tree."""

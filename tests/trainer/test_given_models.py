@@ -60,6 +60,7 @@ def gpt2(**settings):
     return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, **settings))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("make", "rate"),
     [
@@ -108,6 +109,7 @@ def dynamic(switch):
     return tiny_model(max_position_embeddings=switch, rope_parameters=rope)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "make", [phi3, dynamic, lambda n: gpt2(n_positions=n)], ids=["longrope", "dynamic", "table"]
 )

@@ -252,6 +252,7 @@ def test_a_changed_teacher_is_named_when_a_run_goes_on(taught, tmp_path, capsys)
         OPSDCTrainer(None, alone).train()
 
 
+@pytest.mark.whole
 def test_the_command_line_trains_plans_and_looks(taught, tmp_path, monkeypatch, capsys):
     config = taught()
     file = tmp_path / "run.yaml"
@@ -279,6 +280,7 @@ def outcome_rows(config):
     return read_lines(Path(config.output_dir) / "metrics.jsonl")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("settings", "row"),
     [({"teacher.target": 0.5}, "dial"), ({"teacher.against": "Ramble on."}, "loss_nats")],

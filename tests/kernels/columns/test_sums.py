@@ -112,6 +112,7 @@ COMPILED = {
 }  # fmt: skip
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_mutant_is_killed(monkeypatch, tmp_path, name):
     mutate_c(monkeypatch, tmp_path, compiled, *COMPILED[name])

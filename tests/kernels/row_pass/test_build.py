@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.whole
 def test_without_a_compiler_torch_runs():
     """The same results within the budget, and the plan says why."""
     code = (

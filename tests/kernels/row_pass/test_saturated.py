@@ -11,6 +11,7 @@ from opsdc_kernels import maths
 from opsdc_kernels.row_pass import build, compiled, eager, exact, fast
 
 
+@pytest.mark.whole
 @pytest.mark.usefixtures("row_passes")
 def test_as_exact_as_fp32_allows():
     assert not failures(gradient_of_heads)

@@ -41,6 +41,7 @@ def counted(group, case, **options):
     return seen
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("targets", [False, True])
 def test_bytes_per_token(ranks, divergence, targets):
@@ -125,6 +126,7 @@ def autograd_contract(group, case):
     assert all(torch.equal(a, b) for a, b in zip(first, graph, strict=True))
 
 
+@pytest.mark.whole
 def test_autograd_contract_and_compile(ranks):
     ranks(autograd_contract, 2, case=make_case(1.0, 1e-3, shared=True))
 
@@ -203,6 +205,7 @@ def tensor_parallel(group, folder):
     return loss, gradients
 
 
+@pytest.mark.whole
 def test_composes_with_a_tensor_parallel_model(ranks, tmp_path):
     """Backbone and head by transformers' own plan: every gradient is that of the plain model."""
     pytest.importorskip("transformers.distributed")

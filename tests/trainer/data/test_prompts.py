@@ -63,6 +63,7 @@ ORDINARY = [
 ]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ids_of_ordinary_text_are_those_of_the_chat_template(chat, text):
     pair = build_prompts(user(text), chat, instruction=INSTRUCTION)

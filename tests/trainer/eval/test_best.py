@@ -85,6 +85,7 @@ def test_the_pareto_front(tmp_path):
     assert [row["step"] for row in rows(tmp_path, steps) if row["pareto"]] == [4, 8, 16]
 
 
+@pytest.mark.whole
 def test_a_run_leaves_its_best_step(make_config, tmp_path):
     """The tiny model is never right, so that no step has fallen and the shortest one wins."""
     config = make_config(

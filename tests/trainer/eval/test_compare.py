@@ -51,6 +51,7 @@ def test_reduction_is_of_the_means_and_its_interval_covers_the_truth():
     assert covered >= 34
 
 
+@pytest.mark.whole
 def test_detectable_difference_is_seen_four_times_in_five():
     """At a true difference of the printed size, the interval excludes 0 in ~80 % of samples."""
     rng = np.random.default_rng(1)

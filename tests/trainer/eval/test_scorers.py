@@ -295,6 +295,7 @@ def boxed_as(row: dict, answer: str) -> str:
     return head + box + tail.replace(content, answer, 1)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("scorer", ["math_verify", "boxed", "dual"])
 def test_gold_solutions_are_right(math500, scorer):
     wrong = [r["unique_id"] for r in math500 if not right(r["solution"], r["answer"], scorer)]
@@ -311,6 +312,7 @@ def test_gold_answer_lines_are_right(math500):
         assert wrong == []
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("scorer", ["math_verify", "boxed"])
 def test_perturbed_solutions_are_wrong(math500, scorer):
     counts: Counter[str] = Counter()
@@ -361,6 +363,7 @@ def test_loaded_solutions_keep_their_answer(math500, tmp_path):
 # --- hostile responses ----------------------------------------------------------------------------
 
 
+@pytest.mark.whole
 def test_an_endless_comparison_ends():
     """In C code no Python timer helps; the process is ended, and the next question is answered."""
     handler = signal.getsignal(signal.SIGALRM)

@@ -321,6 +321,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
         update(model, teacher, pairs(), Taken(model.parameters(), lr=1), layout(), config())
 
 
+@pytest.mark.whole
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_a_real_lack_of_memory_in_a_process_with_a_limit():
     """No injection: a limit on the address space that 16 sequences at once do not fit under."""

@@ -148,6 +148,7 @@ def test_code_in_a_model_folder_runs_only_where_the_user_says_so(tmp_path):
     assert marker.exists()
 
 
+@pytest.mark.whole
 def test_the_revision_of_a_hub_model_is_recorded(tmp_path):
     """From the hub's cache, which names a snapshot by its commit; no network."""
     commit = "0123456789abcdef0123456789abcdef01234567"

@@ -122,6 +122,7 @@ def settings_of_a_run(folder, problem_file, out, steps=4):
     }
 
 
+@pytest.mark.whole
 @needs_bitsandbytes
 def test_a_run_goes_on_bit_for_bit(folder, problem_file, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -26,6 +26,7 @@ def summed(missing, bucket_bytes):
     return {n: None if p.grad is None else p.grad.unique().tolist() for n, p in model.items()}
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("bucket_bytes", [1, 20, 1 << 28])
 @pytest.mark.parametrize("missing", MISSING, ids=str)
 def test_a_rank_without_a_gradient_is_part_of_the_sum(missing, bucket_bytes):

@@ -57,6 +57,7 @@ def test_a_tracker_that_cannot_start_ends_the_start(make_config, tracker, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("event", ["on_log", "on_evaluate", "on_save", "on_step_end"])
 def test_a_tracker_that_fails_later_is_left_out(
     make_config, tracker, monkeypatch, tmp_path, capsys, event

@@ -90,6 +90,7 @@ def test_keeps_the_newest_and_leaves_nothing_aside(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
+@pytest.mark.whole
 def test_every_damage_is_found_and_the_one_before_is_used(tmp_path, capsys):
     """300 flipped bits and 300 truncations in all files, each file missing, one too many."""
     good, _ = write(tmp_path, 1)

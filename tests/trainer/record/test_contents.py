@@ -112,6 +112,7 @@ EDITS = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("edit", EDITS, ids=lambda f: f.__name__)
 def test_other_contents_under_the_same_names_are_refused_by_name(
     make_config, mine, tmp_path, edit, capsys
@@ -174,6 +175,7 @@ def test_an_adapter_of_its_own_is_not_part_of_the_base(make_config, lora, tmp_pa
     assert len(losses(tmp_path / "run")) == 3
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "change", [{"optim.lr": 1e-4}, {"teacher.refresh_steps": 3}, {"eval.max_new_tokens": 5}]
 )
@@ -213,6 +215,7 @@ def other(kind):
     return MistralForCausalLM(MistralConfig(**sizes, sliding_window=64))
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("lora", [None, {"r": 2, "alpha": 4}])
 @pytest.mark.parametrize(
     ("first", "second"), [("qwen3", "granite"), ("llama", "granite"), ("llama", "mistral")]
@@ -301,6 +304,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_run_has_one_date(make_config, tmp_path, clock, kind):
     tokenizer = byte_tokenizer()

@@ -153,6 +153,7 @@ def run(make_config, tmp_path, **changes):
     return summary, rows, [p.name for p in checkpoint.listing(tmp_path / "run" / "checkpoints")]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("action", ["warn", "stop", "rollback"])
 def test_a_run_heeds_its_guards(make_config, tmp_path, monkeypatch, capsys, action):
     judge = guard.check_steps
@@ -177,6 +178,7 @@ def test_a_run_heeds_its_guards(make_config, tmp_path, monkeypatch, capsys, acti
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.whole
 def test_rolling_back_restores_weights_and_teacher(make_config, tmp_path, monkeypatch):
     whole = OPSDCTrainer(
         None,

@@ -213,6 +213,7 @@ def test_a_stop_waits_for_the_end_of_a_push_but_not_of_a_batch(start, model, mon
         sampler.generate(REQUESTS, PARAMS, label="test")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_end_in_a_named_error_within_twice_the_timeout(start, model, name):
     adversary, sampler = start(FAULTS[name])
