@@ -188,15 +188,17 @@ def chunk_rows(tokens: int, sizes: Sizes, workspace_bytes: int | None) -> int:
     return equal_rows(tokens, rows)
 
 
-def column_chunk_rows(tokens: int, sizes: Sizes, workspace_bytes: int | None) -> int:
-    """Rows per chunk where columns are left out, such that `column_scratch_bytes` fits the
-    workspace, or one."""
+def column_chunk_rows(
+    tokens: int, sizes: Sizes, workspace_bytes: int | None, most: int | None = None
+) -> int:
+    """Rows per chunk where columns are left out, `most` or fewer, such that `column_scratch_bytes`
+    fits the workspace, or one."""
     budget = default_workspace_bytes(sizes.device) if workspace_bytes is None else workspace_bytes
     heights = range(1, max(tokens, 1) + 1)
     rows = bisect_right(heights, budget, key=lambda rows: column_scratch_bytes(rows, sizes))
     rows = max(rows, 1)
     if sizes.device.type == "cpu":
-        rows = min(rows, CPU_COLUMN_CHUNK_ROWS)
+        rows = min(rows, most or CPU_COLUMN_CHUNK_ROWS)
     elif workspace_bytes is None:
         rows = max(rows, GPU_MINIMUM_CHUNK_ROWS)
     return equal_rows(tokens, rows)

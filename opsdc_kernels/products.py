@@ -116,9 +116,15 @@ def add_weight_gradient(
 
 
 def scatter_weight_gradient(
-    out_VD: Tensor, tile_CK: Tensor, hidden_CD: Tensor, kept_K: Tensor
-) -> None:
-    """Add out[kept] += tileᵀ · hidden, block by block."""
+    out_VD: Tensor,
+    tile_CK: Tensor,
+    hidden_CD: Tensor,
+    kept_K: Tensor,
+    square_K: Tensor | None = None,
+) -> Tensor | None:
+    """Add out[kept] += tileᵀ · hidden, block by block. Returns the sum of `square_K`·‖row‖² over
+    the rows that were added, where that is asked for."""
+    total = None if square_K is None else out_VD.new_zeros(())
     step = _rows_at_once(out_VD, out_VD.dtype)
     buffer = out_VD.new_empty(min(step, len(kept_K)), out_VD.shape[1])
     for start in range(0, len(kept_K), step):
@@ -126,6 +132,9 @@ def scatter_weight_gradient(
         block = buffer[: len(rows)]
         add_weight_gradient(block, tile_CK[:, start : start + step], hidden_CD, first=True)
         out_VD.index_add_(0, rows, block)
+        if square_K is not None:
+            total += torch.linalg.vecdot(block, block) @ square_K[start : start + step]
+    return total
 
 
 def mean_row(weight_VD: Tensor, dtype: torch.dtype, kept_K: Tensor | None = None) -> Tensor:

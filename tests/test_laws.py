@@ -222,8 +222,8 @@ def planted(tmp_path, files):
         ("opsdc_kernels/fused/op.py", "from opsdc_kernels import row_pass",
          "opsdc_kernels/row_pass/exact.py"),
         ("opsdc_kernels/row_pass/exact.py",
-         "if TYPE_CHECKING:\n    import opsdc_kernels.columns.kept",
-         "opsdc_kernels/columns/kept.py"),
+         "if TYPE_CHECKING:\n    import opsdc_kernels.columns.bounded",
+         "opsdc_kernels/columns/bounded.py"),
     ],
 )  # fmt: skip
 def test_an_arrow_up_or_sideways_is_seen(tmp_path, file, line, imported):

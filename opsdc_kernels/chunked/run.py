@@ -227,17 +227,19 @@ class Gradients:
         *,
         first: bool,
         columns: Tensor | None = None,
-    ) -> None:
+        square_K: Tensor | None = None,
+    ) -> Tensor | None:
         """Add what the logit gradients `scale_C1`·`dz_CK` of some tokens give; both tiles are
         overwritten. `first`: dW is not initialized. `columns`: those of the tile, None for all; a
-        bias gradient is of all."""
+        bias gradient is of all. Returns the sum of `square_K`·‖row‖² over what the rows `columns`
+        of dW were given, where that is asked for."""
         result, size = self.result, len(self.weight)
         if self.row_weight_N is not None:
             scale_C1 = scale_C1 * self.row_weight_N[tokens, None]
         if self.wanted.bias and result.bias_gradient is not None:
             result.bias_gradient[:size].addmv_(dz_CK.T, scale_C1.squeeze(1))
         if result.hidden_gradient is None and result.weight_gradient is None:
-            return
+            return None
         # dH: the tile as it is, scaled afterwards, in fp32.
         tile = products.rounded_tile(dz_CK, scratch_CK, self.tile_dtype)
         if tile.row_scale is not None:
@@ -259,4 +261,8 @@ class Gradients:
             if columns is None:
                 products.add_weight_gradient(out_VD, tile.values, operand_CD, first=first)
             else:
-                products.scatter_weight_gradient(out_VD, tile.values, operand_CD, columns)
+                square = products.scatter_weight_gradient(
+                    out_VD, tile.values, operand_CD, columns, square_K
+                )
+                return square if square is None or self.lift is None else square / self.lift**2
+        return None

@@ -9,7 +9,7 @@ from torch import Tensor, library
 
 from opsdc_kernels.chunked.op import RESULTS, fake_outputs, outputs, register_backward, row_weight
 from opsdc_kernels.chunked.run import run_chunks
-from opsdc_kernels.columns.kept import Realised, run_columns
+from opsdc_kernels.columns.bounded import Realised, run_bounded
 from opsdc_kernels.problem import SCHEMA, GradientsWanted, Problem, named
 
 
@@ -33,7 +33,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     call = (problem, wanted, row_weight(problem), problem.kept_tokens())
     with torch.autocast(problem.student_hidden.device.type, enabled=False):
         if wanted:
-            result, realised = run_columns(*call)
+            result, realised = run_bounded(*call)
         else:  # nothing that a tolerance of the gradients could save
             result = run_chunks(*call)
             realised = Realised.exact(result, gemm_units=2)

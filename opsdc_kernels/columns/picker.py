@@ -1,4 +1,4 @@
-"""The vocabulary columns that a chunk of `columns.kept` keeps: those above the largest cut whose
+"""The vocabulary columns that a chunk of `columns.bounded` keeps: those above the largest cut whose
 bound (`columns.bound`) is within the tolerance.
 
 The cut is chosen by a sample of the chunk's tokens, then held against all of them. The size of the

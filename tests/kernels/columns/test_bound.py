@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from opsdc_kernels import linear_divergence, testing
-from opsdc_kernels.columns import kept as columns
+from opsdc_kernels.columns import bounded as columns
 
 TOLERANCES = (1e-2, 1e-3, 1e-4)
 # Those of `test_api_accuracy`.

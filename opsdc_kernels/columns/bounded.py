@@ -11,33 +11,19 @@ Cost in head GEMMs: 1 + 3·(share of columns kept), with a frozen head 1 + 2·sh
 
 from __future__ import annotations
 
-import mmap
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from opsdc_kernels import plan, products
-from opsdc_kernels.chunked.run import (
-    Gradients,
-    Result,
-    Tokens,
-    chunk_of,
-    other_logits_into,
-    run_chunks,
-    run_rows,
-    student_logits_into,
-    token_count,
-)
+from opsdc_kernels.chunked.run import Result, Tokens
 from opsdc_kernels.columns.bound import SLACK, cuts_of, sums_at_cuts
+from opsdc_kernels.columns.chunks import DENSE_SHARE, Chunks, Following, count
 from opsdc_kernels.columns.picker import TINY, ColumnPicker, Dropped, restricted
 from opsdc_kernels.columns.sums import StudentSums, probabilities_
 from opsdc_kernels.problem import GradientsWanted, Problem, Stat
-from opsdc_kernels.row_pass.choose import choose
 
-DENSE_SHARE = 0.45
-"""From this share of columns on, gathering costs more than it saves. At most ½: the second logit
-buffer holds the columns of student and teacher."""
 LOOK_ROWS = 16
 """Tokens, spread over a call, that are looked at first: a call whose every chunk would turn out
 dense goes to `chunked` before anything is spent on it."""
@@ -83,7 +69,7 @@ class Realised(NamedTuple):
         return bool((hidden <= tolerance) & (weight <= tolerance))
 
 
-def run_columns(
+def run_bounded(
     problem: Problem,
     wanted: GradientsWanted,
     row_weight_N: Tensor | None,
@@ -91,119 +77,47 @@ def run_columns(
     *,
     ahead: bool | None = None,
 ) -> tuple[Result, Realised]:
-    """One pass over the tokens `kept_K` (None: all); the first four as of `chunked.run_chunks`.
-
-    `ahead`: the student's logits of the next chunk are on their way before the host waits for this
-    one's columns (None: on a GPU); takes a third buffer.
-    """
-    if ahead is None:
-        ahead = problem.student_hidden.is_cuda
+    """One pass over the tokens `kept_K` (None: all); the first four as of `chunked.run_chunks`,
+    `ahead` as of `Chunks.run`."""
     assert problem.options.skip_tolerance is not None
-    run = _Pass(problem, wanted, row_weight_N, kept_K)
-    result, realised = run.over_chunks(ahead)
-    if realised.holds(problem.options.skip_tolerance):
-        return result, realised
-    return run.all_columns()
+    run = _Bounded(Chunks(problem, wanted, row_weight_N, kept_K))
+    if not run.looks_dense():
+        chunk = run.exact_chunk if problem.options.exact_value else run.chunk
+        result = run.chunks.run(chunk, ahead)
+        realised = run.realised(result)
+        if realised.holds(problem.options.skip_tolerance):
+            return result, realised
+    result = run.chunks.all_columns()
+    return result, Realised.exact(result, run.chunks.units / max(run.chunks.count, 1))
 
 
-class _Pass:
-    """The chunks of a pass, and what they share and add to."""
+class _Bounded:
+    """The choice of columns, chunk by chunk, and the bounds of the errors so far."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        wanted: GradientsWanted,
-        row_weight_N: Tensor | None,
-        kept_K: Tensor | None,
-    ) -> None:
-        self.problem, self.wanted = problem, wanted
-        self.row_weight_N, self.kept_K = row_weight_N, kept_K
-        self.count, self.size = token_count(problem, kept_K), problem.vocab_size
-        self.row_pass = choose(problem.student_hidden.device, problem.dtype)
-        sizes = plan.Sizes.of(problem, self.row_pass)
-        self.height = plan.column_chunk_rows(self.count, sizes, problem.options.workspace_bytes)
-        chunks = -(-self.count // self.height)
-        self.picker = ColumnPicker(problem, wanted, self.row_pass, row_weight_N, chunks)
-        # Bounds of the errors so far, and what was kept and spent, summed over the tokens.
-        new = problem.student_weight.new_zeros(0, dtype=problem.dtype)
-        self.token_error_N = new.new_zeros(len(problem.student_hidden))
-        self.divergence_error_N = torch.zeros_like(self.token_error_N)
-        self.weight_error_V = new.new_zeros(self.size)
-        self.kept_columns = self.units = 0.0
-        self.backward_units = wanted.hidden + wanted.weight
-        self.choosing_units = 1 + (1 + self.backward_units) / plan.PILOT_PARTS
-        # What comes with dW: rows that may not be 0, and whether it was written to at all.
-        self.touched_V = torch.zeros_like(self.weight_error_V, dtype=torch.bool)
-        self.weight_written = self.dense = False
-
-    def over_chunks(self, ahead: bool) -> tuple[Result, Realised]:
-        """Run chunk after chunk, until one is dense."""
-        problem = self.problem
-        looks = self.count >= LOOK_LEAST and self.height > 1  # at two halves of some tokens
-        if looks and self._looks_dense():
-            return self.all_columns()
-        self.result = Result.empty(problem, self.wanted._replace(weight=False))
-        if self.wanted.weight:
-            self.result.weight_gradient = untouched_zeros(problem.student_weight, problem.dtype)
-        products_wanted = self.wanted._replace(bias=False)
-        self.gradients = Gradients(
-            problem, products_wanted, self.result, self.row_weight_N, self.kept_K
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks, self.problem = chunks, chunks.problem
+        self.picker = ColumnPicker(
+            self.problem, chunks.wanted, chunks.row_pass, chunks.row_weight_N, chunks.chunk_count
         )
-        starts = range(0, self.count, self.height)
-        chunks = [self._tokens(i, i + self.height) for i in starts]
-        spare, *logits = self._empty_logits(2 + ahead, min(self.height, self.count))
-        for i, tokens in enumerate(chunks):
-            if self.dense:  # once dense, always: what a choice costs would be lost again
-                self._all_of_the_rest(starts[i])
-                break
-            here, there = (logits[j % len(logits)] for j in (i, i + 1))
-            if i == 0 or not ahead:
-                self._student_logits(tokens, here)
-            following = (chunks[i + 1], there) if ahead and i + 1 < len(chunks) else None
-            rows = _count(tokens)
-            chunk = self._exact_chunk if problem.options.exact_value else self._chunk
-            chunk(tokens, here[:rows], spare[:rows], following)
-        else:
-            self.gradients.undo_lift_()
-        return self.result, self._realised()
+        new = self.problem.student_weight.new_zeros(0, dtype=self.problem.dtype)
+        self.token_error_N = new.new_zeros(len(self.problem.student_hidden))
+        self.divergence_error_N = torch.zeros_like(self.token_error_N)
+        self.weight_error_V = new.new_zeros(chunks.size)
+        self.choosing_units = 1 + (1 + chunks.backward_units) / plan.PILOT_PARTS
 
-    def all_columns(self) -> tuple[Result, Realised]:
-        """Start again, and leave out none."""
-        result = run_chunks(self.problem, self.wanted, self.row_weight_N, self.kept_K)
-        units = 2 + self.backward_units + self.units / max(self.count, 1)
-        return result, Realised.exact(result, gemm_units=units)
-
-    def _all_of_the_rest(self, start: int) -> None:
-        """Run what is left with all columns."""
-        self.gradients.undo_lift_()
-        rest = self._tokens(start, self.count)
-        if isinstance(rest, slice):
-            rest = torch.arange(start, self.count, device=self.touched_V.device)
-        run_chunks(self.problem, self.wanted, self.row_weight_N, rest, onto=self.result)
-        self.touched_V.fill_(True)
-        self.units += len(rest) * (2 + self.backward_units)
-        self.kept_columns += len(rest)
-
-    def _tokens(self, start: int, stop: int) -> Tokens:
-        return chunk_of(self.kept_K, start, min(stop, self.count))
-
-    def _empty_logits(self, count: int, rows: int) -> Tensor:
-        weight, dtype = self.problem.student_weight, self.problem.dtype
-        return products.empty_logits(weight, count, rows, self.size, dtype, self.row_pass.layout)
-
-    def _student_logits(self, tokens: Tokens, out_CV: Tensor) -> None:
-        student_logits_into(out_CV[: _count(tokens)], self.problem, tokens)
-
-    def _looks_dense(self) -> bool:
+    def looks_dense(self) -> bool:
         """True where so many columns would be kept, going by some tokens of all chunks."""
+        chunks = self.chunks
+        if chunks.count < LOOK_LEAST or chunks.height < 2:  # no two halves of some tokens
+            return False
         # The tokens: spread over the call, in two halves that are spread alike.
-        rows = min(LOOK_ROWS, self.height)
-        places = torch.arange(rows, device=self.touched_V.device) * (self.count // rows)
+        rows = min(LOOK_ROWS, chunks.height)
+        places = torch.arange(rows, device=chunks.touched_V.device) * (chunks.count // rows)
         places = torch.cat([places[::2], places[1::2]])
-        tokens = places if self.kept_K is None else self.kept_K[places]
+        tokens = places if chunks.kept_K is None else chunks.kept_K[places]
         # What they would keep if they were a chunk.
-        (x_CV,) = self._empty_logits(1, rows)
-        self._student_logits(tokens, x_CV)
+        (x_CV,) = chunks.empty_logits(1, rows)
+        chunks.student_logits(tokens, x_CV)
         weights = self.picker.weights(tokens)
         student = self.picker.student(x_CV, weights)
         cut_V, chosen, _ = self.picker.cut(tokens, x_CV, weights, student)
@@ -213,43 +127,33 @@ class _Pass:
         q_CV = probabilities_(self.problem, x_CV, student.lse_C)
         first, second = (q_CV[half].amax(0) > smallest for half in halves)
         both, once = (first & second).sum(), (first ^ second).sum()
-        share = _more(once, both, 2 * self.height / rows) / self.size
-        self.units += rows * self.choosing_units
+        share = _more(once, both, 2 * chunks.height / rows) / chunks.size
+        chunks.units += rows * self.choosing_units
         return bool(share > LOOK_SHARE)
 
-    def _chunk(
-        self,
-        tokens: Tokens,
-        x_CV: Tensor,
-        spare_CV: Tensor,
-        following: tuple[Tokens, Tensor] | None,
+    def chunk(
+        self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor, following: Following
     ) -> None:
         """The student's logits in `x_CV`; the columns that matter from there on."""
         weights = self.picker.weights(tokens)
         student = self.picker.student(x_CV, weights)
         cut_V, chosen, budget = self.picker.cut(tokens, x_CV, weights, student)
-        self.units += _count(tokens) * self.choosing_units
+        self.chunks.units += count(tokens) * self.choosing_units
         for _ in range(ATTEMPTS):
             dropped = self.picker.dropped(x_CV, cut_V > chosen, weights, student, budget)
             if following is not None:
-                self._student_logits(*following)
+                self.chunks.student_logits(*following)
                 following = None
             if dropped.within:
                 break
             chosen = chosen - 1
         columns = dropped.keeps_V.nonzero().squeeze(1)
-        self.dense = not dropped.within or len(columns) > DENSE_SHARE * self.size
-        if self.dense:
-            scale_C1 = self._all_rows(tokens, x_CV, spare_CV)
+        self.chunks.dense = not dropped.within or len(columns) > DENSE_SHARE * self.chunks.size
+        if self.chunks.dense:
+            scale_C1 = self.chunks.all_rows(tokens, x_CV, spare_CV)
             self._multiply_back(tokens, x_CV, spare_CV, scale_C1, None)
         else:
             self._sparse(tokens, x_CV, spare_CV, dropped, columns, student)
-
-    def _all_rows(self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor) -> Tensor:
-        """dZ of all columns replaces `x_CV`, up to the factor returned [C, 1]."""
-        other_logits_into(spare_CV, self.problem, tokens)
-        self.units += _count(tokens)
-        return run_rows(self.row_pass, x_CV, spare_CV, self.problem, tokens, True, self.result)
 
     def _sparse(
         self,
@@ -261,7 +165,8 @@ class _Pass:
         student: StudentSums,
     ) -> None:
         """A chunk of these columns: the teacher's logits, dZ, values and gradients."""
-        part, values = restricted(self.problem, columns), self.result.values
+        result = self.chunks.result
+        part, values = restricted(self.problem, columns), result.values
         # The kept columns of the student's products; q over all columns, for the bound of dW.
         dz_CK, other_CK = products.two_tiles(spare_CV, len(columns))
         products.select_columns(x_CV, columns, dz_CK)
@@ -273,8 +178,8 @@ class _Pass:
         some_CK = q_CK[:, ::step].clone()
 
         # dZ and values of the distributions over the kept columns.
-        scale_C1 = self.picker.gradient_rows(part, dz_CK, other_CK, tokens, columns, self.result)
-        self.units += _count(tokens) * len(columns) / self.size
+        scale_C1 = self.picker.gradient_rows(part, dz_CK, other_CK, tokens, columns, result)
+        self.chunks.units += count(tokens) * len(columns) / self.chunks.size
 
         # From there to all columns: KL(q‖p) is at least (1 − Q)·KL of the kept ones, and the
         # student's own statistics are known.
@@ -292,16 +197,12 @@ class _Pass:
             values[Stat.STUDENT_ENTROPY, tokens] = student.entropy_C
         self._multiply_back(tokens, dz_CK, other_CK, scale_C1 * (1 - mass_C)[:, None], columns)
 
-    def _exact_chunk(
-        self,
-        tokens: Tokens,
-        x_CV: Tensor,
-        spare_CV: Tensor,
-        following: tuple[Tokens, Tensor] | None,
+    def exact_chunk(
+        self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor, following: Following
     ) -> None:
         """All columns up to dZ, the columns that matter in the gradient GEMMs. dZ is known, so
         ‖Σ_D dZ·W_v‖ ≤ Σ_D |dZ|·‖W_v‖, and nothing shifts."""
-        scale_C1 = self._all_rows(tokens, x_CV, spare_CV)
+        scale_C1 = self.chunks.all_rows(tokens, x_CV, spare_CV)
         weights = self.picker.weights(tokens)
         # Columns go in the order of their largest |dZ|; the pilot of the largest stays.
         size_CV = torch.mul(x_CV, scale_C1, out=spare_CV).abs_()
@@ -309,7 +210,7 @@ class _Pass:
         pilot = self.picker.pilot(peak_V)
         cut_V = cuts_of(peak_V, pilot)
         # The errors at every cut J, and the largest cut that the pilot's gradient allows.
-        weight = self.problem.student_weight.detach()[: self.size]
+        weight = self.problem.student_weight.detach()[: self.chunks.size]
         norm_V = torch.linalg.vector_norm(weight, dim=1, dtype=self.problem.dtype)
         hidden_CJ = sums_at_cuts(size_CV, cut_V, norm_V)[1] * SLACK * weights.size_C[:, None]
         outer_V = weights.reach_C @ size_CV
@@ -320,12 +221,12 @@ class _Pass:
         cut = self.picker.largest_cut(cut_V, square_J, outer_V, none_J, budget)
         keeps_V = cut_V > cut
         if following is not None:
-            self._student_logits(*following)
+            self.chunks.student_logits(*following)
         columns = keeps_V.nonzero().squeeze(1)
-        self.units += _count(tokens) * (1 + self.backward_units / plan.PILOT_PARTS)
+        self.chunks.units += count(tokens) * (1 + self.chunks.backward_units / plan.PILOT_PARTS)
         # The gradient GEMMs, with all columns where few would go.
-        self.dense = len(columns) > DENSE_SHARE * self.size
-        if self.dense:
+        self.chunks.dense = len(columns) > DENSE_SHARE * self.chunks.size
+        if self.chunks.dense:
             self._multiply_back(tokens, x_CV, spare_CV, scale_C1, None)
             return
         self.token_error_N[tokens] = hidden_CJ.gather(1, cut.expand(len(x_CV), 1)).squeeze(1)
@@ -343,60 +244,25 @@ class _Pass:
         columns: Tensor | None,
     ) -> None:
         """Add the gradients of a tile; `columns` None: of all."""
-        share = 1.0 if columns is None else len(columns) / self.size
-        self.kept_columns += _count(tokens) * share
-        self.units += _count(tokens) * self.backward_units * share
-        if self.result.bias_gradient is not None:
-            scale_C = scale_C1.squeeze(1)
-            if self.row_weight_N is not None:
-                scale_C = scale_C * self.row_weight_N[tokens]
-            bias_K = dz_CK.T @ scale_C
-            if columns is None:
-                self.result.bias_gradient[: self.size] += bias_K
-            else:
-                self.result.bias_gradient.index_add_(0, columns, bias_K)
-        self.gradients.add(
-            tokens, dz_CK, scratch_CK, scale_C1, first=not self.weight_written, columns=columns
-        )
-        if self.backward_units:
-            self.weight_written = True
-            self.touched_V[slice(None) if columns is None else columns] = True
-        if self.result.hidden_gradient is not None:
-            gradient_CD = self.result.hidden_gradient[tokens]
+        self.chunks.multiply_back(tokens, dz_CK, scratch_CK, scale_C1, columns)
+        if self.chunks.result.hidden_gradient is not None:
+            gradient_CD = self.chunks.result.hidden_gradient[tokens]
             self.picker.used(gradient_CD.norm(), self.token_error_N[tokens].norm())
 
-    def _realised(self) -> Realised:
-        result, error_N, tokens = self.result, self.token_error_N, max(self.count, 1)
+    def realised(self, result: Result) -> Realised:
+        chunks, error_N, tokens = self.chunks, self.token_error_N, max(self.chunks.count, 1)
         size_N = torch.zeros_like(error_N)
         if result.hidden_gradient is not None:
             size_N = torch.linalg.vector_norm(result.hidden_gradient, dim=1)
-        norms = [] if result.bias_gradient is None else [result.bias_gradient.norm()]
-        if result.weight_gradient is not None and self.kept_columns < self.count:
-            touched = self.touched_V.nonzero().squeeze(1)
-            blocks = products.row_blocks(result.weight_gradient, error_N.dtype, touched)
-            norms += [block.norm() for _, block in blocks]
-        size = torch.stack(norms).norm() if norms else error_N.new_zeros(())
+        size = chunks.weight_gradient_norm()
         return Realised(
             gradient_error_bound=_relative(error_N, size_N),
             divergence_error=self.divergence_error_N,
             hidden_gradient_bound=_relative(error_N.norm(), size_N.norm()),
             weight_gradient_bound=_relative(self.weight_error_V.norm(), size),
-            kept_share=torch.full_like(size, self.kept_columns / tokens),
-            gemm_units=torch.full_like(size, self.units / tokens),
+            kept_share=torch.full_like(size, chunks.kept_columns / tokens),
+            gemm_units=torch.full_like(size, chunks.units / tokens),
         )
-
-
-def untouched_zeros(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros of the weight's shape. A CPU's come as the system's pages of zeros, which take neither
-    time nor memory before they are written to: most of dW never is."""
-    if weight_VD.device.type != "cpu" or not weight_VD.numel():
-        return torch.zeros_like(weight_VD, dtype=dtype, memory_format=torch.contiguous_format)
-    pages = mmap.mmap(-1, weight_VD.numel() * dtype.itemsize)
-    return torch.frombuffer(pages, dtype=dtype).view(weight_VD.shape)
-
-
-def _count(tokens: Tokens) -> int:
-    return tokens.stop - tokens.start if isinstance(tokens, slice) else len(tokens)
 
 
 def _relative(error: Tensor, size: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from helpers.kernels import make_problem, sizes_of
 from opsdc_kernels import linear_divergence, plan, testing
 from opsdc_kernels.chunked.run import run_chunks
 from opsdc_kernels.columns import bound as column_bound
-from opsdc_kernels.columns import kept as columns
+from opsdc_kernels.columns import bounded as columns
 from opsdc_kernels.columns import picker as column_choice
-from opsdc_kernels.columns.kept import run_columns
+from opsdc_kernels.columns.bounded import run_bounded
 from opsdc_kernels.memory import PeakMemory
 from opsdc_kernels.problem import GradientsWanted
 from opsdc_kernels.testing import Case
@@ -165,7 +165,7 @@ def test_frozen_head_and_units():
         (GradientsWanted(True, True, False), 3),
     ):
         problem = problem_of(case)
-        _, found = run_columns(problem, needs, None, None)
+        _, found = run_bounded(problem, needs, None, None)
         share = float(found.kept_share)
         assert share < 0.2
         assert 1 + backward * share <= float(found.gemm_units) < 1 + backward * (share + 0.04)
@@ -184,7 +184,7 @@ def test_the_next_chunks_logits_ahead_change_nothing(exact_value):
     kept = torch.arange(0, N, 2)
     for rows in (None, kept):
         found = [
-            run_columns(problem, GradientsWanted(True, True, False), None, rows, ahead=ahead)
+            run_bounded(problem, GradientsWanted(True, True, False), None, rows, ahead=ahead)
             for ahead in (False, True)
         ]  # fmt: skip
         (a, bound_a), (b, bound_b) = found
@@ -198,7 +198,7 @@ def test_flat_rows_take_every_column_and_are_exact():
     case = testing.make_case(tokens=128, dim=32, vocab_size=2000, entropy=6.0, kl=1e-2)
     problem, needs = problem_of(case), GradientsWanted(True, True, False)
     exact = run_chunks(problem, needs, None, None)
-    got, found = run_columns(problem, needs, None, None)
+    got, found = run_bounded(problem, needs, None, None)
     assert float(found.kept_share) == 1
     assert float(found.hidden_gradient_bound) == float(found.weight_gradient_bound) == 0
     assert float(found.gemm_units) < 4.05
@@ -267,13 +267,13 @@ def test_chunks_whose_gradients_cancel_are_done_again_with_all_columns(monkeypat
     )  # fmt: skip
     problem = problem_of(case, skip_tolerance=1e-2)
     needs = GradientsWanted(True, True, False)
-    got, found = run_columns(problem, needs, None, None)
+    got, found = run_bounded(problem, needs, None, None)
     assert float(found.weight_gradient_bound) == float(found.hidden_gradient_bound) == 0
     assert float(found.kept_share) == 1
     assert float(found.gemm_units) > 5
     exact = run_chunks(problem, needs, None, None)
     torch.testing.assert_close(got.weight_gradient, exact.weight_gradient)
-    _, kept = run_columns(problem_of(half, skip_tolerance=1e-2), needs, None, None)
+    _, kept = run_bounded(problem_of(half, skip_tolerance=1e-2), needs, None, None)
     assert float(kept.kept_share) < 0.5
 
 
@@ -291,7 +291,7 @@ def test_a_look_hands_a_flat_call_over(tokens):
     case = Case(case.student_hidden.repeat(10, 1)[:tokens], case.student_weight,
                 case.teacher_hidden.repeat(10, 1)[:tokens], None)  # fmt: skip
     problem, needs = problem_of(case), GradientsWanted(True, True, False)
-    got, found = run_columns(problem, needs, None, None)
+    got, found = run_bounded(problem, needs, None, None)
     exact = run_chunks(problem, needs, None, None)
     assert float(found.gemm_units) < 4 + 1.2 * columns.LOOK_ROWS / tokens
     for name in ("per_token", "hidden_gradient", "weight_gradient"):
@@ -307,7 +307,7 @@ def test_a_workspace_of_a_row_or_two(monkeypatch, height):
     needs = GradientsWanted(True, True, False)
     if height > 1:
         monkeypatch.setattr(columns.plan, "column_chunk_rows", lambda *_: height)
-    got, found = run_columns(problem, needs, None, None)
+    got, found = run_bounded(problem, needs, None, None)
     exact = run_chunks(problem, needs, None, None)
     assert float(found.hidden_gradient_bound) <= 1e-2
     for name in ("hidden_gradient", "weight_gradient"):
@@ -328,7 +328,7 @@ def test_chunks_after_a_dense_one_are_dense(monkeypatch, kept, dtype):
     problem = problem_of(case, skip_tolerance=1e-2, student_bias=torch.zeros(V, dtype=dtype))
     needs = GradientsWanted(True, True, True)
     monkeypatch.setattr(columns.plan, "column_chunk_rows", lambda *_: 50)
-    got, found = run_columns(problem, needs, None, kept)
+    got, found = run_bounded(problem, needs, None, kept)
     exact = run_chunks(problem, needs, None, kept)
     assert 0.6 < float(found.kept_share) < 0.95
     for name in ("hidden_gradient", "weight_gradient", "bias_gradient"):
