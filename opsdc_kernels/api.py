@@ -33,17 +33,24 @@ class DivergenceStats:
     """Log-probability of `target_ids`, where given."""
     teacher_logprob: Tensor | None = None
     gradient_error_bound: Tensor | None = None
-    """With `skip_tolerance`, as all that follow. Per token: the columns left out make an error of
+    """Of bounded columns, as the two other bounds. Per token: the columns left out make an error of
     its row of dH of at most this, relative to the exact row (∞ where nothing can be said)."""
     divergence_error: Tensor | None = None
-    """Nats that `divergence`, then a lower bound, may lack: an estimate, no bound. 0 where it is
-    exact."""
+    """Of bounded columns: nats that `divergence`, then a lower bound, may lack, by an estimate. Of
+    unbiased ones: its standard error. 0 where it is exact."""
     hidden_gradient_bound: Tensor | None = None
     """Bound of ‖error of dH‖ / ‖exact dH‖ (Frobenius) of Σ w·d, 0-dim."""
     weight_gradient_bound: Tensor | None = None
     """The same of dW, together with db, 0-dim."""
+    gradient_error: Tensor | None = None
+    """Of unbiased columns, as the two following. Per token: the standard error of its row of dH,
+    relative to the row; all three are estimated from the draw."""
+    hidden_gradient_error: Tensor | None = None
+    """The same of dH as a whole (Frobenius), 0-dim."""
+    weight_gradient_error: Tensor | None = None
+    """The same of dW, together with db, 0-dim."""
     kept_share: Tensor | None = None
-    """Share of the vocabulary columns that were kept, mean over the tokens, 0-dim."""
+    """With columns left out, the share that was kept or drawn, mean over the tokens, 0-dim."""
     gemm_units: Tensor | None = None
     """Head GEMMs of the call, 0-dim."""
 
@@ -68,7 +75,9 @@ def linear_divergence(
     process_group: Any = None,
     backend: str = "auto",
     vocab_size: int | None = None,
+    columns: str | None = None,
     skip_tolerance: float | None = None,
+    seed: int = 0,
     exact_value: bool = False,
     workspace_bytes: int | None = None,
 ) -> Any:
@@ -140,15 +149,16 @@ def linear_divergence(
         backend,
         divergence=divergence, beta=beta, temperature=temperature, logit_scale=logit_scale,
         logit_softcap=logit_softcap, vocab_size=vocab_size, reduction=reduction,
-        return_stats=return_stats, process_group=process_group, skip_tolerance=skip_tolerance,
-        exact_value=exact_value, workspace_bytes=workspace_bytes,
+        return_stats=return_stats, process_group=process_group, columns=columns,
+        skip_tolerance=skip_tolerance, seed=seed, exact_value=exact_value,
+        workspace_bytes=workspace_bytes,
     )  # fmt: skip
     problem = check.problem(
         backend, options, process_group, student_hidden, student_weight, teacher_hidden,
         teacher_weight, student_bias, teacher_bias, token_weight, target_ids,
     )  # fmt: skip
     backend = plan.AUTO[0] if backend == "auto" else backend
-    if skip_tolerance is not None:
+    if options.columns != "exact":
         loss, statistics = columns_divergence(problem)
     elif backend == "reference":
         loss, statistics = reference_divergence(problem)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from opsdc_kernels import plan
-from opsdc_kernels.problem import DIVERGENCES, Options, Problem, statistics_dtype
+from opsdc_kernels.problem import COLUMNS, DIVERGENCES, Options, Problem, statistics_dtype
 from opsdc_kernels.row_pass.choose import choose
 from opsdc_kernels.transforms import differentiated
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", "chunked", "fused", "reference")
+TARGET = 1e-2
+"""The relative standard error that unbiased columns aim at where no other is asked for."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -24,15 +26,16 @@ def options(backend: str, **given: Any) -> Options:
     """Everything that is given beside tensors, with pairs resolved."""
     for name in ("beta", "temperature", "logit_scale", "logit_softcap"):
         _check_constant(name, given[name])
-    scale, softcap, tolerance = (
-        given[name] for name in ("logit_scale", "logit_softcap", "skip_tolerance")
-    )
+    scale, softcap = given["logit_scale"], given["logit_softcap"]
+    columns, tolerance = _columns(given["columns"], given["skip_tolerance"])
     resolved = {
         "beta": float(given["beta"]),
         "temperature": float(given["temperature"]),
         "logit_scale": _pair("logit_scale", scale),
         "logit_softcap": _pair("logit_softcap", softcap),
-        "skip_tolerance": None if tolerance is None else float(tolerance),
+        "columns": columns,
+        "skip_tolerance": tolerance,
+        "seed": _seed(given["seed"]),
         "process_group": _group(given["process_group"], backend),
     }
     checked = Options(**{**given, **resolved})
@@ -122,35 +125,65 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
     return student, teacher
 
 
-def _check_skip(options: Options, backend: str) -> None:
-    """The calls that `skip_tolerance` is for."""
-    tolerance, softcap = options.skip_tolerance, options.logit_softcap
+def _columns(columns: str | None, tolerance: float | None) -> tuple[str, float | None]:
+    """Return the mode that is meant, and its tolerance."""
+    if columns is None:
+        columns = "exact" if tolerance is None else "bounded"
+    if columns not in COLUMNS:
+        raise ValueError(f"columns={columns!r} is none of {', '.join(COLUMNS)}")
     if tolerance is None:
-        if options.exact_value:
-            raise ValueError("exact_value=True has no effect without skip_tolerance; leave it out")
-        return
+        if columns == "bounded":
+            raise ValueError(
+                'columns="bounded" wants skip_tolerance, the largest error to accept; give 1e-3, '
+                'or take columns="unbiased"'
+            )
+        return columns, TARGET if columns == "unbiased" else None
+    if columns == "exact":
+        raise ValueError(
+            f'skip_tolerance={tolerance!r} has no effect with columns="exact"; leave one out'
+        )
     if not 0 < tolerance < 1:
         raise ValueError(f"skip_tolerance={tolerance!r} must lie between 0 and 1; None is exact")
-    remedy = "or skip_tolerance=None"
+    return columns, float(tolerance)
+
+
+def _seed(seed: Any) -> int:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2^63 - 1")
+    return seed
+
+
+def _check_skip(options: Options, backend: str) -> None:
+    """The calls whose columns may be left out."""
+    softcap = options.logit_softcap
+    if options.columns == "exact":
+        if options.exact_value:
+            raise ValueError(
+                "exact_value=True has no effect without skip_tolerance or columns; leave it out"
+            )
+        return
+    # How it was asked for, and the way out.
+    asked, remedy = "skip_tolerance", "or skip_tolerance=None"
+    if options.columns == "unbiased":
+        asked, remedy = 'columns="unbiased"', 'or columns="exact"'
     if options.divergence != "reverse_kl":
         raise ValueError(
-            f'skip_tolerance does not apply to divergence="{options.divergence}": only the reverse '
+            f'{asked} does not apply to divergence="{options.divergence}": only the reverse '
             "KL's gradient is weighted by the student's probability alone, the others' needs the "
             f'teacher\'s mass on the columns left out; use divergence="reverse_kl", {remedy}'
         )
     if options.reduction == "none":
         raise ValueError(
-            'skip_tolerance with reduction="none": the tolerance is one of the gradient of Σ w·d; '
+            f'{asked} with reduction="none": the columns are chosen for the gradient of Σ w·d; '
             f'use reduction="sum" with token_weight, {remedy}'
         )
     if backend not in ("auto", "chunked"):
-        raise ValueError(f'backend="{backend}" has no skip_tolerance; use "chunked", {remedy}')
+        raise ValueError(f'backend="{backend}" has no {asked}; use "chunked", {remedy}')
     if options.process_group is not None:
         raise ValueError(
-            "skip_tolerance with process_group: shards do not agree on columns; gather the head, "
-            + remedy
+            f"{asked} with process_group: shards do not agree on columns; gather the head, {remedy}"
         )
-    if softcap[0] != softcap[1]:
+    if options.columns == "bounded" and softcap[0] != softcap[1]:
         raise ValueError(
             f"logit_softcap={softcap!r}: under different caps nothing bounds the columns that "
             "skip_tolerance leaves out; give both one cap, or skip_tolerance=None"

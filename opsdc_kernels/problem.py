@@ -20,6 +20,9 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 """In the order of the numbers by which C and Triton know them."""
 
 
+COLUMNS = ("exact", "unbiased", "bounded")
+
+
 class Stat(IntEnum):
     """Places in every array of results per token [Stat, N], those of C and Triton included."""
 
@@ -72,8 +75,12 @@ class Options:
     return_stats: bool = False
     process_group: str | None = None
     """Name of the group over whose ranks the vocabulary is sharded."""
+    columns: str = "exact"
+    """The vocabulary columns that the gradients come from: of `COLUMNS`."""
     skip_tolerance: float | None = None
-    """Accepted relative error of the gradients, or None for all columns."""
+    """Relative error of the gradients that leaving columns out may make; None for all columns."""
+    seed: int = 0
+    """Of the draw of unbiased columns."""
     exact_value: bool = False
     """With a `skip_tolerance`, divergence and statistics come from all columns all the same."""
     workspace_bytes: int | None = None

@@ -131,9 +131,7 @@ class _Bounded:
         chunks.units += rows * self.choosing_units
         return bool(share > LOOK_SHARE)
 
-    def chunk(
-        self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor, following: Following
-    ) -> None:
+    def chunk(self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor, following: Following) -> None:
         """The student's logits in `x_CV`; the columns that matter from there on."""
         weights = self.picker.weights(tokens)
         student = self.picker.student(x_CV, weights)

@@ -7,12 +7,12 @@
 typedef struct {
     Side student;
     int64_t rows, columns;
-    const float *square;           /* [columns] */
+    const float *square;           /* [columns] or null: no spread */
     const float *keeps;            /* [columns] 1 for a column that is kept, else 0 */
     const float *along, *apart;    /* [rows] */
     float *lse, *entropy, *spread; /* [rows] */
     float *mass, *product;         /* [rows] */
-    float *peak, *slope, *rest;    /* [columns] */
+    float *peak, *slope, *rest;    /* [columns]; peak null: only rest, of (along*q)^2 */
 } ColumnJob;
 
 #define LOWEST -70.0f /* as in sums.py */
@@ -57,7 +57,7 @@ static void add_masses(const ColumnJob *job, int64_t start, const Block *b, Stud
         p->peak[j] = top[j];
     }
     EACH_COLUMN(b) {
-        const float square = job->square[start + v];
+        const float square = job->square ? job->square[start + v] : 0;
         LANES {
             float z = b->s[v][j] - top[j], below = FLOORED(z), e = exponential(below);
             sum[j] += e;
@@ -80,6 +80,15 @@ static void add_columns(const ColumnJob *job, int64_t start, const Block *b, Stu
         all->peak[v][j] = q > all->peak[v][j] ? q : all->peak[v][j];
         all->slope[v][j] += p->along[j] * q;
         all->rest[v][j] += p->around[j] * q;
+    }
+}
+
+static void add_squares(const ColumnJob *job, int64_t start, const Block *b, Student *p, Totals *all)
+{
+    (void)job, (void)start;
+    EACH_COLUMN(b) LANES {
+        float z = b->s[v][j] - p->peak[j], mass = exponential(FLOORED(z)) * p->around[j];
+        all->rest[v][j] += mass * mass;
     }
 }
 
@@ -120,9 +129,10 @@ static void sweep_student(const ColumnJob *job, Student *panels, ColumnPass pass
                 slope += all.slope[v][j];
                 rest += all.rest[v][j];
             }
+            job->rest[start + v] = rest;
+            if (!job->peak) continue;
             job->peak[start + v] = peak;
             job->slope[start + v] = slope;
-            job->rest[start + v] = rest;
         }
     }
 }
@@ -136,12 +146,13 @@ static void student(const ColumnJob *job, Student *panels)
         const double total = p->total[j], spread = p->spread[j] / total;
         job->lse[i] = (float)(p->peak[j] + log(total));
         job->entropy[i] = (float)(log(total) - p->below[j] / total);
-        job->spread[i] = (float)spread;
         p->share[j] = (float)(1 / total);
         p->along[j] = job->along[i];
-        p->around[j] = job->along[i] * (float)sqrt(spread) + job->apart[i];
+        if (job->spread) job->spread[i] = (float)spread;
+        p->around[j] = job->peak ? job->along[i] * (float)sqrt(spread) + job->apart[i]
+                                 : job->along[i] * p->share[j];
     }
-    sweep_student(job, panels, add_columns, 1);
+    sweep_student(job, panels, job->peak ? add_columns : add_squares, 1);
 }
 
 static void dropped(const ColumnJob *job, Student *panels)

@@ -62,6 +62,15 @@ def student_sums(
     return (*rows, columns[:, 0].amax(0), *columns[:, 1:].sum(0))
 
 
+def student_masses(problem: Problem, x_CV: Tensor, reach_C: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `sums.StudentMasses`."""
+    rows = x_CV.new_empty(2, len(x_CV))
+    columns = x_CV.new_empty(len(threads.parts(x_CV)), x_CV.shape[1])  # of every thread
+    rowwise = {"along": reach_C, **_named(("lse", "entropy"), rows)}
+    _run("opsdc_student", problem, x_CV, rowwise, [{"rest": x} for x in columns])
+    return (*rows, columns.sum(0).sqrt_())
+
+
 def dropped_sums(
     problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`skip_tolerance` as a custom operator: that of `chunked`, and what leaving columns out did."""
+"""`columns` as a custom operator: that of `chunked`, and what leaving columns out did."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, library
 from opsdc_kernels.chunked.op import RESULTS, fake_outputs, outputs, register_backward, row_weight
 from opsdc_kernels.chunked.run import run_chunks
 from opsdc_kernels.columns.bounded import Realised, run_bounded
+from opsdc_kernels.columns.unbiased import Estimated, run_unbiased
 from opsdc_kernels.problem import SCHEMA, GradientsWanted, Problem, named
 
 
@@ -18,8 +19,9 @@ def columns_divergence(problem: Problem) -> tuple[Tensor, dict[str, Tensor]]:
     loss, values, _, _, _, *realised = _forward(*problem.arguments, problem.wanted)
     if not problem.options.return_stats:
         return loss, {}
+    fields = Realised._fields if problem.options.columns == "bounded" else Estimated._fields
     return loss, named(values) | {
-        name: x.detach() for name, x in zip(Realised._fields, realised, strict=True)
+        name: x.detach() for name, x in zip(fields, realised, strict=True)
     }
 
 
@@ -32,8 +34,10 @@ def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     problem, wanted = Problem.of(inputs[:-1]), GradientsWanted(*inputs[-1])
     call = (problem, wanted, row_weight(problem), problem.kept_tokens())
     with torch.autocast(problem.student_hidden.device.type, enabled=False):
+        realised: Realised | Estimated
         if wanted:
-            result, realised = run_bounded(*call)
+            run = run_bounded if problem.options.columns == "bounded" else run_unbiased
+            result, realised = run(*call)
         else:  # nothing that a tolerance of the gradients could save
             result = run_chunks(*call)
             realised = Realised.exact(result, gemm_units=2)

@@ -62,6 +62,33 @@ def student_sums(
     return StudentSums(lse_C, entropy_C, spread_C, peak_V, slope_V, rest_V)
 
 
+class StudentMasses(NamedTuple):
+    """Sums of a chunk's q with the `reach` that `student_masses` was given."""
+
+    lse_C: Tensor
+    """Log-normalizer [C]."""
+    entropy_C: Tensor
+    mass_V: Tensor
+    """√Σ_C (reach·q)² [V]."""
+
+
+def student_masses(problem: Problem, x_CV: Tensor, reach_C: Tensor) -> StudentMasses:
+    """The sums of a chunk from its raw products `x_CV` = h·Wᵀ, which stay."""
+    if _in_c(x_CV):
+        return StudentMasses(*compiled.student_masses(problem, x_CV, reach_C))
+    square_V = x_CV.new_zeros(x_CV.shape[1])
+    rows = []
+    for block in _blocks(x_CV):
+        z = _logits_(problem, x_CV[block].clone())
+        lse = z.logsumexp(1, keepdim=True)
+        z = z.sub_(lse).clamp_(min=LOWEST)
+        q = z.exp()
+        rows.append(torch.stack([lse.squeeze(1), -torch.linalg.vecdot(q, z)]))
+        square_V += q.mul_(reach_C[block, None]).square_().sum(0)
+    lse_C, entropy_C = torch.cat(rows, 1)
+    return StudentMasses(lse_C, entropy_C, square_V.sqrt_())
+
+
 def dropped_sums(
     problem: Problem, x_CV: Tensor, lse_C: Tensor, keeps_V: Tensor, square_V: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,496 @@
+r"""The reverse KL's gradient, right on average, from a few columns: some kept, some drawn.
+
+Letters as in `reference`. The gradient −q·c of a chunk's tokens weights a column by the student's
+probability, which is known; c = d − E_q[d] asks the teacher about every column. Here column v is in
+the sample S with a probability π_v of its own, independently of the others (Poisson sampling), and
+has the weight a_v = 1/π_v there. Sums over all columns become sums over S (Horvitz and Thompson
+1952), E[Σ_S a·x] = Σ x; columns with π = 1 are always there.
+
+The gradient holds a product of two such sums, as E_q[d] meets every column. What is drawn for v
+must not enter the mean that v is measured from, or the product has a bias of second order. Let m₀
+be the mean of d over the pilot, columns that are always there, so that m₀ does not depend on the
+draw, and c̃ = d − m₀. Of E_q[c̃] = E_q[d] − m₀ column v knows its own part, and takes the rest from
+the others::
+
+    δ_v = q_v·c̃_v + Σ_{u≠v, u∈S} a_u·q_u·c̃_u = δ − (a_v − 1)·q_v·c̃_v,   δ = Σ_S a·q·c̃          (14)
+    dz_v = −a_v·q_v·(c̃_v − δ_v),  v ∈ S,  else 0                                               (15)
+
+Given v ∈ S the sum is over independent draws, so E[dz_v] = −q_v·(c̃_v − E_q[c̃]) = −q_v·c_v: (15)
+is unbiased, and so are dH = dz·W and dW = dzᵀ·h, which are linear in it. A soft-cap's slope
+multiplies dz and changes nothing.
+
+Of first order in the draw, dH of a token is off by Σ_v (a_v − 1)·q_v·c_v·(W_v − E_q[W]), so that,
+with ρ the distance of a row of W from their mean and rows apart at random::
+
+    E‖error of dH‖² ≈ Σ_v (1/π_v − 1)·(q_v·c_v)²·(ρ_v² + ‖E_q[W]‖²),  ‖E_q[W]‖² ≈ Σ q²·ρ²      (16)
+
+and from the sample itself by another weight 1/π_v. For dW the same holds with ‖h‖, and where tokens
+share a column their parts add up: Σ_S (1 − π_v)·‖dW_v‖², plus the part of δ.
+
+For a given number of columns (16) is least for π in proportion to √Σ_tokens (q·c·ρ)²; c is unknown,
+and in proportion to the step between the states. So π_v = min(1, mass_v/τ), mass² = Σ (reach·q)²,
+the reach of a token its |weight|·‖Δh‖, and the threshold τ the largest that (16) allows. c² is that
+of the pilot's columns there, ρ² that of some rows. τ depends on nothing that was drawn.
+
+The loss log E_q[e^c̃] − E_q[c̃] is a logarithm of a sum: its bias of second order, half the variance
+of the sum, is estimated from the sample and taken off; what is left is of third order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opsdc_kernels import maths, plan, products
+from opsdc_kernels.chunked.run import Result, Tokens, other_logits_into
+from opsdc_kernels.columns.chunks import DENSE_SHARE, Chunks, Following, count
+from opsdc_kernels.columns.picker import TINY, restricted
+from opsdc_kernels.columns.sums import LOWEST, StudentMasses, student_masses
+from opsdc_kernels.problem import GradientsWanted, Problem, Stat
+from opsdc_kernels.row_pass.transform import transform_
+
+CPU_ROWS = 128
+"""Rows of a chunk on a CPU: its products run at their full rate, and fewer tokens share more
+columns."""
+EDGES, EDGE_RATIO = 64, 1.25
+"""Thresholds that are looked at, each so much above the next."""
+SOME_ROWS = 64
+"""Rows of a head, at most, that stand for all of some kind where their distances are wanted."""
+BLOCK_BYTES = 1 << 19
+"""Of a tile that element-wise passes take at once: it stays in a CPU's cache."""
+
+
+class Estimated(NamedTuple):
+    """What leaving columns to chance did: the fields of `DivergenceStats` that speak of it."""
+
+    gradient_error: Tensor
+    """Standard error of each token's row of dH, over the row's norm [N]."""
+    divergence_error: Tensor
+    """Standard error of each token's divergence in nats [N]."""
+    hidden_gradient_error: Tensor
+    """Standard error of dH over its norm; 0-dim, as the following."""
+    weight_gradient_error: Tensor
+    """The same of dW, together with db."""
+    kept_share: Tensor
+    """Columns kept or drawn, mean over the tokens."""
+    gemm_units: Tensor
+    """Head GEMMs of this pass."""
+
+
+def run_unbiased(
+    problem: Problem,
+    wanted: GradientsWanted,
+    row_weight_N: Tensor | None,
+    kept_K: Tensor | None,
+    *,
+    ahead: bool | None = None,
+) -> tuple[Result, Estimated]:
+    """One pass over the tokens `kept_K` (None: all); the first four as of `chunked.run_chunks`,
+    `ahead` as of `Chunks.run`."""
+    chunks = Chunks(problem, wanted, row_weight_N, kept_K, CPU_ROWS)
+    run = _Unbiased(chunks)
+    if run.one_sided:  # what only one of the two can say is no matter of a draw
+        return (result := chunks.all_columns()), run.estimated(result)
+    chunk = run.exact_chunk if problem.options.exact_value else run.chunk
+    return (result := chunks.run(chunk, ahead)), run.estimated(result)
+
+
+def uniforms(seed: int, place: int, size: int, device: torch.device) -> Tensor:
+    """Uniform numbers in [0, 1) of the columns [size], float64: a hash of seed, place and column.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood 2014) over a counter: the numbers are the
+    same wherever and in whatever order they are asked for.
+    """
+    start = _mixed_int(_mixed_int(seed) + place)
+    x = torch.arange(1, size + 1, device=device) * _signed(GOLDEN) + _signed(start)
+    for shift, factor in MIX:
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    x = x ^ ((x >> 31) & ((1 << 33) - 1))
+    return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+GOLDEN = 0x9E3779B97F4A7C15
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+_WORD = (1 << 64) - 1
+
+
+def _mixed_int(x: int) -> int:
+    x = (x + GOLDEN) & _WORD
+    for shift, factor in MIX:
+        x = ((x ^ (x >> shift)) * factor) & _WORD
+    return x ^ (x >> 31)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x
+
+
+class _Sample(NamedTuple):
+    """The columns that a chunk asks the teacher about, rising."""
+
+    columns: Tensor
+    probability_K: Tensor
+
+    @property
+    def weight_K(self) -> Tensor:
+        """The factor a."""
+        return self.probability_K.reciprocal()
+
+    @property
+    def doubt_K(self) -> Tensor:
+        """The factor of a square of the sample in a variance: (1 − π)/π²."""
+        return (1 - self.probability_K) / self.probability_K.square()
+
+
+class _Unbiased:
+    """The draw, chunk by chunk, and the squares of the errors so far."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks, self.problem = chunks, chunks.problem
+        problem = self.problem
+        assert problem.options.skip_tolerance is not None
+        self.target = problem.options.skip_tolerance
+        self.place = 0
+        """Tokens that were drawn for."""
+        self.weight = problem.student_weight.detach()[: problem.vocab_size]
+        some = self.weight[:: max(len(self.weight) // SOME_ROWS, 1)].to(problem.dtype)
+        self.centre_D = some.mean(0)
+        self.spread = self._spread(some)
+        """Mean ρ² of the head's rows."""
+        self.drift = self._drift(some)
+        """The difference of the heads in units of ρ; 0-dim, or None for heads of other sizes."""
+        new = some.new_zeros(len(problem.student_hidden))
+        self.square_error_N, self.divergence_error_N = new, new.clone()
+        self.weight_square_error = new.new_zeros(())
+        self.dead_V, self.one_sided = _dead_columns(problem)
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        return (rows.to(self.problem.dtype) - self.centre_D).square().sum(1).mean()
+
+    def _drift(self, some: Tensor) -> Tensor | None:
+        teacher = self.problem.teacher_weight
+        if teacher is None:
+            return some.new_zeros(())
+        if teacher.shape[1] != some.shape[1]:
+            return None
+        other = teacher[: self.problem.vocab_size : max(len(self.weight) // SOME_ROWS, 1)]
+        return ((other.to(some) - some).square().sum(1).mean() / self.spread).sqrt()
+
+    # Weights, masses and probabilities.
+
+    def weights(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """|Weight| and reach of some tokens, each [C]."""
+        problem = self.problem
+        student = problem.student_hidden.detach()[tokens].to(problem.dtype)
+        teacher = problem.teacher_hidden[tokens].to(problem.dtype)
+        row_C = torch.ones_like(student[:, 0])
+        if self.chunks.row_weight_N is not None:
+            row_C = row_C * self.chunks.row_weight_N[tokens].abs()
+        student = student * (problem.side(0).scale / problem.side(0).temperature)
+        teacher = teacher * (problem.side(1).scale / problem.side(1).temperature)
+        size_C = torch.linalg.vector_norm(teacher, dim=1)
+        if self.drift is None:
+            return row_C, row_C * torch.hypot(size_C, torch.linalg.vector_norm(student, dim=1))
+        step_C = torch.linalg.vector_norm(teacher - student, dim=1)
+        return row_C, row_C * (step_C + size_C * self.drift)
+
+    def draw(self, mass_V: Tensor, most: Tensor, pilot: Tensor, tokens: Tokens) -> _Sample:
+        """A sample whose Σ (1/π − 1)·mass² is at most `most`, as far as `EDGES` reach."""
+        edges = mass_V.amax() * EDGE_RATIO ** -torch.arange(
+            EDGES - 1.0, -1.0, -1.0, device=mass_V.device, dtype=mass_V.dtype
+        )  # rising
+        sums = mass_V.new_zeros(2, EDGES + 1)
+        below = torch.bucketize(mass_V, edges, right=True)
+        sums[0].index_add_(0, below, mass_V)
+        sums[1].index_add_(0, below, mass_V.square())
+        first, second = sums[:, :-1].cumsum(1)
+        allowed = (edges * first - second <= most).int().cumprod(0).sum()
+        threshold = torch.where(allowed > 0, edges[(allowed - 1).clamp(min=0)], 0.0)
+        probability_V = torch.where(mass_V >= threshold, 1.0, mass_V / threshold)
+        targets = self.problem.target_ids
+        always = pilot if targets is None else torch.cat([pilot, targets[tokens]])
+        probability_V.index_fill_(0, always, 1.0)
+        if self.dead_V is not None:
+            probability_V.masked_fill_(self.dead_V, 0.0)
+        numbers = uniforms(self.problem.options.seed, self.place, len(mass_V), mass_V.device)
+        self.place += count(tokens)
+        columns = (numbers < probability_V).nonzero().squeeze(1)
+        return _Sample(columns, probability_V[columns])
+
+    def pilot(self, mass_V: Tensor) -> Tensor:
+        """The columns of the largest masses."""
+        return mass_V.topk(-(-len(mass_V) // plan.PILOT_PARTS)).indices
+
+    def allowed(
+        self, dz_CP: Tensor, pilot: Tensor, row_C: Tensor, square: Tensor | float
+    ) -> Tensor:
+        """The largest Σ (1/π − 1)·mass² (16), where (q·c)² is about `square`·(reach·q)², from the
+        logit gradients of the pilot's columns, which tell the size of the whole gradient."""
+        rows = self.weight.index_select(0, pilot).to(dz_CP.dtype)
+        size = torch.linalg.vector_norm((dz_CP * row_C[:, None]) @ rows)
+        return (self.target * size).square() / (square * self.spread).clamp(min=TINY)
+
+    # The chunks.
+
+    def chunk(self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor, following: Following) -> None:
+        """The student's logits in `x_CV`; a sample of the columns from there on."""
+        row_C, reach_C = self.weights(tokens)
+        student = student_masses(self.problem, x_CV, reach_C)
+        # The pilot: m₀, how large c is, and how large the gradient.
+        pilot = self.pilot(student.mass_V)
+        x_CP = products.select_columns(x_CV, pilot)
+        other_CP = torch.empty_like(x_CP)
+        other_logits_into(other_CP, self.problem, tokens, pilot)
+        log_q, d, slope = self._transform(x_CP, other_CP, pilot, student.lse_C)
+        q = log_q.exp()
+        base_C = torch.linalg.vecdot(q, d) / q.sum(1)
+        c = d.sub_(base_C[:, None])
+        square = (c.square().mean(1) @ row_C.square()) / reach_C.square().sum().clamp(min=TINY)
+        dz_CP = q.mul_(c) if slope is None else q.mul_(c).mul_(slope)
+        most = self.allowed(dz_CP, pilot, row_C, square)
+        # The sample.
+        sample = self.draw(student.mass_V, most, pilot, tokens)
+        self._spend(tokens, following, student_only=True)
+        if self._is_dense(sample):
+            scale_C1 = self.chunks.all_rows(tokens, x_CV, spare_CV)
+            self.chunks.multiply_back(tokens, x_CV, spare_CV, scale_C1, None)
+            return
+        dz_CK, other_CK = products.two_tiles(spare_CV, len(sample.columns))
+        products.select_columns(x_CV, sample.columns, dz_CK)
+        other_logits_into(other_CK, self.problem, tokens, sample.columns)
+        self.chunks.units += count(tokens) * len(sample.columns) / self.chunks.size
+        tile = _Tile(self, tokens, dz_CK, other_CK, sample, student, base_C)
+        self._add(tokens, tile, pilot)
+
+    def exact_chunk(
+        self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor, following: Following
+    ) -> None:
+        """All columns up to dZ; a sample of them in the gradient GEMMs, where nothing is a product
+        of two sums."""
+        row_C, _ = self.weights(tokens)
+        scale_C1 = self.chunks.all_rows(tokens, x_CV, spare_CV)
+        size_CV = torch.mul(x_CV, scale_C1 * row_C[:, None], out=spare_CV)
+        mass_V = torch.linalg.vector_norm(size_CV, dim=0)
+        pilot = self.pilot(mass_V)
+        dz_CP = products.select_columns(x_CV, pilot).mul_(scale_C1)
+        sample = self.draw(mass_V, self.allowed(dz_CP, pilot, row_C, 1.0), pilot, tokens)
+        self._spend(tokens, following, student_only=False)
+        if self._is_dense(sample):
+            self.chunks.multiply_back(tokens, x_CV, spare_CV, scale_C1, None)
+            return
+        dz_CK, scratch_CK = products.two_tiles(spare_CV, len(sample.columns))
+        products.select_columns(x_CV, sample.columns, dz_CK)
+        square_C = (dz_CK * scale_C1).square() @ sample.doubt_K
+        self.square_error_N[tokens] = square_C * row_C.square() * self._around(sample)
+        dz_CK.mul_(sample.weight_K)
+        self._multiply_back(tokens, dz_CK, scratch_CK, scale_C1, sample)
+
+    def _spend(self, tokens: Tokens, following: Following, *, student_only: bool) -> None:
+        pilot_units = student_only + self.chunks.backward_units
+        self.chunks.units += count(tokens) * (1 + pilot_units / plan.PILOT_PARTS)
+        if following is not None:
+            self.chunks.student_logits(*following)
+
+    def _is_dense(self, sample: _Sample) -> bool:
+        self.chunks.dense = len(sample.columns) > DENSE_SHARE * self.chunks.size
+        return self.chunks.dense
+
+    def _transform(
+        self, x_CK: Tensor, other_CK: Tensor, columns: Tensor, lse_C: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(log q, d, slope of the soft-cap) of these columns; overwrites the products."""
+        part = restricted(self.problem, columns)
+        s, _, d, slope = transform_(x_CK, other_CK, part, None)
+        log_q = s.sub_(lse_C[:, None])
+        if self.dead_V is not None:
+            dead_K = self.dead_V[columns]
+            log_q, d = log_q.masked_fill(dead_K, -torch.inf), d.masked_fill(dead_K, 0.0)
+        return log_q.clamp_(min=LOWEST), d, slope
+
+    def _around(self, sample: _Sample) -> Tensor:
+        """Mean ρ² of the rows that were drawn, 0-dim."""
+        drawn = sample.columns[sample.probability_K < 1]
+        drawn = drawn[:: max(len(drawn) // SOME_ROWS, 1)]
+        return self._spread(self.weight.index_select(0, drawn)) if len(drawn) else 0 * self.spread
+
+    def _add(self, tokens: Tokens, tile: _Tile, pilot: Tensor) -> None:
+        problem, result = self.problem, self.chunks.result
+        row_C, _ = self.weights(tokens)
+        factor_C = row_C * problem.logit_factor
+        square_C = tile.square_C * factor_C.square()
+        top = self._spread(self.weight.index_select(0, pilot[:SOME_ROWS]))
+        around_C = self._around(tile.sample) + tile.concentration_C * top
+        self.square_error_N[tokens] = square_C * around_C
+        self.divergence_error_N[tokens] = tile.divergence_error_C
+        result.values[:, tokens] = tile.values
+        scale_C1 = torch.full_like(row_C, problem.logit_factor)[:, None]
+        if self.chunks.wanted.weight:
+            hidden_CD = problem.student_hidden.detach()[tokens].to(problem.dtype)
+            size_C = hidden_CD.square().sum(1)
+            self.weight_square_error += (square_C * tile.concentration_C) @ size_C
+        self._multiply_back(tokens, tile.dz_CK, tile.other_CK, scale_C1, tile.sample)
+
+    def _multiply_back(
+        self, tokens: Tokens, dz_CK: Tensor, scratch_CK: Tensor, scale_C1: Tensor, sample: _Sample
+    ) -> None:
+        square = self.chunks.multiply_back(
+            tokens, dz_CK, scratch_CK, scale_C1, sample.columns, 1 - sample.probability_K
+        )
+        if square is not None:
+            self.weight_square_error += square
+
+    def estimated(self, result: Result) -> Estimated:
+        chunks, tokens = self.chunks, max(self.chunks.count, 1)
+        size_N = torch.zeros_like(self.square_error_N)
+        if result.hidden_gradient is not None:
+            size_N = torch.linalg.vector_norm(result.hidden_gradient, dim=1)
+        error_N = self.square_error_N.sqrt()
+        weight = (
+            chunks.weight_gradient_norm() if self.problem.options.return_stats else size_N[:0].sum()
+        )
+        kept = chunks.kept_columns / tokens if self.place else 1.0
+        return Estimated(
+            gradient_error=error_N / size_N.clamp(min=TINY),
+            divergence_error=self.divergence_error_N,
+            hidden_gradient_error=error_N.norm() / size_N.norm().clamp(min=TINY),
+            weight_gradient_error=self.weight_square_error.sqrt() / weight.clamp(min=TINY),
+            kept_share=torch.full_like(weight, kept),
+            gemm_units=torch.full_like(weight, chunks.units / tokens),
+        )
+
+
+class _Tile:
+    """A chunk's sample: dZ (15), and what its sums say of the divergence."""
+
+    def __init__(
+        self,
+        run: _Unbiased,
+        tokens: Tokens,
+        x_CK: Tensor,
+        other_CK: Tensor,
+        sample: _Sample,
+        student: StudentMasses,
+        base_C: Tensor,
+    ) -> None:
+        """Raw products go in; dZ replaces those of the student, up to the logits' factor."""
+        self.sample, self.dz_CK, self.other_CK = sample, x_CK, other_CK
+        self.student = student
+        problem = run.problem
+        weight_K, doubt_K = sample.weight_K, sample.doubt_K
+        width = max(BLOCK_BYTES // (x_CK.element_size() * len(x_CK)), 1)
+        blocks = [slice(i, i + width) for i in range(0, x_CK.shape[1], width)]
+        zero_C = torch.zeros_like(base_C)
+        shift_C, excess_C = zero_C.clone(), zero_C.clone()
+        doubts_3C = zero_C.new_zeros(3, len(zero_C))
+        more = (
+            _Statistics(problem, tokens, sample, zero_C) if problem.options.return_stats else None
+        )
+        slopes = []
+        for block in blocks:
+            x, other, weight, doubt = (
+                x_CK[:, block],
+                other_CK[:, block],
+                weight_K[block],
+                doubt_K[block],
+            )
+            log_q, d, slope = run._transform(x, other, sample.columns[block], student.lse_C)
+            slopes.append(slope)
+            q, c = log_q.exp(), d.sub_(base_C[:, None])
+            # q·(e^c − 1) and q·f(c); e^c alone could overflow.
+            tilted = torch.exp(log_q + c)
+            more_C = torch.where(c > 1, tilted - q, q * torch.expm1(c))
+            excess = maths.weighted_excess(log_q, c, log_q + c)
+            shift_C += (q * c) @ weight
+            excess_C += excess @ weight
+            doubts_3C += torch.stack([more_C.square(), more_C * q * c, (q * c).square()]) @ doubt
+            if more is not None:
+                more.add(block.start, log_q, c, weight)
+            x.copy_(q)
+            other.copy_(c)
+        # E_q[e^c̃] − 1 by the sum whose mean is known, Σq = 1, and the loss with it.
+        beyond_C = (shift_C + excess_C).clamp(min=-0.99)
+        inner_C, size_C = torch.log1p(beyond_C), 1 + beyond_C
+        self.divergence_C = excess_C - maths.excess(inner_C) + doubts_3C[0] / size_C.square() / 2
+        square_C = doubts_3C[0] / size_C.square() - 2 * doubts_3C[1] / size_C + doubts_3C[2]
+        self.divergence_error_C = square_C.clamp(min=0).sqrt()
+        self.values = self.divergence_C[None]
+        if more is not None:
+            self.values = more.values(self.divergence_C, student, base_C, inner_C)
+        # dZ, its doubt, and Σ q².
+        self.square_C, self.concentration_C = zero_C.clone(), zero_C.clone()
+        for block, slope in zip(blocks, slopes, strict=True):
+            q, c, weight = x_CK[:, block], other_CK[:, block], weight_K[block]
+            apart = c - shift_C[:, None]
+            self.square_C += (q * apart).square() @ doubt_K[block]
+            self.concentration_C += q.square().sum(1)
+            # u + (a − 1)·q·c̃, u = c̃ − δ, is c̃ − δ_v of (14).
+            apart += (weight - 1) * q * c
+            dz = apart.mul_(q).mul_(-weight)
+            x_CK[:, block] = dz if slope is None else dz.mul_(slope)
+
+
+class _Statistics:
+    """Statistics of a chunk, the teacher's from the sample; blocks of columns add to them."""
+
+    def __init__(self, problem: Problem, tokens: Tokens, sample: _Sample, zero_C: Tensor) -> None:
+        self.mass_C, self.weighted_C, self.tops = zero_C.clone(), zero_C.clone(), []  # type: ignore[var-annotated]
+        self.target_C: Tensor | None = None
+        if problem.target_ids is not None:
+            self.target_C = torch.searchsorted(sample.columns, problem.target_ids[tokens])
+            self.logprobs_2C = zero_C.new_zeros(2, len(zero_C))
+
+    def add(self, start: int, log_q: Tensor, c: Tensor, weight_K: Tensor) -> None:
+        """Take a block of the sample that begins at `start`."""
+        log_p = log_q + c  # but for the teacher's normalizer
+        mass = log_p.exp() * weight_K
+        self.mass_C += mass.sum(1)
+        self.weighted_C += torch.linalg.vecdot(mass, log_p)
+        self.tops.append(torch.stack([*log_q.max(1), *log_p.max(1)]))
+        if self.target_C is not None:
+            place = self.target_C - start
+            here = (place >= 0) & (place < log_q.shape[1])
+            place = place.clamp(0, log_q.shape[1] - 1)[:, None]
+            both = torch.cat([log_q.gather(1, place), log_p.gather(1, place)], 1).T
+            self.logprobs_2C += torch.where(here, both, 0.0)
+
+    def values(
+        self, divergence_C: Tensor, student: StudentMasses, base_C: Tensor, inner_C: Tensor
+    ) -> Tensor:
+        """The first rows of `Stat` [stats, C]."""
+        tops = torch.stack(self.tops)  # [blocks, (largest, where) of q and of p, C]
+        first, second = (
+            (tops[:, i].argmax(0) << 32)
+            + tops[:, i + 1].gather(0, tops[:, i].argmax(0)[None])[0].long()
+            for i in (0, 2)
+        )
+        values = {
+            Stat.DIVERGENCE: divergence_C,
+            Stat.STUDENT_LOGSUMEXP: student.lse_C,
+            Stat.TEACHER_LOGSUMEXP: student.lse_C + base_C + inner_C,
+            Stat.STUDENT_ENTROPY: student.entropy_C,
+            Stat.TEACHER_ENTROPY: inner_C - self.weighted_C / self.mass_C,
+            Stat.AGREEMENT: (first == second).to(divergence_C),
+        }
+        if self.target_C is not None:
+            values[Stat.STUDENT_LOGPROB] = self.logprobs_2C[0]
+            values[Stat.TEACHER_LOGPROB] = self.logprobs_2C[1] - inner_C
+        return torch.stack([values[stat] for stat in sorted(values)])
+
+
+def _dead_columns(problem: Problem) -> tuple[Tensor | None, bool]:
+    """The columns that biases of −inf take from both [V], or None; and whether one is taken from
+    only one of them."""
+    student, teacher = (
+        None if side.bias is None else torch.isneginf(side.bias)
+        for side in (problem.side(0), problem.side(1))
+    )
+    if problem.shared_logits:
+        teacher = student
+    found = [x for x in (student, teacher) if x is not None and bool(x.any())]
+    if not found:
+        return None, False
+    if student is None or teacher is None:
+        return None, True
+    return student & teacher, bool((student ^ teacher).any())
