@@ -7,7 +7,7 @@
 typedef struct {
     Side student;
     int64_t rows, columns;
-    const float *square;           /* [columns] or null: no spread */
+    const float *square;           /* [columns] */
     const float *keeps;            /* [columns] 1 for a column that is kept, else 0 */
     const float *along, *apart;    /* [rows] */
     float *lse, *entropy, *spread; /* [rows] */
@@ -57,7 +57,7 @@ static void add_masses(const ColumnJob *job, int64_t start, const Block *b, Stud
         p->peak[j] = top[j];
     }
     EACH_COLUMN(b) {
-        const float square = job->square ? job->square[start + v] : 0;
+        const float square = job->square[start + v];
         LANES {
             float z = b->s[v][j] - top[j], below = FLOORED(z), e = exponential(below);
             sum[j] += e;
@@ -189,6 +189,156 @@ static void with_panels(const ColumnJob *job, void (*work)(const ColumnJob *, St
 void opsdc_student(const ColumnJob *job) { WITHOUT_DENORMALS(with_panels(job, student)); }
 
 void opsdc_dropped(const ColumnJob *job) { WITHOUT_DENORMALS(with_panels(job, dropped)); }
+
+/* A sample of the columns: dZ (15) of unbiased.py in place of the student's products, and the sums of
+   `SampleSums` in sums.py. */
+
+enum { SHIFT, EXCESS, MORE, MORE_C, ONLY_C, ERROR, CONCENTRATION, MASS, WEIGHTED, SUMS };
+enum { AGREEMENT = SUMS, TARGET_Q, TARGET_P, FIELDS };
+
+typedef struct {
+    Side student, other;
+    int64_t rows, columns;
+    int32_t shared, statistics;
+    const float *weight, *doubt; /* [columns] a and (1 - pi)/pi^2 */
+    const float *lse, *base;     /* [rows] the student's normalizer, and m_0 */
+    const int64_t *targets;      /* [rows] places among these columns, or null */
+    float *out;                  /* [FIELDS, rows], a field every out_stride floats */
+    int64_t out_stride;
+} SampleJob;
+
+#define MOST 80.0f /* log-ratios above count as this: their exponentials would overflow */
+
+typedef struct {
+    double sums[SUMS][W];
+    float lse[W], base[W], top_q[W], top_p[W], target_q[W], target_p[W];
+    float at_q[W], at_p[W]; /* the columns of the tops */
+} Drawn;
+
+typedef void (*SamplePass)(const SampleJob *, int64_t, int64_t, Block *, Drawn *);
+
+static void add_sample(const SampleJob *job, int64_t start, int64_t token, Block *b, Drawn *p)
+{
+    float shift[W] = {0}, extra[W] = {0}, more_2[W] = {0}, more_c[W] = {0}, only_c[W] = {0};
+    (void)token;
+    EACH_COLUMN(b) {
+        const float a = job->weight[start + v], doubt = job->doubt[start + v];
+        LANES {
+            float z = b->s[v][j] - p->lse[j], q = exponential(FLOORED(z));
+            float d = b->d[v][j] - p->base[j], c = d > MOST ? MOST : d, f = excess(c);
+            float more = q * (f + c), qc = q * c;
+            shift[j] += a * qc;
+            extra[j] += a * (q * f);
+            more_2[j] += doubt * (more * more);
+            more_c[j] += doubt * (more * qc);
+            only_c[j] += doubt * (qc * qc);
+        }
+    }
+    LANES {
+        p->sums[SHIFT][j] += shift[j];
+        p->sums[EXCESS][j] += extra[j];
+        p->sums[MORE][j] += more_2[j];
+        p->sums[MORE_C][j] += more_c[j];
+        p->sums[ONLY_C][j] += only_c[j];
+    }
+}
+
+static void add_statistics(const SampleJob *job, int64_t start, int64_t token, Block *b, Drawn *p)
+{
+    float mass[W] = {0}, weighted[W] = {0};
+    EACH_COLUMN(b) {
+        const float a = job->weight[start + v], at = (float)(start + v);
+        LANES {
+            float z = b->s[v][j] - p->lse[j], log_q = FLOORED(z);
+            float log_p = log_q + (b->d[v][j] - p->base[j]), e = a * exponential(log_p);
+            mass[j] += e;
+            weighted[j] += e * log_p;
+            p->at_q[j] = log_q > p->top_q[j] ? at : p->at_q[j];
+            p->top_q[j] = log_q > p->top_q[j] ? log_q : p->top_q[j];
+            p->at_p[j] = log_p > p->top_p[j] ? at : p->at_p[j];
+            p->top_p[j] = log_p > p->top_p[j] ? log_p : p->top_p[j];
+        }
+    }
+    LANES {
+        p->sums[MASS][j] += mass[j];
+        p->sums[WEIGHTED][j] += weighted[j];
+    }
+    for (int j = 0; job->targets && j < b->lanes; j++) {
+        const int64_t v = job->targets[token + j] - start;
+        if (v < 0 || v >= b->columns) continue;
+        p->target_q[j] = b->s[v][j] - p->lse[j];
+        p->target_p[j] = p->target_q[j] + (b->d[v][j] - p->base[j]);
+    }
+}
+
+static void write_sample(const SampleJob *job, int64_t start, int64_t token, Block *b, Drawn *p)
+{
+    float error[W] = {0}, squares[W] = {0}, shift[W];
+    LANES shift[j] = (float)p->sums[SHIFT][j];
+    EACH_COLUMN(b) {
+        const float a = job->weight[start + v], doubt = job->doubt[start + v];
+        LANES {
+            float z = b->s[v][j] - p->lse[j], q = exponential(FLOORED(z));
+            float c = b->d[v][j] - p->base[j], apart = c - shift[j], term = q * apart;
+            error[j] += doubt * (term * term);
+            squares[j] += q * q;
+            b->s[v][j] = -(a * q) * (apart + (a - 1) * q * c);
+        }
+    }
+    LANES {
+        p->sums[ERROR][j] += error[j];
+        p->sums[CONCENTRATION][j] += squares[j];
+    }
+    if (job->student.range) EACH_COLUMN(b) LANES b->s[v][j] *= b->slope[v][j];
+    EACH_COLUMN(b) {
+        float *x = job->student.x + (start + v) * job->student.stride + token;
+        for (int j = 0; j < b->lanes; j++) x[j] = flushed(b->s[v][j]);
+    }
+}
+
+static void sweep_sample(const SampleJob *job, Drawn *panels, SamplePass pass)
+{
+    Block b;
+    for (int64_t start = 0; start < job->columns; start += BLOCK) {
+        b.columns = job->columns - start < BLOCK ? job->columns - start : BLOCK;
+        for (int64_t token = 0; token < job->rows; token += W) {
+            b.lanes = job->rows - token < W ? job->rows - token : W;
+            read_both(&job->student, &job->other, job->shared, job->rows, start, token, &b);
+            pass(job, start, token, &b, panels + token / W);
+        }
+    }
+}
+
+static void sample(const SampleJob *job)
+{
+    Drawn *panels = calloc((job->rows + W - 1) / W, sizeof *panels);
+    for (int64_t i = 0; i < job->rows && panels; i++) {
+        Drawn *p = panels + i / W;
+        p->lse[i % W] = job->lse[i];
+        p->base[i % W] = job->base[i];
+        p->top_q[i % W] = p->top_p[i % W] = NO_PEAK;
+    }
+    if (panels) {
+        sweep_sample(job, panels, add_sample);
+        if (job->statistics) sweep_sample(job, panels, add_statistics);
+        sweep_sample(job, panels, write_sample);
+    }
+    for (int64_t i = 0; i < job->rows; i++) {
+        float *out = job->out + i;
+        for (int field = 0; field < FIELDS; field++, out += job->out_stride) {
+            const Drawn *p = panels + i / W;
+            const int j = i % W;
+            *out = !panels               ? NAN /* no memory for them */
+                   : field < SUMS        ? (float)p->sums[field][j]
+                   : field == AGREEMENT  ? p->at_q[j] == p->at_p[j]
+                   : field == TARGET_Q   ? p->target_q[j]
+                                         : p->target_p[j];
+        }
+    }
+    free(panels);
+}
+
+void opsdc_sample(const SampleJob *job) { WITHOUT_DENORMALS(sample(job)); }
 
 #define SUMMED 1024 /* in float before a double takes over */
 

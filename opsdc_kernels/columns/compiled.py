@@ -40,6 +40,20 @@ class ColumnJob(ctypes.Structure):
     )
 
 
+class SampleJob(ctypes.Structure):
+    """`SampleJob` of columns.c."""
+
+    _fields_ = (
+        ("student", SideOfC),
+        ("other", SideOfC),
+        *threads.integers("rows", "columns"),
+        ("shared", ctypes.c_int32),
+        ("statistics", ctypes.c_int32),
+        *threads.pointers("weight", "doubt", "lse", "base", "targets", "out"),
+        *threads.integers("out_stride"),
+    )
+
+
 class DistanceJob(ctypes.Structure):
     """`DistanceJob` of columns.c."""
 
@@ -67,7 +81,9 @@ def student_masses(problem: Problem, x_CV: Tensor, reach_C: Tensor) -> tuple[Ten
     rows = x_CV.new_empty(2, len(x_CV))
     columns = x_CV.new_empty(len(threads.parts(x_CV)), x_CV.shape[1])  # of every thread
     rowwise = {"along": reach_C, **_named(("lse", "entropy"), rows)}
-    _run("opsdc_student", problem, x_CV, rowwise, [{"rest": x} for x in columns])
+    nothing_V = torch.zeros_like(columns[0])
+    columnwise = [{"square": nothing_V, "rest": x} for x in columns]
+    _run("opsdc_student", problem, x_CV, rowwise, columnwise)
     return (*rows, columns.sum(0).sqrt_())
 
 
@@ -80,6 +96,43 @@ def dropped_sums(
     columnwise = {"square": square_V, "keeps": keeps_V.to(x_CV.dtype)}
     _run("opsdc_dropped", problem, x_CV, rowwise, [columnwise] * len(threads.parts(x_CV)))
     return mass_C, product_C
+
+
+def sample_sums_(
+    problem: Problem,
+    x_CK: Tensor,
+    other_CK: Tensor,
+    factors_2K: Tensor,
+    lse_C: Tensor,
+    base_C: Tensor,
+    targets_C: Tensor | None,
+    fields: int,
+) -> Tensor:
+    """The fields of `sums.SampleSums` [fields, C]."""
+    student, other = for_c(problem.side(0)), for_c(problem.side(1))
+    out, (weight_K, doubt_K) = x_CK.new_empty(fields, len(x_CK)), factors_2K.contiguous()
+    lse_C, base_C = lse_C.contiguous(), base_C.contiguous()
+    targets_C = None if targets_C is None else targets_C.contiguous()
+    jobs = [
+        SampleJob(
+            student=SideOfC.of(x_CK[start:], student),
+            other=SideOfC.of(other_CK[start:], other),
+            rows=stop - start,
+            columns=x_CK.shape[1],
+            shared=problem.shared_logits,
+            statistics=problem.options.return_stats,
+            weight=address(weight_K),
+            doubt=address(doubt_K),
+            lse=address(lse_C, start),
+            base=address(base_C, start),
+            targets=address(targets_C, start),
+            out=address(out, start),
+            out_stride=len(x_CK),
+        )
+        for start, stop in threads.parts(x_CK)
+    ]
+    threads.run(native(), "opsdc_sample", jobs)
+    return out
 
 
 def square_distances(weight_VD: Tensor, centre_D: Tensor) -> Tensor:

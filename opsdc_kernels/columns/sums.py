@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from opsdc_kernels.columns import compiled
-from opsdc_kernels.maths import capped
+from opsdc_kernels.maths import capped, weighted_excess
 from opsdc_kernels.plan import column_block_rows
 from opsdc_kernels.problem import Problem
 from opsdc_kernels.products import by_column
+from opsdc_kernels.row_pass.transform import transform_
 
 LOWEST = -70.0
 """Logits that are below the largest by more count as this, a mass of 4e-31: products with denormal
@@ -87,6 +88,109 @@ def student_masses(problem: Problem, x_CV: Tensor, reach_C: Tensor) -> StudentMa
         square_V += q.mul_(reach_C[block, None]).square_().sum(0)
     lse_C, entropy_C = torch.cat(rows, 1)
     return StudentMasses(lse_C, entropy_C, square_V.sqrt_())
+
+
+class SampleSums(NamedTuple):
+    """Sums over a sample of the columns, with the letters of `columns.unbiased`, each [C]. The
+    factor of a sum is a; of a sum of squares, which is a variance, (1 − π)/π²."""
+
+    shift: Tensor
+    """δ = Σ a·q·c̃."""
+    excess: Tensor
+    """Σ a·q·f(c̃)."""
+    more_square: Tensor
+    """The square of q·(e^c̃ − 1)."""
+    more_times_c: Tensor
+    """q·(e^c̃ − 1)·q·c̃."""
+    c_square: Tensor
+    """The square of q·c̃."""
+    error_square: Tensor
+    """The square of q·(c̃ − δ)."""
+    concentration: Tensor
+    """Σ q², without a factor."""
+    mass: Tensor
+    """Σ a·q·e^c̃; this and what follows only where statistics are wanted."""
+    log_mass: Tensor
+    """Σ a·q·e^c̃·log(q·e^c̃)."""
+    agreement: Tensor
+    """1 where one column is the top of q and of q·e^c̃, else 0."""
+    target_q: Tensor
+    """log q of the target."""
+    target_p: Tensor
+    """log(q·e^c̃) of the target."""
+
+
+def sample_sums_(
+    problem: Problem,
+    x_CK: Tensor,
+    other_CK: Tensor,
+    factors_2K: Tensor,
+    lse_C: Tensor,
+    base_C: Tensor,
+    targets_C: Tensor | None,
+) -> SampleSums:
+    """The sums of a sample from the raw products of both sides; dZ of eq. (15) in `unbiased`, up to
+    the logits' factor, replaces those of the student.
+
+    `problem`: of these columns alone. `factors_2K`: a and (1 − π)/π². `base_C`: m₀. `targets_C`:
+    places among the columns, or None.
+    """
+    if _in_c(x_CK):
+        fields = compiled.sample_sums_(
+            problem, x_CK, other_CK, factors_2K, lse_C, base_C, targets_C, len(SampleSums._fields)
+        )
+        return SampleSums(*fields)
+    sums = [
+        _sample_rows_(
+            problem, x_CK[rows], other_CK[rows], factors_2K, lse_C[rows], base_C[rows],
+            None if targets_C is None else targets_C[rows],
+        )
+        for rows in _blocks(x_CK)
+    ]  # fmt: skip
+    return SampleSums(*torch.cat(sums, 1))
+
+
+def _sample_rows_(
+    problem: Problem,
+    x: Tensor,
+    other: Tensor,
+    factors_2K: Tensor,
+    lse_C: Tensor,
+    base_C: Tensor,
+    targets_C: Tensor | None,
+) -> Tensor:
+    """The fields of `SampleSums` [fields, C] of a block of rows."""
+    weight_K, doubt_K = factors_2K
+    s, _, d, slope = transform_(x, other, problem, None)
+    log_q, c = s.sub(lse_C[:, None]).clamp_(min=LOWEST), d.sub_(base_C[:, None])
+    q = log_q.exp()
+    log_p, qc = log_q + c, q * c
+    more = torch.where(c > 1, log_p.exp() - q, q * torch.expm1(c))
+    shift_C = qc @ weight_K
+    apart = c - shift_C[:, None]
+    fields = [
+        shift_C,
+        weighted_excess(log_q, c, log_p) @ weight_K,
+        more.square() @ doubt_K,
+        (more * qc) @ doubt_K,
+        qc.square() @ doubt_K,
+        (q * apart).square() @ doubt_K,
+        q.square().sum(1),
+    ]
+    mass = log_p.exp() * weight_K
+    none_C = torch.zeros_like(shift_C)
+    at_C1 = None if targets_C is None else targets_C[:, None]
+    fields += [
+        mass.sum(1),
+        torch.linalg.vecdot(mass, log_p),
+        (log_q.argmax(1) == log_p.argmax(1)).to(shift_C),
+        none_C if at_C1 is None else log_q.gather(1, at_C1).squeeze(1),
+        none_C if at_C1 is None else log_p.gather(1, at_C1).squeeze(1),
+    ]
+    # c̃ − δ_v of (14) is (c̃ − δ) + (a − 1)·q·c̃.
+    dz = (weight_K - 1).mul(qc).add_(apart).mul_(q).mul_(-weight_K)
+    x.copy_(dz if slope is None else dz.mul_(slope))
+    return torch.stack(fields)
 
 
 def dropped_sums(

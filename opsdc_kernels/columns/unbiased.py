@@ -47,7 +47,13 @@ from opsdc_kernels import maths, plan, products
 from opsdc_kernels.chunked.run import Result, Tokens, other_logits_into
 from opsdc_kernels.columns.chunks import DENSE_SHARE, Chunks, Following, count
 from opsdc_kernels.columns.picker import TINY, restricted
-from opsdc_kernels.columns.sums import LOWEST, StudentMasses, student_masses
+from opsdc_kernels.columns.sums import (
+    LOWEST,
+    SampleSums,
+    StudentMasses,
+    sample_sums_,
+    student_masses,
+)
 from opsdc_kernels.problem import GradientsWanted, Problem, Stat
 from opsdc_kernels.row_pass.transform import transform_
 
@@ -58,8 +64,6 @@ EDGES, EDGE_RATIO = 64, 1.25
 """Thresholds that are looked at, each so much above the next."""
 SOME_ROWS = 64
 """Rows of a head, at most, that stand for all of some kind where their distances are wanted."""
-BLOCK_BYTES = 1 << 19
-"""Of a tile that element-wise passes take at once: it stays in a CPU's cache."""
 
 
 class Estimated(NamedTuple):
@@ -238,13 +242,17 @@ class _Unbiased:
         """The student's logits in `x_CV`; a sample of the columns from there on."""
         row_C, reach_C = self.weights(tokens)
         student = student_masses(self.problem, x_CV, reach_C)
+        if self.dead_V is not None:
+            student.mass_V.masked_fill_(self.dead_V, 0.0)
         # The pilot: m₀, how large c is, and how large the gradient.
         pilot = self.pilot(student.mass_V)
         x_CP = products.select_columns(x_CV, pilot)
         other_CP = torch.empty_like(x_CP)
         other_logits_into(other_CP, self.problem, tokens, pilot)
-        log_q, d, slope = self._transform(x_CP, other_CP, pilot, student.lse_C)
-        q = log_q.exp()
+        s, _, d, slope = transform_(x_CP, other_CP, restricted(self.problem, pilot), None)
+        if self.dead_V is not None:
+            d = d.masked_fill(self.dead_V[pilot], 0.0)
+        q = s.sub_(student.lse_C[:, None]).clamp_(min=LOWEST).exp_()
         base_C = torch.linalg.vecdot(q, d) / q.sum(1)
         c = d.sub_(base_C[:, None])
         square = (c.square().mean(1) @ row_C.square()) / reach_C.square().sum().clamp(min=TINY)
@@ -261,8 +269,27 @@ class _Unbiased:
         products.select_columns(x_CV, sample.columns, dz_CK)
         other_logits_into(other_CK, self.problem, tokens, sample.columns)
         self.chunks.units += count(tokens) * len(sample.columns) / self.chunks.size
-        tile = _Tile(self, tokens, dz_CK, other_CK, sample, student, base_C)
-        self._add(tokens, tile, pilot)
+        part = restricted(self.problem, sample.columns)
+        factors_2K = torch.stack([sample.weight_K, sample.doubt_K])
+        targets = self.problem.target_ids
+        if targets is not None:
+            targets = torch.searchsorted(sample.columns, targets[tokens])
+        sums = sample_sums_(part, dz_CK, other_CK, factors_2K, student.lse_C, base_C, targets)
+        values, error_C = _values(self.problem, student, sums, base_C)
+        self.chunks.result.values[:, tokens] = values
+        self.divergence_error_N[tokens] = error_C
+        # The errors (16), and the products.
+        factor_C = row_C * self.problem.logit_factor
+        square_C = sums.error_square * factor_C.square()
+        top = self._spread(self.weight.index_select(0, pilot[:SOME_ROWS]))
+        around_C = self._around(sample) + sums.concentration * top
+        self.square_error_N[tokens] = square_C * around_C
+        if self.chunks.wanted.weight:
+            hidden_CD = self.problem.student_hidden.detach()[tokens].to(square_C.dtype)
+            square_C = square_C * sums.concentration
+            self.weight_square_error += square_C @ hidden_CD.square().sum(1)
+        scale_C1 = torch.full_like(row_C, self.problem.logit_factor)[:, None]
+        self._multiply_back(tokens, dz_CK, other_CK, scale_C1, sample)
 
     def exact_chunk(
         self, tokens: Tokens, x_CV: Tensor, spare_CV: Tensor, following: Following
@@ -297,40 +324,11 @@ class _Unbiased:
         self.chunks.dense = len(sample.columns) > DENSE_SHARE * self.chunks.size
         return self.chunks.dense
 
-    def _transform(
-        self, x_CK: Tensor, other_CK: Tensor, columns: Tensor, lse_C: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(log q, d, slope of the soft-cap) of these columns; overwrites the products."""
-        part = restricted(self.problem, columns)
-        s, _, d, slope = transform_(x_CK, other_CK, part, None)
-        log_q = s.sub_(lse_C[:, None])
-        if self.dead_V is not None:
-            dead_K = self.dead_V[columns]
-            log_q, d = log_q.masked_fill(dead_K, -torch.inf), d.masked_fill(dead_K, 0.0)
-        return log_q.clamp_(min=LOWEST), d, slope
-
     def _around(self, sample: _Sample) -> Tensor:
         """Mean ρ² of the rows that were drawn, 0-dim."""
         drawn = sample.columns[sample.probability_K < 1]
         drawn = drawn[:: max(len(drawn) // SOME_ROWS, 1)]
         return self._spread(self.weight.index_select(0, drawn)) if len(drawn) else 0 * self.spread
-
-    def _add(self, tokens: Tokens, tile: _Tile, pilot: Tensor) -> None:
-        problem, result = self.problem, self.chunks.result
-        row_C, _ = self.weights(tokens)
-        factor_C = row_C * problem.logit_factor
-        square_C = tile.square_C * factor_C.square()
-        top = self._spread(self.weight.index_select(0, pilot[:SOME_ROWS]))
-        around_C = self._around(tile.sample) + tile.concentration_C * top
-        self.square_error_N[tokens] = square_C * around_C
-        self.divergence_error_N[tokens] = tile.divergence_error_C
-        result.values[:, tokens] = tile.values
-        scale_C1 = torch.full_like(row_C, problem.logit_factor)[:, None]
-        if self.chunks.wanted.weight:
-            hidden_CD = problem.student_hidden.detach()[tokens].to(problem.dtype)
-            size_C = hidden_CD.square().sum(1)
-            self.weight_square_error += (square_C * tile.concentration_C) @ size_C
-        self._multiply_back(tokens, tile.dz_CK, tile.other_CK, scale_C1, tile.sample)
 
     def _multiply_back(
         self, tokens: Tokens, dz_CK: Tensor, scratch_CK: Tensor, scale_C1: Tensor, sample: _Sample
@@ -361,122 +359,30 @@ class _Unbiased:
         )
 
 
-class _Tile:
-    """A chunk's sample: dZ (15), and what its sums say of the divergence."""
-
-    def __init__(
-        self,
-        run: _Unbiased,
-        tokens: Tokens,
-        x_CK: Tensor,
-        other_CK: Tensor,
-        sample: _Sample,
-        student: StudentMasses,
-        base_C: Tensor,
-    ) -> None:
-        """Raw products go in; dZ replaces those of the student, up to the logits' factor."""
-        self.sample, self.dz_CK, self.other_CK = sample, x_CK, other_CK
-        self.student = student
-        problem = run.problem
-        weight_K, doubt_K = sample.weight_K, sample.doubt_K
-        width = max(BLOCK_BYTES // (x_CK.element_size() * len(x_CK)), 1)
-        blocks = [slice(i, i + width) for i in range(0, x_CK.shape[1], width)]
-        zero_C = torch.zeros_like(base_C)
-        shift_C, excess_C = zero_C.clone(), zero_C.clone()
-        doubts_3C = zero_C.new_zeros(3, len(zero_C))
-        more = (
-            _Statistics(problem, tokens, sample, zero_C) if problem.options.return_stats else None
-        )
-        slopes = []
-        for block in blocks:
-            x, other, weight, doubt = (
-                x_CK[:, block],
-                other_CK[:, block],
-                weight_K[block],
-                doubt_K[block],
-            )
-            log_q, d, slope = run._transform(x, other, sample.columns[block], student.lse_C)
-            slopes.append(slope)
-            q, c = log_q.exp(), d.sub_(base_C[:, None])
-            # q·(e^c − 1) and q·f(c); e^c alone could overflow.
-            tilted = torch.exp(log_q + c)
-            more_C = torch.where(c > 1, tilted - q, q * torch.expm1(c))
-            excess = maths.weighted_excess(log_q, c, log_q + c)
-            shift_C += (q * c) @ weight
-            excess_C += excess @ weight
-            doubts_3C += torch.stack([more_C.square(), more_C * q * c, (q * c).square()]) @ doubt
-            if more is not None:
-                more.add(block.start, log_q, c, weight)
-            x.copy_(q)
-            other.copy_(c)
-        # E_q[e^c̃] − 1 by the sum whose mean is known, Σq = 1, and the loss with it.
-        beyond_C = (shift_C + excess_C).clamp(min=-0.99)
-        inner_C, size_C = torch.log1p(beyond_C), 1 + beyond_C
-        self.divergence_C = excess_C - maths.excess(inner_C) + doubts_3C[0] / size_C.square() / 2
-        square_C = doubts_3C[0] / size_C.square() - 2 * doubts_3C[1] / size_C + doubts_3C[2]
-        self.divergence_error_C = square_C.clamp(min=0).sqrt()
-        self.values = self.divergence_C[None]
-        if more is not None:
-            self.values = more.values(self.divergence_C, student, base_C, inner_C)
-        # dZ, its doubt, and Σ q².
-        self.square_C, self.concentration_C = zero_C.clone(), zero_C.clone()
-        for block, slope in zip(blocks, slopes, strict=True):
-            q, c, weight = x_CK[:, block], other_CK[:, block], weight_K[block]
-            apart = c - shift_C[:, None]
-            self.square_C += (q * apart).square() @ doubt_K[block]
-            self.concentration_C += q.square().sum(1)
-            # u + (a − 1)·q·c̃, u = c̃ − δ, is c̃ − δ_v of (14).
-            apart += (weight - 1) * q * c
-            dz = apart.mul_(q).mul_(-weight)
-            x_CK[:, block] = dz if slope is None else dz.mul_(slope)
-
-
-class _Statistics:
-    """Statistics of a chunk, the teacher's from the sample; blocks of columns add to them."""
-
-    def __init__(self, problem: Problem, tokens: Tokens, sample: _Sample, zero_C: Tensor) -> None:
-        self.mass_C, self.weighted_C, self.tops = zero_C.clone(), zero_C.clone(), []  # type: ignore[var-annotated]
-        self.target_C: Tensor | None = None
-        if problem.target_ids is not None:
-            self.target_C = torch.searchsorted(sample.columns, problem.target_ids[tokens])
-            self.logprobs_2C = zero_C.new_zeros(2, len(zero_C))
-
-    def add(self, start: int, log_q: Tensor, c: Tensor, weight_K: Tensor) -> None:
-        """Take a block of the sample that begins at `start`."""
-        log_p = log_q + c  # but for the teacher's normalizer
-        mass = log_p.exp() * weight_K
-        self.mass_C += mass.sum(1)
-        self.weighted_C += torch.linalg.vecdot(mass, log_p)
-        self.tops.append(torch.stack([*log_q.max(1), *log_p.max(1)]))
-        if self.target_C is not None:
-            place = self.target_C - start
-            here = (place >= 0) & (place < log_q.shape[1])
-            place = place.clamp(0, log_q.shape[1] - 1)[:, None]
-            both = torch.cat([log_q.gather(1, place), log_p.gather(1, place)], 1).T
-            self.logprobs_2C += torch.where(here, both, 0.0)
-
-    def values(
-        self, divergence_C: Tensor, student: StudentMasses, base_C: Tensor, inner_C: Tensor
-    ) -> Tensor:
-        """The first rows of `Stat` [stats, C]."""
-        tops = torch.stack(self.tops)  # [blocks, (largest, where) of q and of p, C]
-        first, second = (
-            (tops[:, i].argmax(0) << 32)
-            + tops[:, i + 1].gather(0, tops[:, i].argmax(0)[None])[0].long()
-            for i in (0, 2)
-        )
-        values = {
-            Stat.DIVERGENCE: divergence_C,
-            Stat.STUDENT_LOGSUMEXP: student.lse_C,
-            Stat.TEACHER_LOGSUMEXP: student.lse_C + base_C + inner_C,
-            Stat.STUDENT_ENTROPY: student.entropy_C,
-            Stat.TEACHER_ENTROPY: inner_C - self.weighted_C / self.mass_C,
-            Stat.AGREEMENT: (first == second).to(divergence_C),
-        }
-        if self.target_C is not None:
-            values[Stat.STUDENT_LOGPROB] = self.logprobs_2C[0]
-            values[Stat.TEACHER_LOGPROB] = self.logprobs_2C[1] - inner_C
-        return torch.stack([values[stat] for stat in sorted(values)])
+def _values(
+    problem: Problem, student: StudentMasses, sums: SampleSums, base_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The first rows of `Stat` [stats, C], and the standard error of the divergence [C]."""
+    # E_q[e^c̃] − 1, by the sum whose mean is known, Σ q = 1; and the loss with it.
+    beyond_C = (sums.shift + sums.excess).clamp(min=-0.99)
+    inner_C, size_C = torch.log1p(beyond_C), 1 + beyond_C
+    bias_C = sums.more_square / size_C.square() / 2
+    divergence_C = sums.excess - maths.excess(inner_C) + bias_C
+    square_C = 2 * bias_C - 2 * sums.more_times_c / size_C + sums.c_square
+    error_C = square_C.clamp(min=0).sqrt()
+    if not problem.options.return_stats:
+        return divergence_C[None], error_C
+    values = {
+        Stat.DIVERGENCE: divergence_C,
+        Stat.STUDENT_LOGSUMEXP: student.lse_C,
+        Stat.TEACHER_LOGSUMEXP: student.lse_C + base_C + inner_C,
+        Stat.STUDENT_ENTROPY: student.entropy_C,
+        Stat.TEACHER_ENTROPY: inner_C - sums.log_mass / sums.mass,
+        Stat.AGREEMENT: sums.agreement,
+        Stat.STUDENT_LOGPROB: sums.target_q,
+        Stat.TEACHER_LOGPROB: sums.target_p - inner_C,
+    }
+    return torch.stack([values[stat] for stat in Stat])[: problem.stat_count], error_C
 
 
 def _dead_columns(problem: Problem) -> tuple[Tensor | None, bool]:

@@ -106,6 +106,36 @@ static inline void read_side(const Side *side, int64_t start, int64_t token, int
     }
 }
 
+/* Both sides' products of some columns to s and d = t - s. */
+static inline void read_both(const Side *student, const Side *other, int shared, int64_t rows,
+                             int64_t start, int64_t token, Block *b)
+{
+    const float cap_s = student->range, cap_t = other->range;
+    const int last = token + W >= rows;
+    const int64_t next_s = last ? BLOCK * student->stride - token : W;
+    const int64_t next_t = last ? BLOCK * other->stride - token : W;
+    read_side(student, start, token, next_s, b, b->s);
+    read_side(other, start, token, next_t, b, b->d);
+    if (shared && cap_s) {
+        EACH_COLUMN(b) LANES {
+            float none, x = b->s[v][j], delta = b->d[v][j];
+            float s = tanh_of(x, &b->slope[v][j]), t = tanh_of(x + delta, &none);
+            b->d[v][j] = cap_s * tanh_of(delta, &none) * (1 - s * t);
+            b->s[v][j] = cap_s * s;
+        }
+    } else if (!shared) {
+        if (cap_s) EACH_COLUMN(b) LANES b->s[v][j] = cap_s * tanh_of(b->s[v][j], &b->slope[v][j]);
+        if (cap_t) {
+            float none;
+            EACH_COLUMN(b) LANES b->d[v][j] = cap_t * tanh_of(b->d[v][j], &none);
+        }
+        EACH_COLUMN(b) LANES b->d[v][j] -= b->s[v][j];
+    }
+}
+
+#define SMALLEST 0x1p-100f /* gradients below it would make denormals of the sums they enter */
+static inline float flushed(float x) { return fabsf(x) < SMALLEST ? 0 : x; }
+
 /* Denormal numbers cost this processor a hundred cycles each. */
 #ifdef __SSE__
 #define WITHOUT_DENORMALS(work) \

@@ -9,7 +9,6 @@
 #include "common.h"
 
 #define FARTHEST 60.0f /* log-ratios above this overflow, or meet a student's mass that underflowed */
-#define SMALLEST 0x1p-100f /* gradients below it would make denormals of the sums they enter */
 
 enum { REVERSE_KL, FORWARD_KL, JSD };
 enum { DIVERGENCE, STUDENT_LOGSUMEXP, TEACHER_LOGSUMEXP, STUDENT_ENTROPY, TEACHER_ENTROPY,
@@ -25,8 +24,6 @@ typedef struct {
     float *out;             /* [fields, rows], a field every out_stride floats */
     int64_t out_stride;
 } Job;
-
-static inline float flushed(float x) { return fabsf(x) < SMALLEST ? 0 : x; }
 
 /* log(1 + y), y > -1, to full relative accuracy: 2 atanh(z) = log((1 + z) / (1 - z)). */
 static inline float log_one_plus(float y)
@@ -61,27 +58,7 @@ typedef struct {
 
 static inline void read_block(const Job *job, int64_t start, int64_t token, Block *b)
 {
-    const float cap_s = job->student.range, cap_t = job->other.range;
-    const int last = token + W >= job->rows;
-    const int64_t next_s = last ? BLOCK * job->student.stride - token : W;
-    const int64_t next_t = last ? BLOCK * job->other.stride - token : W;
-    read_side(&job->student, start, token, next_s, b, b->s);
-    read_side(&job->other, start, token, next_t, b, b->d);
-    if (job->shared && cap_s) {
-        EACH_COLUMN(b) LANES {
-            float none, x = b->s[v][j], delta = b->d[v][j];
-            float s = tanh_of(x, &b->slope[v][j]), t = tanh_of(x + delta, &none);
-            b->d[v][j] = cap_s * tanh_of(delta, &none) * (1 - s * t);
-            b->s[v][j] = cap_s * s;
-        }
-    } else if (!job->shared) {
-        if (cap_s) EACH_COLUMN(b) LANES b->s[v][j] = cap_s * tanh_of(b->s[v][j], &b->slope[v][j]);
-        if (cap_t) {
-            float none;
-            EACH_COLUMN(b) LANES b->d[v][j] = cap_t * tanh_of(b->d[v][j], &none);
-        }
-        EACH_COLUMN(b) LANES b->d[v][j] -= b->s[v][j];
-    }
+    read_both(&job->student, &job->other, job->shared, job->rows, start, token, b);
 }
 
 static inline void write_side(const Side *side, int64_t start, int64_t token, const Block *b,
