@@ -12,7 +12,7 @@ ends at 6e-8, and a row of KL 1e-10 lives there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -27,6 +27,10 @@ FEW_TOKENS, SUMMED_TERMS = 2, 1024
 """A CPU's BLAS may sum a product of one or two rows term by term: on a large partial sum, what the
 many small terms of a peaked row add up to is lost (5e-5 of dH at V 32,000 with MKL on AVX2)."""
 FP16_OPERAND_LIMIT = 2.0**14
+
+
+AddRows = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`add_rows_`, or a function that keeps its contract."""
 
 
 class Layout(Enum):
@@ -120,21 +124,24 @@ def scatter_weight_gradient(
     tile_CK: Tensor,
     hidden_CD: Tensor,
     kept_K: Tensor,
-    square_K: Tensor | None = None,
-) -> Tensor | None:
-    """Add out[kept] += tileᵀ · hidden, block by block. Returns the sum of `square_K`·‖row‖² over
-    the rows that were added, where that is asked for."""
-    total = None if square_K is None else out_VD.new_zeros(())
+    add_rows: AddRows,
+) -> Tensor:
+    """Add out[kept] += tileᵀ · hidden, block by block. Returns ‖row‖² of what was added [K]."""
+    square_K = out_VD.new_empty(len(kept_K))
     step = _rows_at_once(out_VD, out_VD.dtype)
     buffer = out_VD.new_empty(min(step, len(kept_K)), out_VD.shape[1])
     for start in range(0, len(kept_K), step):
         rows = kept_K[start : start + step]
         block = buffer[: len(rows)]
         add_weight_gradient(block, tile_CK[:, start : start + step], hidden_CD, first=True)
-        out_VD.index_add_(0, rows, block)
-        if square_K is not None:
-            total += torch.linalg.vecdot(block, block) @ square_K[start : start + step]
-    return total
+        square_K[start : start + step] = add_rows(out_VD, rows, block)
+    return square_K
+
+
+def add_rows_(matrix_VD: Tensor, rows_K: Tensor, block_KD: Tensor) -> Tensor:
+    """Add matrix[rows] += block; returns ‖row‖² of the block [K]."""
+    matrix_VD.index_add_(0, rows_K, block_KD)
+    return torch.linalg.vector_norm(block_KD, dim=1).square_()
 
 
 def mean_row(weight_VD: Tensor, dtype: torch.dtype, kept_K: Tensor | None = None) -> Tensor:

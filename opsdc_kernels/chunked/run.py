@@ -227,12 +227,11 @@ class Gradients:
         *,
         first: bool,
         columns: Tensor | None = None,
-        square_K: Tensor | None = None,
+        add_rows: products.AddRows = products.add_rows_,
     ) -> Tensor | None:
         """Add what the logit gradients `scale_C1`·`dz_CK` of some tokens give; both tiles are
         overwritten. `first`: dW is not initialized. `columns`: those of the tile, None for all; a
-        bias gradient is of all. Returns the sum of `square_K`·‖row‖² over what the rows `columns`
-        of dW were given, where that is asked for."""
+        bias gradient is of all. Returns ‖row‖² of what those rows of dW were given [K], if any."""
         result, size = self.result, len(self.weight)
         if self.row_weight_N is not None:
             scale_C1 = scale_C1 * self.row_weight_N[tokens, None]
@@ -261,8 +260,8 @@ class Gradients:
             if columns is None:
                 products.add_weight_gradient(out_VD, tile.values, operand_CD, first=first)
             else:
-                square = products.scatter_weight_gradient(
-                    out_VD, tile.values, operand_CD, columns, square_K
+                square_K = products.scatter_weight_gradient(
+                    out_VD, tile.values, operand_CD, columns, add_rows
                 )
-                return square if square is None or self.lift is None else square / self.lift**2
+                return square_K if self.lift is None else square_K / self.lift**2
         return None

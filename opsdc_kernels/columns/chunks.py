@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from opsdc_kernels.chunked.run import (
     student_logits_into,
     token_count,
 )
+from opsdc_kernels.columns import compiled
 from opsdc_kernels.problem import GradientsWanted, Problem
 from opsdc_kernels.row_pass.choose import choose
 
@@ -140,10 +142,9 @@ class Chunks:
         scratch_CK: Tensor,
         scale_C1: Tensor,
         columns: Tensor | None,
-        square_K: Tensor | None = None,
     ) -> Tensor | None:
-        """Add the gradients of a tile; `columns` None: of all. Returns what
-        `Gradients.add` does."""
+        """Add the gradients of a tile; `columns` None: of all. Returns what `Gradients.add`
+        does."""
         share = 1.0 if columns is None else len(columns) / self.size
         self.kept_columns += count(tokens) * share
         self.units += count(tokens) * self.backward_units * share
@@ -156,13 +157,17 @@ class Chunks:
                 self.result.bias_gradient[: self.size] += bias_K
             else:
                 self.result.bias_gradient.index_add_(0, columns, bias_K)
-        first = not self.weight_written
+        gradient, add_rows = self.result.weight_gradient, products.add_rows_
+        if gradient is not None and gradient.stride(1) == 1 and compiled.serves(gradient):
+            add_rows = partial(compiled.add_rows_, touched_V=self.touched_V)
+        square_K = self.gradients.add(
+            tokens, dz_CK, scratch_CK, scale_C1, first=not self.weight_written, columns=columns,
+            add_rows=add_rows,
+        )  # fmt: skip
         if self.backward_units:
             self.weight_written = True
             self.touched_V[slice(None) if columns is None else columns] = True
-        return self.gradients.add(
-            tokens, dz_CK, scratch_CK, scale_C1, first=first, columns=columns, square_K=square_K
-        )
+        return square_K
 
     def weight_gradient_norm(self) -> Tensor:
         """‖dW, db‖, 0-dim; of dW what was written to."""
@@ -180,7 +185,11 @@ def untouched_zeros(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
     time nor memory before they are written to: most of dW never is."""
     if weight_VD.device.type != "cpu" or not weight_VD.numel():
         return torch.zeros_like(weight_VD, dtype=dtype, memory_format=torch.contiguous_format)
-    pages = mmap.mmap(-1, weight_VD.numel() * dtype.itemsize)
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros_like(weight_VD, dtype=dtype, memory_format=torch.contiguous_format)
+    # Private pages: shared ones, the default, take longer to come.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, weight_VD.numel() * dtype.itemsize, flags=private)
     return torch.frombuffer(pages, dtype=dtype).view(weight_VD.shape)
 
 

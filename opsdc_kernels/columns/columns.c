@@ -340,6 +340,51 @@ static void sample(const SampleJob *job)
 
 void opsdc_sample(const SampleJob *job) { WITHOUT_DENORMALS(sample(job)); }
 
+/* Rows of a block, added to rows of a matrix. */
+typedef struct {
+    const float *block; /* [rows, columns] */
+    int64_t rows, columns;
+    const int64_t *to;  /* [rows] rows of `matrix`, each named once */
+    float *matrix;
+    int64_t stride;
+    const uint8_t *touched; /* of the matrix's rows; others are zero */
+    float *square;          /* [rows] |row of the block|^2 */
+} RowsJob;
+
+void opsdc_add_rows(const RowsJob *job)
+{
+    for (int64_t i = 0; i < job->rows; i++) {
+        const float *row = job->block + i * job->columns;
+        float *sum = job->matrix + job->to[i] * job->stride, square = 0;
+        if (!job->touched[job->to[i]]) {
+            memcpy(sum, row, job->columns * sizeof *row);
+        } else {
+#pragma omp simd
+            for (int64_t v = 0; v < job->columns; v++) sum[v] += row[v];
+        }
+#pragma omp simd reduction(+ : square)
+        for (int64_t v = 0; v < job->columns; v++) square += row[v] * row[v];
+        job->square[i] = square;
+    }
+}
+
+/* The numbers of `uniforms` in draw.py. */
+typedef struct {
+    int64_t start, size;
+    double *out;
+} NumbersJob;
+
+void opsdc_uniforms(const NumbersJob *job)
+{
+    uint64_t counter = (uint64_t)job->start;
+    for (int64_t v = 0; v < job->size; v++) {
+        uint64_t x = counter += 0x9E3779B97F4A7C15u;
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+        job->out[v] = (double)((x ^ x >> 31) >> 11) * 0x1p-53;
+    }
+}
+
 #define SUMMED 1024 /* in float before a double takes over */
 
 typedef struct {

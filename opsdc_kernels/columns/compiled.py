@@ -54,6 +54,24 @@ class SampleJob(ctypes.Structure):
     )
 
 
+class RowsJob(ctypes.Structure):
+    """`RowsJob` of columns.c."""
+
+    _fields_ = (
+        *threads.pointers("block"),
+        *threads.integers("rows", "columns"),
+        *threads.pointers("to", "matrix"),
+        *threads.integers("stride"),
+        *threads.pointers("touched", "square"),
+    )
+
+
+class NumbersJob(ctypes.Structure):
+    """`NumbersJob` of columns.c."""
+
+    _fields_ = (*threads.integers("start", "size"), *threads.pointers("out"))
+
+
 class DistanceJob(ctypes.Structure):
     """`DistanceJob` of columns.c."""
 
@@ -133,6 +151,36 @@ def sample_sums_(
     ]
     threads.run(native(), "opsdc_sample", jobs)
     return out
+
+
+def add_rows_(matrix_VD: Tensor, rows_K: Tensor, block_KD: Tensor, *, touched_V: Tensor) -> Tensor:
+    """The same as `products.add_rows_`, for rows that are each named once. Those that are not
+    touched are zero, and are not read: reading new pages makes them come twice."""
+    square_K = block_KD.new_empty(len(rows_K))
+    jobs = [
+        RowsJob(
+            block=address(block_KD, start * block_KD.stride(0)),
+            rows=stop - start,
+            columns=block_KD.shape[1],
+            to=address(rows_K, start),
+            matrix=address(matrix_VD),
+            stride=matrix_VD.stride(0),
+            touched=address(touched_V),
+            square=address(square_K, start),
+        )
+        for start, stop in threads.parts(block_KD)
+    ]
+    threads.run(native(), "opsdc_add_rows", jobs)
+    return square_K
+
+
+def uniforms(start: int, size: int) -> Tensor:
+    """The numbers of `draw.uniforms` from a mixed seed and place."""
+    out_V = torch.empty(size, dtype=torch.float64)
+    threads.run(
+        native(), "opsdc_uniforms", [NumbersJob(start=start, size=size, out=address(out_V))]
+    )
+    return out_V
 
 
 def square_distances(weight_VD: Tensor, centre_D: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from torch import Tensor
 from opsdc_kernels import maths, plan, products
 from opsdc_kernels.chunked.run import Result, Tokens, other_logits_into
 from opsdc_kernels.columns.chunks import DENSE_SHARE, Chunks, Following, count
+from opsdc_kernels.columns.draw import Sample, probabilities
 from opsdc_kernels.columns.picker import TINY, restricted
 from opsdc_kernels.columns.sums import (
     LOWEST,
@@ -60,8 +61,6 @@ from opsdc_kernels.row_pass.transform import transform_
 CPU_ROWS = 128
 """Rows of a chunk on a CPU: its products run at their full rate, and fewer tokens share more
 columns."""
-EDGES, EDGE_RATIO = 64, 1.25
-"""Thresholds that are looked at, each so much above the next."""
 SOME_ROWS = 64
 """Rows of a head, at most, that stand for all of some kind where their distances are wanted."""
 
@@ -99,53 +98,6 @@ def run_unbiased(
         return (result := chunks.all_columns()), run.estimated(result)
     chunk = run.exact_chunk if problem.options.exact_value else run.chunk
     return (result := chunks.run(chunk, ahead)), run.estimated(result)
-
-
-def uniforms(seed: int, place: int, size: int, device: torch.device) -> Tensor:
-    """Uniform numbers in [0, 1) of the columns [size], float64: a hash of seed, place and column.
-
-    The finalizer of SplitMix64 (Steele, Lea and Flood 2014) over a counter: the numbers are the
-    same wherever and in whatever order they are asked for.
-    """
-    start = _mixed_int(_mixed_int(seed) + place)
-    x = torch.arange(1, size + 1, device=device) * _signed(GOLDEN) + _signed(start)
-    for shift, factor in MIX:
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    x = x ^ ((x >> 31) & ((1 << 33) - 1))
-    return ((x >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
-
-
-GOLDEN = 0x9E3779B97F4A7C15
-MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-_WORD = (1 << 64) - 1
-
-
-def _mixed_int(x: int) -> int:
-    x = (x + GOLDEN) & _WORD
-    for shift, factor in MIX:
-        x = ((x ^ (x >> shift)) * factor) & _WORD
-    return x ^ (x >> 31)
-
-
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
-class _Sample(NamedTuple):
-    """The columns that a chunk asks the teacher about, rising."""
-
-    columns: Tensor
-    probability_K: Tensor
-
-    @property
-    def weight_K(self) -> Tensor:
-        """The factor a."""
-        return self.probability_K.reciprocal()
-
-    @property
-    def doubt_K(self) -> Tensor:
-        """The factor of a square of the sample in a variance: (1 − π)/π²."""
-        return (1 - self.probability_K) / self.probability_K.square()
 
 
 class _Unbiased:
@@ -200,28 +152,16 @@ class _Unbiased:
         step_C = torch.linalg.vector_norm(teacher - student, dim=1)
         return row_C, row_C * (step_C + size_C * self.drift)
 
-    def draw(self, mass_V: Tensor, most: Tensor, pilot: Tensor, tokens: Tokens) -> _Sample:
-        """A sample whose Σ (1/π − 1)·mass² is at most `most`, as far as `EDGES` reach."""
-        edges = mass_V.amax() * EDGE_RATIO ** -torch.arange(
-            EDGES - 1.0, -1.0, -1.0, device=mass_V.device, dtype=mass_V.dtype
-        )  # rising
-        sums = mass_V.new_zeros(2, EDGES + 1)
-        below = torch.bucketize(mass_V, edges, right=True)
-        sums[0].index_add_(0, below, mass_V)
-        sums[1].index_add_(0, below, mass_V.square())
-        first, second = sums[:, :-1].cumsum(1)
-        allowed = (edges * first - second <= most).int().cumprod(0).sum()
-        threshold = torch.where(allowed > 0, edges[(allowed - 1).clamp(min=0)], 0.0)
-        probability_V = torch.where(mass_V >= threshold, 1.0, mass_V / threshold)
+    def draw(self, mass_V: Tensor, most: Tensor, pilot: Tensor, tokens: Tokens) -> Sample:
+        """A sample whose Σ (1/π − 1)·mass² is about `most`."""
         targets = self.problem.target_ids
         always = pilot if targets is None else torch.cat([pilot, targets[tokens]])
-        probability_V.index_fill_(0, always, 1.0)
+        probability_V = probabilities(mass_V, most).index_fill_(0, always, 1.0)
         if self.dead_V is not None:
             probability_V.masked_fill_(self.dead_V, 0.0)
-        numbers = uniforms(self.problem.options.seed, self.place, len(mass_V), mass_V.device)
+        sample = Sample.drawn(probability_V, self.problem.options.seed, self.place)
         self.place += count(tokens)
-        columns = (numbers < probability_V).nonzero().squeeze(1)
-        return _Sample(columns, probability_V[columns])
+        return sample
 
     def pilot(self, mass_V: Tensor) -> Tensor:
         """The columns of the largest masses."""
@@ -320,24 +260,22 @@ class _Unbiased:
         if following is not None:
             self.chunks.student_logits(*following)
 
-    def _is_dense(self, sample: _Sample) -> bool:
+    def _is_dense(self, sample: Sample) -> bool:
         self.chunks.dense = len(sample.columns) > DENSE_SHARE * self.chunks.size
         return self.chunks.dense
 
-    def _around(self, sample: _Sample) -> Tensor:
+    def _around(self, sample: Sample) -> Tensor:
         """Mean ρ² of the rows that were drawn, 0-dim."""
         drawn = sample.columns[sample.probability_K < 1]
         drawn = drawn[:: max(len(drawn) // SOME_ROWS, 1)]
         return self._spread(self.weight.index_select(0, drawn)) if len(drawn) else 0 * self.spread
 
     def _multiply_back(
-        self, tokens: Tokens, dz_CK: Tensor, scratch_CK: Tensor, scale_C1: Tensor, sample: _Sample
+        self, tokens: Tokens, dz_CK: Tensor, scratch_CK: Tensor, scale_C1: Tensor, sample: Sample
     ) -> None:
-        square = self.chunks.multiply_back(
-            tokens, dz_CK, scratch_CK, scale_C1, sample.columns, 1 - sample.probability_K
-        )
-        if square is not None:
-            self.weight_square_error += square
+        square_K = self.chunks.multiply_back(tokens, dz_CK, scratch_CK, scale_C1, sample.columns)
+        if square_K is not None:
+            self.weight_square_error += square_K @ (1 - sample.probability_K)
 
     def estimated(self, result: Result) -> Estimated:
         chunks, tokens = self.chunks, max(self.chunks.count, 1)
