@@ -106,7 +106,9 @@ class Chunks:
     def all_columns(self) -> Result:
         """Start again, and leave out none."""
         self.units += self.count * (2 + self.backward_units)
-        return run_chunks(self.problem, self.wanted, self.row_weight_N, self.kept_K)
+        self.kept_columns = float(self.count)
+        self.result = run_chunks(self.problem, self.wanted, self.row_weight_N, self.kept_K)
+        return self.result
 
     def _all_of_the_rest(self, start: int) -> None:
         """Run what is left with all columns."""

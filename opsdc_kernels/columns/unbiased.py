@@ -20,12 +20,13 @@ is unbiased, and so are dH = dz·W and dW = dzᵀ·h, which are linear in it. A 
 multiplies dz and changes nothing.
 
 Of first order in the draw, dH of a token is off by Σ_v (a_v − 1)·q_v·c_v·(W_v − E_q[W]), so that,
-with ρ the distance of a row of W from their mean and rows apart at random::
+as draws are independent::
 
-    E‖error of dH‖² ≈ Σ_v (1/π_v − 1)·(q_v·c_v)²·(ρ_v² + ‖E_q[W]‖²),  ‖E_q[W]‖² ≈ Σ q²·ρ²      (16)
+    E‖error of dH‖² ≈ Σ_v (1/π_v − 1)·(q_v·c_v)²·ρ²,   ρ² = mean ‖W_v − E_q[W]‖²               (16)
 
-and from the sample itself by another weight 1/π_v. For dW the same holds with ‖h‖, and where tokens
-share a column their parts add up: Σ_S (1 − π_v)·‖dW_v‖², plus the part of δ.
+and from the sample itself by another weight 1/π_v; ρ² is that of some of the columns drawn, E_q[W]
+that over the pilot. For dW the same holds with ‖h‖, and where tokens share a column their parts add
+up: Σ_S (1 − π_v)·‖dW_v‖², plus the part of δ.
 
 For a given number of columns (16) is least for π in proportion to √Σ_tokens (q·c·ρ)²; c is unknown,
 and in proportion to the step between the states. So π_v = min(1, mass_v/τ), mass² = Σ (reach·q)²,
@@ -61,6 +62,10 @@ from opsdc_kernels.row_pass.transform import transform_
 CPU_ROWS = 128
 """Rows of a chunk on a CPU: its products run at their full rate, and fewer tokens share more
 columns."""
+ALLOWANCE = 2.0
+"""(16) with the pilot's c² foretells about this many times the squared error that comes out."""
+ALLOWANCE_RANGE, ALLOWANCE_STEP = (0.1, 4.0), (0.25, 1.5)
+"""How far it may move, in all and from one chunk to the next."""
 SOME_ROWS = 64
 """Rows of a head, at most, that stand for all of some kind where their distances are wanted."""
 
@@ -111,28 +116,27 @@ class _Unbiased:
         self.place = 0
         """Tokens that were drawn for."""
         self.weight = problem.student_weight.detach()[: problem.vocab_size]
-        some = self.weight[:: max(len(self.weight) // SOME_ROWS, 1)].to(problem.dtype)
-        self.centre_D = some.mean(0)
-        self.spread = self._spread(some)
-        """Mean ρ² of the head's rows."""
-        self.drift = self._drift(some)
-        """The difference of the heads in units of ρ; 0-dim, or None for heads of other sizes."""
-        new = some.new_zeros(len(problem.student_hidden))
+        self.some_RD = self.weight[:: max(len(self.weight) // SOME_ROWS, 1)].to(problem.dtype)
+        """Rows that stand for all of the head."""
+        self.drift = self._drift()
+        """The difference of the heads in units of their rows' distances, 0-dim, or None for heads
+        of other sizes."""
+        new = self.some_RD.new_zeros(len(problem.student_hidden))
         self.square_error_N, self.divergence_error_N = new, new.clone()
+        self.allowance = torch.full_like(new[:0].sum(), ALLOWANCE)
+        """The squared error that the next chunk aims at, in units of the one wanted."""
         self.weight_square_error = new.new_zeros(())
         self.dead_V, self.one_sided = _dead_columns(problem)
 
-    def _spread(self, rows: Tensor) -> Tensor:
-        return (rows.to(self.problem.dtype) - self.centre_D).square().sum(1).mean()
-
-    def _drift(self, some: Tensor) -> Tensor | None:
-        teacher = self.problem.teacher_weight
+    def _drift(self) -> Tensor | None:
+        some, teacher = self.some_RD, self.problem.teacher_weight
         if teacher is None:
             return some.new_zeros(())
         if teacher.shape[1] != some.shape[1]:
             return None
         other = teacher[: self.problem.vocab_size : max(len(self.weight) // SOME_ROWS, 1)]
-        return ((other.to(some) - some).square().sum(1).mean() / self.spread).sqrt()
+        square = (other.to(some) - some).square().sum(1).mean()
+        return (square / _square_distances(some, some.mean(0)).clamp(min=TINY)).sqrt()
 
     # Weights, masses and probabilities.
 
@@ -167,14 +171,11 @@ class _Unbiased:
         """The columns of the largest masses."""
         return mass_V.topk(-(-len(mass_V) // plan.PILOT_PARTS)).indices
 
-    def allowed(
-        self, dz_CP: Tensor, pilot: Tensor, row_C: Tensor, square: Tensor | float
-    ) -> Tensor:
-        """The largest Σ (1/π − 1)·mass² (16), where (q·c)² is about `square`·(reach·q)², from the
-        logit gradients of the pilot's columns, which tell the size of the whole gradient."""
-        rows = self.weight.index_select(0, pilot).to(dz_CP.dtype)
-        size = torch.linalg.vector_norm((dz_CP * row_C[:, None]) @ rows)
-        return (self.target * size).square() / (square * self.spread).clamp(min=TINY)
+    def allowed(self, dz_CP: Tensor, rows_PD: Tensor, row_C: Tensor, square: Tensor) -> Tensor:
+        """The largest Σ (1/π − 1)·mass² (16), where that makes a squared error of dH `square`
+        times as large; by the gradient of the pilot's columns, nearly that of all."""
+        size = torch.linalg.vector_norm((dz_CP * row_C[:, None]) @ rows_PD)
+        return self.allowance * (self.target * size).square() / square.clamp(min=TINY)
 
     # The chunks.
 
@@ -193,11 +194,16 @@ class _Unbiased:
         if self.dead_V is not None:
             d = d.masked_fill(self.dead_V[pilot], 0.0)
         q = s.sub_(student.lse_C[:, None]).clamp_(min=LOWEST).exp_()
-        base_C = torch.linalg.vecdot(q, d) / q.sum(1)
+        mass_C = q.sum(1)
+        base_C = torch.linalg.vecdot(q, d) / mass_C
         c = d.sub_(base_C[:, None])
-        square = (c.square().mean(1) @ row_C.square()) / reach_C.square().sum().clamp(min=TINY)
+        rows_PD = self.weight.index_select(0, pilot).to(q.dtype)
+        mean_CD = (q @ rows_PD).div_(mass_C[:, None])  # E_q[W], nearly
+        around_C = _square_distances(self.some_RD, mean_CD)
+        square = (c.square().mean(1) * around_C) @ row_C.square()
+        square = square / reach_C.square().sum().clamp(min=TINY)
         dz_CP = q.mul_(c) if slope is None else q.mul_(c).mul_(slope)
-        most = self.allowed(dz_CP, pilot, row_C, square)
+        most = self.allowed(dz_CP, rows_PD, row_C, square)
         # The sample.
         sample = self.draw(student.mass_V, most, pilot, tokens)
         self._spend(tokens, following, student_only=True)
@@ -221,9 +227,7 @@ class _Unbiased:
         # The errors (16), and the products.
         factor_C = row_C * self.problem.logit_factor
         square_C = sums.error_square * factor_C.square()
-        top = self._spread(self.weight.index_select(0, pilot[:SOME_ROWS]))
-        around_C = self._around(sample) + sums.concentration * top
-        self.square_error_N[tokens] = square_C * around_C
+        self.square_error_N[tokens] = square_C * self._around(sample, mean_CD)
         if self.chunks.wanted.weight:
             hidden_CD = self.problem.student_hidden.detach()[tokens].to(square_C.dtype)
             square_C = square_C * sums.concentration
@@ -242,7 +246,10 @@ class _Unbiased:
         mass_V = torch.linalg.vector_norm(size_CV, dim=0)
         pilot = self.pilot(mass_V)
         dz_CP = products.select_columns(x_CV, pilot).mul_(scale_C1)
-        sample = self.draw(mass_V, self.allowed(dz_CP, pilot, row_C, 1.0), pilot, tokens)
+        rows_PD = self.weight.index_select(0, pilot).to(dz_CP.dtype)
+        centre_D = self.some_RD.mean(0)
+        most = self.allowed(dz_CP, rows_PD, row_C, _square_distances(self.some_RD, centre_D))
+        sample = self.draw(mass_V, most, pilot, tokens)
         self._spend(tokens, following, student_only=False)
         if self._is_dense(sample):
             self.chunks.multiply_back(tokens, x_CV, spare_CV, scale_C1, None)
@@ -250,9 +257,15 @@ class _Unbiased:
         dz_CK, scratch_CK = products.two_tiles(spare_CV, len(sample.columns))
         products.select_columns(x_CV, sample.columns, dz_CK)
         square_C = (dz_CK * scale_C1).square() @ sample.doubt_K
-        self.square_error_N[tokens] = square_C * row_C.square() * self._around(sample)
+        self.square_error_N[tokens] = square_C * row_C.square() * self._around(sample, centre_D)
         dz_CK.mul_(sample.weight_K)
+        # Σ dZ is known: what the sample has of it too much multiplies what all rows have in common.
+        excess_C1 = scale_C1 * (dz_CK.sum(1) - x_CV.sum(1))[:, None]
         self._multiply_back(tokens, dz_CK, scratch_CK, scale_C1, sample)
+        if self.chunks.result.hidden_gradient is not None:
+            if self.chunks.row_weight_N is not None:
+                excess_C1 = excess_C1 * self.chunks.row_weight_N[tokens, None]
+            self.chunks.result.hidden_gradient[tokens] -= excess_C1 * centre_D
 
     def _spend(self, tokens: Tokens, following: Following, *, student_only: bool) -> None:
         pilot_units = student_only + self.chunks.backward_units
@@ -264,11 +277,13 @@ class _Unbiased:
         self.chunks.dense = len(sample.columns) > DENSE_SHARE * self.chunks.size
         return self.chunks.dense
 
-    def _around(self, sample: Sample) -> Tensor:
-        """Mean ρ² of the rows that were drawn, 0-dim."""
+    def _around(self, sample: Sample, mean: Tensor) -> Tensor:
+        """Mean ‖W_v − mean‖² of the columns that were drawn, of each mean [..., D]."""
         drawn = sample.columns[sample.probability_K < 1]
         drawn = drawn[:: max(len(drawn) // SOME_ROWS, 1)]
-        return self._spread(self.weight.index_select(0, drawn)) if len(drawn) else 0 * self.spread
+        if not len(drawn):
+            return mean.new_zeros(mean.shape[:-1])
+        return _square_distances(self.weight.index_select(0, drawn).to(mean.dtype), mean)
 
     def _multiply_back(
         self, tokens: Tokens, dz_CK: Tensor, scratch_CK: Tensor, scale_C1: Tensor, sample: Sample
@@ -276,6 +291,13 @@ class _Unbiased:
         square_K = self.chunks.multiply_back(tokens, dz_CK, scratch_CK, scale_C1, sample.columns)
         if square_K is not None:
             self.weight_square_error += square_K @ (1 - sample.probability_K)
+        # What this chunk's error came out as corrects the aim of the following ones: they draw for
+        # themselves, so given this one's draw they are as unbiased as before.
+        if self.chunks.result.hidden_gradient is not None:
+            size = self.chunks.result.hidden_gradient[tokens].norm()
+            square = self.square_error_N[tokens].sum() / (self.target * size).square()
+            step = square.clamp(min=TINY).reciprocal().clamp(*ALLOWANCE_STEP)
+            self.allowance = (self.allowance * step).clamp(*ALLOWANCE_RANGE)
 
     def estimated(self, result: Result) -> Estimated:
         chunks, tokens = self.chunks, max(self.chunks.count, 1)
@@ -283,18 +305,23 @@ class _Unbiased:
         if result.hidden_gradient is not None:
             size_N = torch.linalg.vector_norm(result.hidden_gradient, dim=1)
         error_N = self.square_error_N.sqrt()
-        weight = (
-            chunks.weight_gradient_norm() if self.problem.options.return_stats else size_N[:0].sum()
-        )
-        kept = chunks.kept_columns / tokens if self.place else 1.0
+        weight = size_N.new_zeros(())
+        if self.problem.options.return_stats:
+            weight = chunks.weight_gradient_norm()
         return Estimated(
             gradient_error=error_N / size_N.clamp(min=TINY),
             divergence_error=self.divergence_error_N,
             hidden_gradient_error=error_N.norm() / size_N.norm().clamp(min=TINY),
             weight_gradient_error=self.weight_square_error.sqrt() / weight.clamp(min=TINY),
-            kept_share=torch.full_like(weight, kept),
+            kept_share=torch.full_like(weight, chunks.kept_columns / tokens),
             gemm_units=torch.full_like(weight, chunks.units / tokens),
         )
+
+
+def _square_distances(rows_RD: Tensor, mean: Tensor) -> Tensor:
+    """Mean ‖row − mean‖² over the rows, of each mean [..., D]."""
+    centre_D = rows_RD.mean(0)
+    return (rows_RD - centre_D).square().sum(1).mean() + (mean - centre_D).square().sum(-1)
 
 
 def _values(
