@@ -132,7 +132,7 @@ class OPSDCTrainer:
                     self.model, teacher, pairs, self.optimizer, layout, config,
                     ranks=self.ranks,
                     sampled_finite=rollouts.is_finite,
-                    on_tokens=bar.update,
+                    on_tokens=bar.update, number=step,
                     exact_value=is_due(config.loss.exact_value_every, step),
                 )  # fmt: skip
             state.give_up_if_sick(step, pairs, result)

@@ -95,7 +95,7 @@ def ignored_settings(config: OPSDCConfig) -> list[str]:
             notes.append(f"guard.target_compression {unless}")
         if c.guard.max_accuracy_drop != GuardConfig().max_accuracy_drop:
             notes.append(f"guard.max_accuracy_drop {unless}")
-    if c.loss.exact_value_every and c.loss.skip_tolerance is None:
+    if c.loss.exact_value_every and not c.loss.leaves_columns_out:
         notes.append("loss.exact_value_every has no effect without loss.skip_tolerance")
     if c.loss.token_share == 1 and c.loss.token_criterion != "divergence":
         notes.append("loss.token_criterion has no effect with loss.token_share 1")

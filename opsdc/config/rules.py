@@ -43,12 +43,19 @@ def check_teacher(teacher: Any) -> None:
 
 def check_loss(loss: Any) -> None:
     """Raise ConfigError where columns would be left out that this divergence needs."""
-    if loss.skip_tolerance is None:
+    asked = f"loss.columns {loss.columns}"
+    if loss.columns is None:
+        asked = "loss.skip_tolerance"
+    if loss.columns == "bounded" and loss.skip_tolerance is None:
+        _refuse("loss.skip_tolerance", f"must be set with {asked}", loss.skip_tolerance)
+    if loss.columns == "exact" and loss.skip_tolerance is not None:
+        _refuse("loss.skip_tolerance", f"must be unset with {asked}", loss.skip_tolerance)
+    if not loss.leaves_columns_out:
         return
     needed = {"divergence": ("reverse_kl",), "backend": ("auto", "chunked")}
     for key, values in needed.items():
         if getattr(loss, key) not in values:
-            rule = f"must be {' or '.join(values)} with loss.skip_tolerance"
+            rule = f"must be {' or '.join(values)} with {asked}"
             _refuse(f"loss.{key}", rule, getattr(loss, key))
 
 

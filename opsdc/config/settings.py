@@ -239,20 +239,31 @@ class LossConfig:
     """Backend of opsdc_kernels; reference holds all logits in memory."""
     workspace_bytes: int | None = None
     """Scratch memory of the loss; unset: by the device."""
+    columns: Literal["exact", "unbiased", "bounded"] | None = None
+    """The vocabulary columns that the loss's gradients come from (reverse_kl only). exact: all.
+    unbiased: those of much probability and a random sample of the others, right on average.
+    bounded: those that skip_tolerance cannot do without. Unset: bounded with skip_tolerance, else
+    exact."""
     skip_tolerance: Annotated[float | None, Field(gt=0, lt=1)] = None
-    """Largest relative error of the loss's gradients to accept for leaving out vocabulary columns
-    that the student hardly gives any probability (reverse_kl only); unset: exact."""
+    """Relative error of the loss's gradients to accept for leaving out columns: the largest where
+    they are bounded, the standard error where they are unbiased (then 0.01 if unset)."""
     token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of each response's tokens to train on, those with the most of token_criterion; 1: all.
     Scoring them all first takes two head GEMMs: time is saved below about 0.35."""
     token_criterion: Literal["divergence", "entropy"] = "divergence"
     """What tokens are kept by: the divergence from the teacher, or the student's entropy."""
     exact_value_every: Annotated[int, Field(ge=0)] = 0
-    """With skip_tolerance: steps between logged losses from all columns, at one GEMM more; the
-    others are lower bounds; 0: never."""
+    """Where columns are left out: steps between logged losses from all columns, at one GEMM more;
+    the others are lower bounds (bounded) or estimates (unbiased, whose true error is then measured
+    too). 0: never."""
 
     def __post_init__(self) -> None:
         rules.check_loss(self)
+
+    @property
+    def leaves_columns_out(self) -> bool:
+        """Return True where gradients do not come from all vocabulary columns."""
+        return self.skip_tolerance is not None or self.columns == "unbiased"
 
 
 def _are_decays(betas: tuple[float, ...]) -> bool:

@@ -53,7 +53,8 @@ def replay(path: Path) -> str:
     plan = plan_step(
         pairs, layout, normalization=config.loss.normalization, contexts=teacher.contexts
     )
-    loss, *_ = student_pass(model, teacher, plan, teacher_pass(model, teacher, plan), config)
+    hidden = teacher_pass(model, teacher, plan)
+    loss, *_ = student_pass(model, teacher, plan, hidden, config, number=step)
     parameters = [n for n, p in model.named_parameters() if not bool(p.isfinite().all())]
     gradients = [
         n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +25,7 @@ def distillation_loss(
     reduction: str = "sum",
     target_ids: torch.Tensor | None = None,
     exact_value: bool = False,
+    seed: int = 0,
     vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, DivergenceStats]:
     """Compute Σ_t w_t · D(student_t, teacher_t) over the full vocabulary, at temperature 1.
@@ -33,17 +36,19 @@ def distillation_loss(
         teacher_hidden: [n, D], without gradient, of the student's dtype.
         teacher_head: The teacher's head; the same tensors where the head is not trained.
         token_weight: [n] float32 as of `StepPlan.token_weights`, or None with reduction "none".
-        config: Divergence, backend, scratch budget and tolerance. With a `skip_tolerance` the loss
-            is a lower bound unless `exact_value`; reduction "none" ignores the tolerance.
+        config: Divergence, backend, scratch budget and columns. Where columns are left out the
+            loss is a lower bound or an estimate unless `exact_value`; with reduction "none" none
+            is.
         reduction: "sum" in training; "none" returns one value per token.
         target_ids: [n] int64, adds the sampled tokens' log-probabilities to the statistics.
         exact_value: Take loss and statistics from all columns.
+        seed: Of the draw of unbiased columns.
         vocab_size: Take only the first so many rows of both heads; the rest is padding.
 
     Returns:
         The loss in nats, a scalar or [n], and statistics per token without gradient.
     """
-    tolerance = config.skip_tolerance if reduction != "none" else None
+    left_out = config.leaves_columns_out and reduction != "none"
     return linear_divergence(
         student_hidden,
         student_head.weight,
@@ -61,10 +66,48 @@ def distillation_loss(
         return_stats=True,
         backend=config.backend,
         workspace_bytes=config.workspace_bytes,
-        skip_tolerance=tolerance,
-        exact_value=exact_value and tolerance is not None,
+        columns=config.columns if left_out else None,
+        skip_tolerance=config.skip_tolerance if left_out else None,
+        seed=seed,
+        exact_value=exact_value and left_out,
         vocab_size=vocab_size,
     )
+
+
+def draw_seed(seed: int, step: int, rank: int, micro_batch: int) -> int:
+    """Return the seed of one draw of unbiased columns: no two calls of a run draw alike."""
+    text = f"{seed} {step} {rank} {micro_batch}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+
+def drawn_error(
+    student_hidden: torch.Tensor,
+    student_head: Head,
+    teacher_hidden: torch.Tensor,
+    teacher_head: Head,
+    token_weight: torch.Tensor,
+    config: LossConfig,
+    *,
+    seed: int,
+    vocab_size: int | None = None,
+) -> float:
+    """Measure the relative error of dH that leaving columns out makes here, against all columns.
+
+    Costs a loss with a frozen head, twice. The arguments are those of `distillation_loss`.
+    """
+    rows = student_hidden.detach().requires_grad_()
+    frozen = replace(student_head, weight=student_head.weight.detach())
+    exact = replace(config, columns="exact", skip_tolerance=None)
+    gradients = []
+    for each in (config, exact):
+        with torch.enable_grad():
+            loss, _ = distillation_loss(
+                rows, frozen, teacher_hidden, teacher_head, token_weight, each, seed=seed,
+                vocab_size=vocab_size,
+            )  # fmt: skip
+            gradients.append(torch.autograd.grad(loss, rows)[0].float())
+    size = gradients[1].norm()
+    return float((gradients[0] - gradients[1]).norm() / size) if size else 0.0
 
 
 @torch.no_grad()

@@ -94,19 +94,21 @@ def of_left_out(
     pairs: Sequence[Pair],
     config: LossConfig,
     ranks: Ranks,
+    errors: Sequence[float] = (),
 ) -> dict[str, float]:
     """Measure what settings leave out of the loss; empty where they leave out nothing.
 
     With a `loss.token_share` below 1: the share of tokens trained on, and of the loss they hold.
-    With a `loss.skip_tolerance`: columns kept, GEMM units, bounds of the gradient's error, and the
-    nats that the loss lacks.
+    Where columns are left out: columns kept, GEMM units, bounds or estimates of the gradient's
+    error, and the nats that the loss lacks or is uncertain by.
 
     Args:
         loss, whole_loss: Loss of the step's kept tokens and of all its tokens, in nats.
         stats: The statistics of this rank's micro-batches.
         pairs: All of the step.
+        errors: Of each micro-batch the measured error of unbiased columns, 0 where none was.
     """
-    measures = _of_columns(stats, ranks) if config.skip_tolerance else {}
+    measures = _of_columns(stats, config, errors, ranks) if config.leaves_columns_out else {}
     if config.token_share == 1:
         return measures
     counts = [len(p.response_ids) for p in pairs if p.response_ids]
@@ -121,28 +123,37 @@ def of_left_out(
     }
 
 
-def _of_columns(stats: Sequence[DivergenceStats], ranks: Ranks) -> dict[str, float]:
-    """Measure the columns left out: means over tokens, the largest bounds over micro-batches.
+def _of_columns(
+    stats: Sequence[DivergenceStats], config: LossConfig, errors: Sequence[float], ranks: Ranks
+) -> dict[str, float]:
+    """Measure the columns left out: means over tokens, the largest errors over micro-batches.
 
-    The error of the step's gradient is within these bounds, unless the micro-batches' gradients
-    cancel each other.
+    The error of the step's gradient is below these, unless the micro-batches' gradients cancel each
+    other.
     """
-    names = ("kept_share", "gemm_units", "hidden_gradient_bound", "weight_gradient_bound")
-    rows = [
-        [
-            float(s.divergence.numel()),
-            *(float(getattr(s, name)) for name in names),
-            0.0 if s.divergence_error is None else float(s.divergence_error.sum()),
-        ]
-        for s in stats
-    ]
-    # A row per micro-batch of any rank: its tokens, the four numbers above, the nats it lacks.
-    table = ranks.concat(torch.tensor(rows).reshape(-1, 2 + len(names))).double()
+    unbiased = config.columns == "unbiased"
+    kind = "error" if unbiased else "bound"
+    names = ("kept_share", "gemm_units", f"hidden_gradient_{kind}", f"weight_gradient_{kind}")
+    # A row per micro-batch of any rank: its tokens, the four numbers above, its measured error, and
+    # the nats that its loss lacks, or their squares where they are standard errors.
+    rows = []
+    for i, s in enumerate(stats):
+        nats = torch.zeros(()) if s.divergence_error is None else s.divergence_error
+        numbers = [0.0 if (x := getattr(s, name)) is None else float(x) for name in names]
+        total = float(nats.square().sum() if unbiased else nats.sum())
+        measured = errors[i] if errors else 0.0
+        rows.append([float(s.divergence.numel()), *numbers, measured, total])
+    table = ranks.concat(torch.tensor(rows).reshape(-1, 3 + len(names))).double()
     tokens = table[:, 0]
-    return {
+    measures = {
         "kept_columns_share": float(tokens @ table[:, 1] / tokens.sum()),
         "loss_gemm_units": float(tokens @ table[:, 2] / tokens.sum()),
-        "hidden_gradient_bound": float(table[:, 3].max()),
-        "weight_gradient_bound": float(table[:, 4].max()),
-        "kl_missing": float(table[:, 5].sum() / tokens.sum()),
+        names[2]: float(table[:, 3].max()),
+        names[3]: float(table[:, 4].max()),
     }
+    if not unbiased:
+        return {**measures, "kl_missing": float(table[:, 6].sum() / tokens.sum())}
+    measures["kl_error"] = float(table[:, 6].sum().sqrt() / tokens.sum())
+    if (true := float(table[:, 5].max())) > 0:
+        measures["hidden_gradient_true_error"] = true
+    return measures

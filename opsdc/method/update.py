@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from opsdc.config.settings import LossConfig, OPSDCConfig
 from opsdc.method.batch import Layout, Pair, StepPlan, plan_step
-from opsdc.method.loss import distillation_loss, select_tokens
+from opsdc.method.loss import distillation_loss, draw_seed, drawn_error, select_tokens
 from opsdc.method.measures import PER_TOKEN, UpdateResult, of_left_out, of_tokens
 from opsdc.method.mixture import START, blend, widened
 from opsdc.method.out_of_memory import fit_into_memory
@@ -40,6 +40,7 @@ def update(
     sampled_finite: bool = True,
     on_tokens: Callable[[int], Any] = lambda n: None,
     exact_value: bool = False,
+    number: int = 0,
 ) -> UpdateResult:
     """Take one optimizer step on the responses of a step, unless its gradient is not finite.
 
@@ -48,7 +49,8 @@ def update(
         layout: Packing, token budget and dtype of the forwards.
         sampled_finite: False makes the loss NaN, for responses sampled from NaN logits.
         on_tokens: Called after each micro-batch with the number of its response tokens.
-        exact_value: With a `loss.skip_tolerance`, take loss and statistics from all columns.
+        exact_value: Where columns are left out of the loss, take it and statistics from all.
+        number: The step's: the draw of unbiased columns follows from it.
 
     Raises:
         TrainingError: One sequence alone does not fit into memory.
@@ -58,7 +60,7 @@ def update(
     if not any(p.response_ids for p in pairs):
         return UpdateResult(seconds=seconds, layout=layout, is_empty=not pairs)
 
-    def accumulate(layout: Layout) -> tuple[float, float, list[DivergenceStats], torch.Tensor]:
+    def accumulate(layout: Layout) -> tuple[Any, ...]:
         began = time.perf_counter()
         normalization = config.loss.normalization
         plan = plan_step(
@@ -69,13 +71,13 @@ def update(
         scored = time.perf_counter()
         losses_and_stats = student_pass(
             model, teacher, plan, teacher_hidden, config,
-            ranks=ranks, on_tokens=on_tokens, exact_value=exact_value,
+            ranks=ranks, on_tokens=on_tokens, exact_value=exact_value, number=number,
         )  # fmt: skip
         seconds["teacher"], seconds["student"] = scored - began, time.perf_counter() - scored
         return *losses_and_stats, plan.owners()
 
     done, layout = fit_into_memory(accumulate, layout, pairs, model, ranks)
-    loss, whole_loss, stats, owner = done
+    loss, whole_loss, stats, errors, owner = done
     if not sampled_finite:
         loss = math.nan
     began = time.perf_counter()
@@ -87,7 +89,7 @@ def update(
         skipped=skipped,
         **of_tokens(stats, ranks),
         owner=ranks.concat(owner),
-        extra=of_left_out(loss, whole_loss, stats, pairs, config.loss, ranks),
+        extra=of_left_out(loss, whole_loss, stats, pairs, config.loss, ranks, errors),
         seconds=seconds,
         layout=layout,
     )
@@ -125,11 +127,13 @@ def student_pass(
     ranks: Ranks = ALONE,
     on_tokens: Callable[[int], Any] = lambda n: None,
     exact_value: bool = False,
-) -> tuple[float, float, list[DivergenceStats]]:
+    number: int = 0,
+) -> tuple[float, float, list[DivergenceStats], list[float]]:
     """Accumulate the gradient of the step: student forward, loss and backward, group by group.
 
     Returns the loss of the whole step in nats, the loss over all its tokens (the same unless
-    `loss.token_share` leaves some out), and the statistics of each of this rank's micro-batches.
+    `loss.token_share` leaves some out), and of each of this rank's micro-batches the statistics and
+    the measured error of unbiased columns (with an exact value, else 0).
     The gradients are the sums over all ranks. Arguments and errors are those of `update`;
     `teacher_hidden` is what `teacher_pass` returned.
     """
@@ -141,6 +145,7 @@ def student_pass(
     losses: list[torch.Tensor] = []
     whole_losses: list[torch.Tensor] = []
     stats: list[DivergenceStats] = []
+    errors: list[float] = []
     for done, group in enumerate(plan.student_groups, 1):
         ranks.check_stop()
 
@@ -155,13 +160,14 @@ def student_pass(
         with autocast(device, plan.layout.dtype):
             forward = shard.as_forward(
                 model, _student_losses, model, their_head, batch, torch.cat(teacher_rows),
-                token_weight, config.loss, exact_value, teacher.vocab_size,
+                token_weight, config.loss, exact_value,
+                draw_seed(config.seed, number, ranks.rank, done), teacher.vocab_size,
             )  # fmt: skip
         if sharded:
             # In the backward the others would wait for a rank whose loss found no memory.
             ranks.check_stop(out_of_memory=forward is None)
         assert forward is not None
-        loss, whole_loss, statistics = forward
+        loss, whole_loss, statistics, error = forward
 
         loss.backward()
         # A dummy row of an empty group has weight 0, and no place in the statistics.
@@ -169,12 +175,13 @@ def student_pass(
             losses.append(loss.detach())
             whole_losses.append(whole_loss)
             stats.append(statistics)
+            errors.append(error)
             on_tokens(sum(batch.lengths))
     if ranks.size > 1:
         # The last chance to say that the last backward did not fit.
         ranks.check_stop()
     shard.sum_gradients(model, ranks)
-    return _total(losses, ranks), _total(whole_losses, ranks), stats
+    return _total(losses, ranks), _total(whole_losses, ranks), stats, errors
 
 
 def step(
@@ -243,12 +250,14 @@ def _student_losses(
     token_weight: torch.Tensor,
     config: LossConfig,
     exact_value: bool,
+    seed: int,
     vocab_size: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, DivergenceStats] | None:
+) -> tuple[torch.Tensor, torch.Tensor, DivergenceStats, float] | None:
     """Run the student on one micro-batch and compute its losses, within `shard.as_forward`.
 
-    Returns the loss to differentiate, the loss over all tokens, and statistics of all tokens; None
-    where a sharded model's loss found no memory, which all ranks must learn before the backward.
+    Returns the loss to differentiate, the loss over all tokens, statistics of all tokens, and the
+    relative error of dH where an exact value asks for it, else 0; None where a sharded model's
+    loss found no memory, which all ranks must learn before the backward.
     """
     # Within the forward the student's head is whole, however the model lies over the ranks.
     student_rows, student_head = hidden_states(model, batch), read_head(model)
@@ -265,13 +274,16 @@ def _student_losses(
                 *states, token_weight, batch.lengths, config, vocab_size=vocab_size
             )
         loss, stats = distillation_loss(
-            *states, kept_weight, config, exact_value=exact_value, vocab_size=vocab_size
+            *states, kept_weight, config, exact_value=exact_value, seed=seed, vocab_size=vocab_size
         )
+        error = 0.0
+        if exact_value and config.columns == "unbiased":
+            error = drawn_error(*states, kept_weight, config, seed=seed, vocab_size=vocab_size)
         if all_stats is None:
-            return loss, loss.detach(), stats
+            return loss, loss.detach(), stats, error
         # That loss dropped the rows of the other tokens: the selection has their statistics.
         per_token = {name: getattr(all_stats, name) for name in PER_TOKEN}
-        return loss, (token_weight * all_stats.divergence).sum(), replace(stats, **per_token)
+        return loss, (token_weight * all_stats.divergence).sum(), replace(stats, **per_token), error
     except (RuntimeError, MemoryError) as error:
         if shard.is_sharded(model) and is_out_of_memory(error):
             return None

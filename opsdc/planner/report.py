@@ -55,7 +55,7 @@ def report(
         f"a forward: {plan.rows} x {plan.width:,} tokens; the most that fits: "
         f"{'unknown' if plan.unknown else most}",
         f"loss of a step: {plan.loss.gemm_units:g} head GEMMs"
-        f"{' at most (loss.skip_tolerance)' if config.loss.skip_tolerance else ''}, "
+        f"{' at most (columns are left out)' if config.loss.leaves_columns_out else ''}, "
         f"{plan.loss_flop / 1e15:.2f} PFLOP, "
         f"{plan.loss_flop / tflops / 1e12:.2f} s at {tflops:g} TFLOP/s",
         "",

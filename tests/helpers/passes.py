@@ -9,4 +9,5 @@ def both_passes(model, teacher, pairs, layout, config):
     plan = plan_step(
         pairs, layout, normalization=config.loss.normalization, contexts=teacher.contexts
     )
-    return student_pass(model, teacher, plan, teacher_pass(model, teacher, plan), config)
+    hidden = teacher_pass(model, teacher, plan)
+    return student_pass(model, teacher, plan, hidden, config)[:3]

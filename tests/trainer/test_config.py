@@ -208,6 +208,12 @@ def test_every_number_has_a_range():
         ("rollout", {"server_address": "host:1"}, "rollout.weights_dir must be a folder"),
         ("loss", {"skip_tolerance": 0.1, "divergence": "jsd"},
          "loss.divergence must be reverse_kl with loss.skip_tolerance, got 'jsd'"),
+        ("loss", {"columns": "unbiased", "divergence": "jsd"},
+         "loss.divergence must be reverse_kl with loss.columns unbiased, got 'jsd'"),
+        ("loss", {"columns": "bounded"},
+         "loss.skip_tolerance must be set with loss.columns bounded, got None"),
+        ("loss", {"columns": "exact", "skip_tolerance": 0.1},
+         "loss.skip_tolerance must be unset with loss.columns exact, got 0.1"),
         ("loss", {"skip_tolerance": 0.1, "backend": "fused"},
          "loss.backend must be auto or chunked with loss.skip_tolerance, got 'fused'"),
         ("teacher", {"model": "a/b"}, "teacher.mode must be frozen with teacher.model: no update "

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.kernels import make_problem, mutate_c
 
-from opsdc_kernels import linear_divergence, plan
+from opsdc_kernels import linear_divergence, plan, testing
 from opsdc_kernels.columns import compiled, draw, sums, unbiased
 from opsdc_kernels.memory import PeakMemory
 from opsdc_kernels.row_pass import build

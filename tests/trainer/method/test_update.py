@@ -16,6 +16,7 @@ from opsdc.errors import TrainingError
 from opsdc.method.batch import Layout, Pair
 from opsdc.method.teacher import Teacher
 from opsdc.method.update import update
+from opsdc.models.head import read_head
 
 module = sys.modules["opsdc.method.update"]
 
@@ -394,6 +395,32 @@ def test_an_exact_value_with_columns_left_out(monkeypatch):
     result = update(model, teacher, pairs(), optimizer, layout(), settings, exact_value=True)
     assert seen == [True]
     assert result.extra["kl_missing"] == 0
+
+
+def test_columns_left_to_chance_follow_from_the_step_and_are_on_record():
+    def after(number, **options):
+        model = tiny_model()
+        with torch.no_grad():
+            read_head(model).weight.mul_(3)  # so that columns differ in mass
+        teacher = Teacher(model, TeacherConfig(mode="frozen"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-1)
+        settings = config(columns="unbiased", skip_tolerance=0.9)
+        result = update(
+            model, teacher, pairs(), optimizer, layout(), settings, number=number, **options
+        )
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), result.extra
+
+    first, recorded = after(1)
+    again, other = after(1)[0], after(2)[0]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert set(recorded) == {"kept_columns_share", "loss_gemm_units", "hidden_gradient_error",
+                             "weight_gradient_error", "kl_error"}  # fmt: skip
+    assert 0 < recorded["hidden_gradient_error"] < 0.9
+    # With an exact value the true error is measured too; it is about what is told.
+    _, measured = after(1, exact_value=True)
+    assert 0 < measured["hidden_gradient_true_error"] < 3 * recorded["hidden_gradient_error"]
+    assert measured["kl_error"] == 0
 
 
 def test_a_share_that_rounds_to_all_tokens_changes_no_bit():
