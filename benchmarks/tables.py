@@ -232,8 +232,8 @@ def _columns(found: dict[str, Any]) -> list[str]:
     rows = found["columns"]
     ways = list(dict.fromkeys(row["what"] for row in rows))
     lines = [
-        "Columns left out (`skip_tolerance`), one head, V 49,152: units of the bare "
-        "GEMM, in brackets the share of columns kept; largest true error over the tolerance:",
+        "Columns left out (`columns`, `skip_tolerance`), one head: units of the bare GEMM, in "
+        "brackets the share of columns kept; largest true error over the tolerance:",
         "",
         "| | " + " | ".join(ways) + " |",
         "|---|" + "---|" * len(ways),

@@ -279,13 +279,17 @@ def test_the_head_gemm_by_ways_counts_per_token(monkeypatch):
 def test_columns_left_out_are_shown_beside_the_peers(capsys):
     case = columns.synthetic(Shape(tokens=64, dim=32, vocab_size=4096), 0.3)
     rows = columns.measure(case, repeats=1)
-    assert [row.left is None for row in rows] == [False] * 4 + [True] * 2
-    for row in rows[1:4]:
+    assert [row.left is None for row in rows] == [False] * 6 + [True] * 3
+    for row in rows[3:6]:
         assert row.left.hidden_error <= row.left.hidden_bound
         assert row.left.kept_share < 0.2
+    for row in rows[1:3]:
+        assert row.left.drawn
+        assert row.left.hidden_error < 3 * row.left.hidden_bound
     (table,) = tables._columns({"columns": [asdict(row) for row in rows]})
-    assert f"({rows[2].left.kept_share:.1%}; " in table
-    assert table.splitlines()[2].count("|") == 8
+    assert f"({rows[4].left.kept_share:.1%}; " in table
+    assert table.splitlines()[2].count("|") == 11
+    assert columns.two_heads(case).teacher_weight is not None
 
 
 def test_slope_of_memory():

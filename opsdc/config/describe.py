@@ -97,6 +97,11 @@ def ignored_settings(config: OPSDCConfig) -> list[str]:
             notes.append(f"guard.max_accuracy_drop {unless}")
     if c.loss.exact_value_every and not c.loss.leaves_columns_out:
         notes.append("loss.exact_value_every has no effect without loss.skip_tolerance")
+    if c.teacher.target is not None and c.optim.schedule != "constant":
+        notes.append(
+            f"teacher.target steers nothing once optim.schedule {c.optim.schedule} has taken the "
+            "rate to zero: it ends where it happens to be; constant holds it"
+        )
     if c.loss.token_share == 1 and c.loss.token_criterion != "divergence":
         notes.append("loss.token_criterion has no effect with loss.token_share 1")
     every, steps = c.teacher.refresh_steps, c.train.steps

@@ -211,7 +211,8 @@ class TeacherConfig:
     """How strongly teacher.against is subtracted."""
     target: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Share of the response tokens to save, held there: the dial then moves by itself, from where
-    plain and told lengths put it, or from teacher.dial where that is not 1."""
+    plain and told lengths put it, or from teacher.dial where that is not 1. It steers only while
+    optim.lr does: with optim.schedule constant to the end."""
     dial_max: Annotated[float, Field(gt=0, le=4)] = 2.0
     """The dial's largest value with teacher.target; its smallest is 0."""
     gate: Annotated[bool, UsedWith("teacher.mode", ("refresh",))] = False

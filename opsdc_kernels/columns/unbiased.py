@@ -113,6 +113,7 @@ class _Unbiased:
         problem = self.problem
         assert problem.options.skip_tolerance is not None
         self.target = problem.options.skip_tolerance
+        self.was_dense = False
         self.place = 0
         """Tokens that were drawn for."""
         self.weight = problem.student_weight.detach()[: problem.vocab_size]
@@ -148,13 +149,15 @@ class _Unbiased:
         row_C = torch.ones_like(student[:, 0])
         if self.chunks.row_weight_N is not None:
             row_C = row_C * self.chunks.row_weight_N[tokens].abs()
-        student = student * (problem.side(0).scale / problem.side(0).temperature)
-        teacher = teacher * (problem.side(1).scale / problem.side(1).temperature)
-        size_C = torch.linalg.vector_norm(teacher, dim=1)
+        factors = [side.scale / side.temperature for side in (problem.side(0), problem.side(1))]
         if self.drift is None:
-            return row_C, row_C * torch.hypot(size_C, torch.linalg.vector_norm(student, dim=1))
-        step_C = torch.linalg.vector_norm(teacher - student, dim=1)
-        return row_C, row_C * (step_C + size_C * self.drift)
+            return row_C, row_C * torch.hypot(
+                *(factor * _norms(x) for factor, x in zip(factors, (student, teacher), strict=True))
+            )
+        reach_C = _norms(teacher.mul(factors[1]).sub_(student, alpha=factors[0]))
+        if problem.teacher_weight is not None:
+            reach_C = reach_C + factors[1] * _norms(teacher) * self.drift
+        return row_C, row_C * reach_C
 
     def draw(self, mass_V: Tensor, most: Tensor, pilot: Tensor, tokens: Tokens) -> Sample:
         """A sample whose Σ (1/π − 1)·mass² is about `most`."""
@@ -274,8 +277,10 @@ class _Unbiased:
             self.chunks.student_logits(*following)
 
     def _is_dense(self, sample: Sample) -> bool:
-        self.chunks.dense = len(sample.columns) > DENSE_SHARE * self.chunks.size
-        return self.chunks.dense
+        """True where this chunk takes all columns; after two such chunks the rest does, unasked."""
+        dense = len(sample.columns) > DENSE_SHARE * self.chunks.size
+        self.chunks.dense, self.was_dense = dense and self.was_dense, dense
+        return dense
 
     def _around(self, sample: Sample, mean: Tensor) -> Tensor:
         """Mean ‖W_v − mean‖² of the columns that were drawn, of each mean [..., D]."""
@@ -316,6 +321,11 @@ class _Unbiased:
             kept_share=torch.full_like(weight, chunks.kept_columns / tokens),
             gemm_units=torch.full_like(weight, chunks.units / tokens),
         )
+
+
+def _norms(x_CD: Tensor) -> Tensor:
+    """The norm of each row."""
+    return torch.linalg.vecdot(x_CD, x_CD).sqrt()
 
 
 def _square_distances(rows_RD: Tensor, mean: Tensor) -> Tensor:

@@ -302,6 +302,9 @@ NOTES = [
      "rollout.server_address has no effect with rollout.engine hf"),
     ({"loss.exact_value_every": 2},
      "loss.exact_value_every has no effect without loss.skip_tolerance"),
+    ({"teacher.target": 0.5, "optim.schedule": "linear"},
+     "teacher.target steers nothing once optim.schedule linear has taken the rate to zero: it ends "
+     "where it happens to be; constant holds it"),
     ({"loss.token_criterion": "entropy"},
      "loss.token_criterion has no effect with loss.token_share 1"),
     ({"guard.target_compression": 0.5},
