@@ -120,10 +120,11 @@ def _tiles(rows: list[dict[str, Any]]) -> list[str]:
         return []
     lines = [
         [r["kernel"], "one" if r["shared"] else "two", " ".join(map(str, r["config"])),
-         f"{1000 * r['seconds']:.1f}", f"{r['teraflops']:.0f}"]
+         f"{1000 * r['seconds']:.1f}", f"{r['teraflops']:.0f}",
+         f"{1000 * r['forecast_seconds']:.1f}" if r["forecast_seconds"] else "–"]
         for r in sorted(rows, key=lambda r: (r["kernel"], r["shared"], r["seconds"]))
     ]  # fmt: skip
-    head = ["kernel", "heads", "configuration", "ms", "TF/s"]
+    head = ["kernel", "heads", "configuration", "ms", "TF/s", "forecast ms"]
     return ["Tile configurations of `fused`, fastest first:\n\n" + _table(head, lines)]
 
 

@@ -50,13 +50,30 @@ def measure(
     spent = statistics.median(seconds(run, device) for _ in range(repeats))
     spent *= sizes.tokens / rows
     products = 2 + (shared and problem.student_hidden.dtype.itemsize == 2)
+    forecast = _forecast(device, kernel, problem, tiles, sizes)
     return [
         {
             "kernel": kernel, "shared": shared, "config": list(config), **shape,
-            "seconds": spent, "off": off,
+            "seconds": spent, "off": off, "forecast_seconds": forecast,
             "teraflops": products * sizes.unit_flop / spent / 1e12,
         }
     ]  # fmt: skip
+
+
+def _forecast(
+    device: torch.device, kernel: str, problem: Problem, tiles: Any, sizes: Shape
+) -> float | None:
+    """Seconds by `opsdc_kernels.fused.cost`; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from opsdc_kernels.fused import cost
+    from opsdc_kernels.fused.configs import target_of
+
+    at = cost.device_of(target_of(device), torch.cuda.get_device_name(device))
+    item = problem.student_hidden.dtype.itemsize
+    made = cost.Kernel.of(kernel, shared=problem.shared_logits, item=item)
+    size = cost.Size(sizes.tokens, sizes.dim, sizes.vocab_size)
+    return made.cost(tiles, at, size).milliseconds / 1000
 
 
 def _problem(case: Case, shared: bool) -> Problem:
