@@ -9,7 +9,8 @@ production sizes; tile configurations of `fused`; one training step beside its p
 written to OUT/cells.jsonl when it is done, and the same command with the same code, versions and
 device goes on behind what is there. A cell that fails is recorded with its error, one that would
 overrun its stage is cut, and the day goes on. At the end: OUT/gpu-day.json, OUT/gpu-day.md,
-OUT/configs.txt (the fastest tiles, in the format of configs.py) and OUT/gpu-day.png.
+OUT/configs.txt (the fastest tiles, in the format of configs.py), OUT/measured.json (which
+opsdc_kernels/ takes in, for `auto` to go by) and OUT/gpu-day.png.
 
 It needs no network. Where Liger, TRL or PEFT are missing, a line names the wheels to carry.
 """

@@ -8,11 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 
 from benchmarks import gpu_day, tables
 from benchmarks.gpu import report, tiles
 from benchmarks.gpu.stages import CANDIDATES, Cell, Stage, stages
 from benchmarks.gpu.worker import Answer, Worker
+from opsdc_kernels import auto
 
 H200_CORES = 16
 ENVIRONMENT = {"source": "x", "versions": {}, "device": "none", "rehearsal": True, "missing": []}
@@ -138,7 +140,7 @@ def test_a_cell_that_fails_hangs_or_dies_costs_itself_alone(monkeypatch):
 
 
 @pytest.mark.whole
-def test_a_rehearsal_that_is_killed_goes_on(tmp_path):
+def test_a_rehearsal_that_is_killed_goes_on(tmp_path, monkeypatch):
     out = tmp_path / "day"
     command = [sys.executable, "-m", "benchmarks.gpu_day", "--rehearse", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -178,6 +180,17 @@ def test_a_rehearsal_that_is_killed_goes_on(tmp_path):
                   "No cell failed.", "A REHEARSAL on a CPU"):  # fmt: skip
         assert words in text
     assert "Config(16, " in (out / "configs.txt").read_text()
+    # What `auto` would go by, if it were a GPU's.
+    rows = auto.measurements(out / "measured.json")
+    assert {row["mode"] for row in rows} == {"trainable head", "frozen head", "forward only"}
+    call = auto.Call(
+        tokens=20, vocab_size=96, dims=(32, 32), dtype=torch.float32, device=torch.device("cuda"),
+        trainable=False, gradient=True, divergence="reverse_kl", shared_head=False,
+        recomputes=False, extras=False, rows=20, workspace_bytes=1 << 20,
+    )  # fmt: skip
+    monkeypatch.setattr(auto, "MEASURED", out / "measured.json")
+    chunked, fused = auto._measured(call, "interpreter")
+    assert 0 < chunked < fused
     assert (out / f"{report.NAME}.png").stat().st_size > 1000
 
 

@@ -15,6 +15,7 @@ from benchmarks.speed import MODES
 KIND = "gpu-day"
 """Of the record: tells it from those of `python -m benchmarks`."""
 NAME = "gpu-day"
+BACKEND_TIMES = {"ours, chunked": "chunked_ms", "ours, fused": "fused_ms"}
 
 
 def is_wrong(cell: dict[str, Any]) -> bool:
@@ -172,16 +173,41 @@ def _source(found: dict[str, Any]) -> str:
 
 def write(found: dict[str, Any], out: Path) -> list[Path]:
     """Write record, table, configurations and plot; returns their paths."""
-    paths = [out / f"{NAME}.json", out / f"{NAME}.md", out / "configs.txt"]
+    names = (f"{NAME}.json", f"{NAME}.md", "configs.txt", "measured.json")
+    paths = [out / name for name in names]
     rows = [row for cell in found["cells"] for row in cell["rows"]]
     texts = (
         json.dumps(found, indent=1, ensure_ascii=False) + "\n",
         render(found) + "\n",
         tiles.winners([row for row in rows if "kernel" in row], found["environment"]["target"]),
+        json.dumps(measured(found), indent=1) + "\n",
     )
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text, "utf-8")
     return paths + draw(found, out, NAME)
+
+
+def measured(found: dict[str, Any]) -> dict[str, Any]:
+    """Both backends' milliseconds side by side, as `opsdc_kernels.auto` reads them."""
+    environment = found["environment"]
+    rows = [r for cell in found["cells"] for r in cell["rows"] if "of_roofline" in r]
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["contender"] in BACKEND_TIMES:
+            key = row["tokens"], row["dim"], row["vocab_size"], row["mode"]
+            name = BACKEND_TIMES[row["contender"]]
+            times.setdefault(key, {})[name] = round(1000 * row["seconds"], 3)
+    dtype = "float32" if environment["rehearsal"] else "bfloat16"
+    names = ("tokens", "dim", "vocab_size", "mode")
+    return {
+        "device": environment["device"],
+        "commit": environment["commit"],
+        "rows": [
+            {"target": environment["target"], "dtype": dtype,
+             **dict(zip(names, key, strict=True)), **both}
+            for key, both in times.items() if len(both) == len(BACKEND_TIMES)
+        ],
+    }  # fmt: skip
 
 
 def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:

@@ -236,7 +236,8 @@ class LossConfig:
     """The mean. sequence: over responses, of their means over tokens (the paper's text); token:
     over all response tokens of the step."""
     backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
-    """Backend of opsdc_kernels; reference holds all logits in memory."""
+    """Backend of opsdc_kernels; auto: the fastest; fused is experimental, no GPU has run it yet;
+    reference holds all logits in memory."""
     workspace_bytes: int | None = None
     """Scratch memory of the loss; unset: by the device."""
     skip_tolerance: Annotated[float | None, Field(gt=0, lt=1)] = None

@@ -127,11 +127,12 @@ class Kernel(NamedTuple):
         )
 
 
-def product_cost(device: Device, size: Size, item: int) -> Cost:
-    """Of one head GEMM by a library, whose tiles are as large as L2 needs."""
+def product_cost(device: Device, size: Size, item: int, moved: float = 0.0) -> Cost:
+    """Of one head GEMM by a library, whose tiles are as large as L2 needs; it moves so many bytes
+    from and to memory."""
     rate = device.single if item == 4 else device.half
     flop = 2 * size.tokens * size.dim * size.vocab_size
-    return Cost(tensor=flop / (SUSTAINED * rate * 1e9))
+    return Cost(tensor=flop / (SUSTAINED * rate * 1e9), memory=streaming_cost(device, moved).memory)
 
 
 def streaming_cost(device: Device, moved: float) -> Cost:
