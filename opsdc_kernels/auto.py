@@ -130,6 +130,7 @@ def fused_ms(call: Call, device: Device, target: str) -> float:
         chosen = config_for(
             config, target, "fp32" if item == 4 else "16-bit",
             shared=call.shared_head, extras=call.extras,
+            by_teacher=call.divergence == "forward_kl",
         )  # fmt: skip
         made = Kernel.of(kernel, shared=call.shared_head, item=item)
         return made.cost(chosen, device, size).milliseconds

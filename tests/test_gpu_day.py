@@ -50,7 +50,7 @@ def test_the_shipped_tiles_are_tried_first():
 
     for (kernel, shared), configs in CANDIDATES.items():
         assert configs[0] == config_for(kernel, "sm_90", "bf16", shared=shared, extras=False)
-        assert len(set(configs)) == len(configs) > 1
+        assert len(set(configs)) == len(configs)
 
 
 def day(tmp_path, limit=100.0, **environment):
@@ -112,7 +112,7 @@ def test_the_fastest_tiles_come_in_the_format_of_the_configurations():
     ]  # fmt: skip
     text = tiles.winners(rows, "sm_90")
     assert text.count("Config(128, 128, 64, 1, 16, 8, 4)") == 2
-    assert text.startswith('SEPARATE = {\n    "sm_90": Config(')
+    assert text.startswith('WIDE_STATISTICS = {\n    "sm_90": Config(')
     assert "GRADIENT = {" in text
     assert "SHARED" not in text
 

@@ -51,20 +51,20 @@ CONTENDERS = (
 """Generous guesses: a call that takes longer is cut by the stage's limit, not by its own."""
 CANDIDATES = {
     ("statistics", False): (
-        (128, 64, 64, 1, 16, 8, 4),
         (128, 128, 64, 2, 16, 8, 3),
-        (128, 128, 64, 4, 16, 8, 3),
-        (64, 256, 64, 4, 16, 8, 3),
+        (128, 64, 64, 1, 16, 8, 4),
+        (128, 128, 64, 2, 16, 8, 2),
+        (128, 128, 64, 2, 8, 8, 3),
     ),
     ("gradient", False): (
         (128, 128, 64, 1, 16, 8, 3),
         (128, 128, 64, 2, 16, 8, 3),
+    ),
+    ("gradient", True): (
+        (128, 128, 64, 2, 16, 8, 3),
         (128, 64, 64, 1, 16, 8, 4),
     ),
-    ("statistics", True): (
-        (128, 64, 64, 1, 16, 8, 4),
-        (128, 128, 64, 4, 16, 8, 3),
-    ),
+    ("statistics", True): ((128, 64, 64, 1, 16, 8, 4),),
 }
 """Tile configurations to try on sm_90, the shipped one first: (kernel, one head): `Config`s."""
 SMALL_CANDIDATES = {("statistics", False): ((16, 64, 32, 1, 2, 1, 1), (16, 32, 32, 2, 2, 1, 1))}

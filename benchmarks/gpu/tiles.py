@@ -130,8 +130,8 @@ def _gradient(problem: Problem, tiles: Any) -> tuple[Any, int]:
 def winners(rows: list[dict[str, Any]], target: str) -> str:
     """The fastest configurations, in the format of `opsdc_kernels/fused/configs.py`."""
     tables = {
-        ("statistics", False): "SEPARATE", ("statistics", True): "SHARED",
-        ("gradient", False): "GRADIENT",
+        ("statistics", False): "WIDE_STATISTICS", ("statistics", True): "SHARED",
+        ("gradient", False): "GRADIENT", ("gradient", True): "SHARED_GRADIENT",
     }  # fmt: skip
     text = ""
     for (kernel, shared), table in tables.items():

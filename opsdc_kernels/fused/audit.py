@@ -56,6 +56,7 @@ CASES = (
     Case("statistics", "bf16", divergence=1),
     Case("statistics", "bf16", shared=True),
     Case("statistics", "bf16", divergence=1, shared=True),
+    Case("statistics", "fp16"),
     Case("statistics", "bf16", divergence=1, biased=True, targets=True),
     Case("statistics", "fp16", shared=True, capped=True, targets=True),
     Case("statistics", "fp32", targets=True),
@@ -66,6 +67,7 @@ CASES = (
     Case("jsd", "bf16", divergence=2, shared=True, capped=True),
     Case("jsd", "fp32", divergence=2, capped=True),
     Case("gradient", "bf16", divergence=1),
+    Case("gradient", "bf16", shared=True),
     Case("gradient", "bf16", divergence=1, shared=True),
     Case("gradient", "bf16", divergence=2),
     Case("gradient", "bf16", divergence=2, shared=True),
@@ -127,7 +129,10 @@ def audit(case: Case, target: str, config: Config | None = None) -> Report:
         # The JSD's gradient is tiled like its second pass.
         name = "jsd" if case.divergence == 2 and case.kernel == "gradient" else case.kernel
         extras = case.capped or case.biased or case.targets
-        config = config_for(name, target, case.dtype, shared=case.shared, extras=extras)
+        config = config_for(
+            name, target, case.dtype, shared=case.shared, extras=extras,
+            by_teacher=case.divergence == 1,
+        )  # fmt: skip
     return compiled_report(kernel, case, target, config._asdict(), _work(case, target, config))
 
 

@@ -10,6 +10,7 @@ from opsdc_kernels.fused.cost import DEVICES, H200, SIZES, Cost, Kernel, Size
 
 N, D, V = SIZES[0]
 TODAY = Config(128, 64, 64, 1, 16, 8, 4)
+"""Of the forward KL's statistics."""
 TWO_HEADS = Kernel.of("statistics", shared=False, item=2)
 ONE_HEAD = Kernel.of("statistics", shared=True, item=2)
 H100 = DEVICES["sm_90"]
@@ -161,3 +162,18 @@ def test_a_term_left_out_is_noticed(name, monkeypatch):
 def test_costs_compare_by_their_largest():
     assert Cost(3.0, 1.0, 2.0).milliseconds == 3.0
     assert Cost(1.0, 4.0, 2.0).bound_by == "memory"
+
+
+def test_the_widest_tiles_are_bound_by_their_products():
+    """Two heads fill the registers at 128 x 128, 64 FLOP per byte; one head does 96."""
+    for name, shared, intensity in (("statistics", False, 64), ("gradient", True, 96)):
+        wide = config_for(name, "sm_90", "bf16", shared=shared, extras=False)
+        kernel = Kernel.of(name, shared=shared, item=2)
+        assert kernel.step_flop(wide) / kernel.step_bytes(wide) == intensity
+        for size in SIZES:
+            found = kernel.cost(wide, H100, size)
+            assert found.milliseconds < 1.25 * found.tensor
+    by_teacher = config_for(
+        "statistics", "sm_90", "bf16", shared=False, extras=False, by_teacher=True
+    )
+    assert by_teacher == TODAY
