@@ -16,13 +16,22 @@ import json
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
+from opsdc_kernels import auto
 from opsdc_kernels.fused import audit as fused
 from opsdc_kernels.fused.audit import QUICK, Case, Report, Work
 from opsdc_kernels.fused.configs import Config
-from opsdc_kernels.fused.cost import DEVICES, SIZES, STREAMED, SUSTAINED, streaming_cost
+from opsdc_kernels.fused.cost import (
+    DEVICES,
+    SIZES,
+    STREAMED,
+    SUSTAINED,
+    product_cost,
+    streaming_cost,
+)
 from opsdc_kernels.triton.launch import ROWS
 
 CASES = (
@@ -32,6 +41,14 @@ CASES = (
     Case("rows_statistics", "fp32", divergence=2, shared=True, capped=True),
     Case("rows_gradient", "fp32", divergence=2, shared=True, capped=True),
 )
+MODES = {
+    "trainable head": (True, True),
+    "frozen head": (False, True),
+    "forward only": (False, False),
+}
+"""(trainable, with gradient)."""
+SCRATCH = 2 << 30
+"""Bytes: about the default of a GPU of 141 GB."""
 ASSUMPTIONS = (
     "Milliseconds are forecasts of one pass of the kernel, by bf16, at "
     + "; ".join(map(str, SIZES))
@@ -64,6 +81,33 @@ def audit(case: Case, target: str, config: Config | None = None) -> Report:
     return fused.compiled_report(kernel, case, target, ROWS._asdict(), work)
 
 
+def calls(target: str) -> list[dict[str, Any]]:
+    """Forecasts of whole calls, forward and backward, by both backends: bf16, two heads, 2 GiB of
+    scratch."""
+    found = []
+    for size in SIZES:
+        for mode, (trainable, gradient) in MODES.items():
+            call = auto.Call(
+                tokens=size.tokens, vocab_size=size.vocab_size, dims=(size.dim, size.dim),
+                dtype=torch.bfloat16, device=torch.device("cuda"), trainable=trainable,
+                gradient=gradient, divergence="reverse_kl", shared_head=False, recomputes=False,
+                extras=False, rows=min(SCRATCH // (8 * size.vocab_size), size.tokens),
+                workspace_bytes=SCRATCH,
+            )  # fmt: skip
+            products = 2 + gradient + trainable
+            floor = products * product_cost(DEVICES[target], size, 2).milliseconds
+            times = {
+                "chunked": auto.chunked_ms(call, DEVICES[target]),
+                "fused": auto.fused_ms(call, DEVICES[target], target),
+            }
+            found.append({
+                "target": target, "size": str(size), "mode": mode, "products_ms": round(floor, 1),
+                **{f"{name}_ms": round(ms, 1) for name, ms in times.items()},
+                **{f"{name}_of_products": round(ms / floor, 2) for name, ms in times.items()},
+            })  # fmt: skip
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m opsdc_kernels.audit", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -83,6 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
             "assumptions": ASSUMPTIONS,
             "devices": {target: DEVICES[target]._asdict() for target in options.target},
             "sizes": [size._asdict() for size in SIZES],
+            "calls": [call for target in options.target for call in calls(target)],
             "torch": torch.__version__,
             "triton": version("triton"),
         }
@@ -95,6 +140,12 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{target}: {at.name}, {at.half} TFLOP/s 16-bit, {at.single} fp32, TB/s: "
                 f"{at.memory} from memory, {at.l2} from L2 ({at.l2_source})"
             )
+            for call in calls(target):
+                print(
+                    f"  {call['size']}, {call['mode']}: products {call['products_ms']} ms, chunked "
+                    f"{call['chunked_ms']} ({call['chunked_of_products']} times), fused "
+                    f"{call['fused_ms']} ({call['fused_of_products']} times)"
+                )
         failed = sum(not report.passed for report in reports)
         print(f"{len(reports)} kernels compiled, {failed} failed")
     return 0 if all(report.passed for report in reports) else 1

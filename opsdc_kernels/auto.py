@@ -44,8 +44,8 @@ STATISTICS_BYTES = 8
 GRADIENT_BYTES = 12
 """Per logit: both are read again, and the gradient is written."""
 ROUNDING_BYTES = 28
-"""Per logit, by `products.rounded_tile` for 16-bit operands: the copy and the sum of what it
-rounded."""
+"""Per logit, by `products.rounded_tile` for bf16 operands (fp16 takes more, for its scale): the
+copy, and the sum of what it rounded, in four passes of torch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +94,17 @@ def choose(call: Call) -> tuple[str, str]:
     chunked, fused = chunked_ms(call, device), fused_ms(call, device, target)
     best = "fused" if MARGIN * fused < chunked else "chunked"
     return best, f"auto: forecast, chunked {chunked:.1f} ms and fused {fused:.1f} ms"
+
+
+def forecast(call: Call, backend: str) -> float | None:
+    """Milliseconds of forward and backward by the cost model; None where it says nothing: not on a
+    GPU, float64, a sharded vocabulary, columns left out, no room for a row."""
+    if call.device.type != "cuda" or call.sharded or call.dtype == torch.float64:
+        return None
+    target, device = _device(call.device)
+    if backend == "fused":
+        return fused_ms(call, device, target)
+    return chunked_ms(call, device) if call.rows else None
 
 
 def chunked_ms(call: Call, device: Device) -> float:

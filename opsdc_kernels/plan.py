@@ -78,15 +78,19 @@ class Plan:
     """Predicted peak beside inputs: scratch, kept gradients and returned gradients."""
     row_passes: str
     """The code that computes divergence and logit gradient of the rows."""
+    milliseconds: float | None
+    """Forecast of forward and backward on a GPU, see `opsdc_kernels.auto`; None where there is no
+    forecast."""
 
-    def as_dict(self) -> dict[str, str | float]:
+    def as_dict(self) -> dict[str, str | float | None]:
         return asdict(self)
 
     def __str__(self) -> str:
+        forecast = "" if self.milliseconds is None else f", forecast {self.milliseconds:.1f} ms"
         return (
             f"backend {self.backend} ({self.reason}), chunks of {self.chunk_rows} rows, "
             f"workspace {self.workspace_bytes / 2**20:.0f} MiB, {self.gemm_units:g} GEMM units, "
-            f"peak {self.peak_bytes / 2**20:.0f} MiB, row passes {self.row_passes}"
+            f"peak {self.peak_bytes / 2**20:.0f} MiB, row passes {self.row_passes}{forecast}"
         )
 
 
@@ -140,13 +144,15 @@ def estimate(
         device=device,
         row_pass=row_pass,
     )
-    picked, reason = backend, "asked for"
-    if backend == "auto":
-        picked, reason = _auto(
+    picked, reason, milliseconds = backend, "asked for", None
+    if backend != "reference":
+        call = _call(
             tokens, sizes, workspace_bytes, trainable=trainable_head, gradient=gradient,
             divergence=divergence, shared_head=shared_head, reduction=reduction, extras=extras,
             chunked_only=kept_share is not None,
         )  # fmt: skip
+        picked, reason = auto.choose(call) if backend == "auto" else (backend, reason)
+        milliseconds = auto.forecast(call, picked)
     gradients = 0
     if gradient:
         saved = tokens * student_dim + (vocab_size * student_dim if trainable_head else 0)
@@ -178,6 +184,7 @@ def estimate(
         gemm_units=units,
         peak_bytes=scratch + gradients,
         row_passes=row_pass.name if picked == "chunked" else picked,
+        milliseconds=milliseconds,
     )
 
 
@@ -192,16 +199,17 @@ def backend_of(problem: Problem, *, chunked_only: bool) -> str:
     wanted, options = GradientsWanted(*problem.wanted), problem.options
     sides = problem.side(0), problem.side(1)
     extras = any(side.bias is not None or side.post is not None for side in sides)
-    return _auto(
+    call = _call(
         hidden.shape[0], Sizes.of(problem, choose(hidden.device, hidden.dtype)),
         options.workspace_bytes, trainable=wanted.weight or wanted.bias, gradient=bool(wanted),
         divergence=options.divergence, shared_head=problem.shared_logits,
         reduction=options.reduction, extras=extras or problem.target_ids is not None,
         chunked_only=chunked_only,
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return auto.choose(call)[0]
 
 
-def _auto(
+def _call(
     tokens: int,
     sizes: Sizes,
     workspace_bytes: int | None,
@@ -213,30 +221,28 @@ def _auto(
     reduction: str,
     extras: bool,
     chunked_only: bool,
-) -> tuple[str, str]:
-    """The backend of `auto`, and the reason."""
+) -> auto.Call:
+    """What `auto` depends on."""
     rows, budget = 1, 0
     if sizes.device.type == "cuda":
         budget = workspace_bytes or default_workspace_bytes(sizes.device)
         fits = workspace_bytes is None or scratch_bytes(1, sizes) <= workspace_bytes
         rows = chunk_rows(tokens, sizes, workspace_bytes) if fits else 0
-    return auto.choose(
-        auto.Call(
-            tokens=tokens,
-            vocab_size=sizes.vocab_size,
-            dims=sizes.dims,
-            dtype=sizes.dtype,
-            device=sizes.device,
-            trainable=trainable and gradient,
-            gradient=gradient,
-            divergence=divergence,
-            shared_head=shared_head,
-            recomputes=reduction == "none" and trainable and gradient,
-            extras=extras,
-            rows=rows,
-            workspace_bytes=budget,
-            sharded=chunked_only,
-        )
+    return auto.Call(
+        tokens=tokens,
+        vocab_size=sizes.vocab_size,
+        dims=sizes.dims,
+        dtype=sizes.dtype,
+        device=sizes.device,
+        trainable=trainable and gradient,
+        gradient=gradient,
+        divergence=divergence,
+        shared_head=shared_head,
+        recomputes=reduction == "none" and trainable and gradient,
+        extras=extras,
+        rows=rows,
+        workspace_bytes=budget,
+        sharded=chunked_only,
     )
 
 

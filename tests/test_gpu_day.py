@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_day, tables
-from benchmarks.gpu import report, tiles
+from benchmarks.contenders import Contender, materialized
+from benchmarks.gpu import contest, report, tiles
 from benchmarks.gpu.stages import CANDIDATES, Cell, Stage, stages
 from benchmarks.gpu.worker import Answer, Worker
 from opsdc_kernels import auto
@@ -115,6 +116,24 @@ def test_the_fastest_tiles_come_in_the_format_of_the_configurations():
     assert text.startswith('WIDE_STATISTICS = {\n    "sm_90": Config(')
     assert "GRADIENT = {" in text
     assert "SHARED" not in text
+
+
+def test_times_of_a_wrong_loss_are_not_kept(monkeypatch):
+    def measure(share, family):
+        made = Contender("made up", lambda *tensors: share * materialized(*tensors), "torch")
+        monkeypatch.setitem(contest.FAMILIES, family, lambda: iter([made]))
+        return contest.measure(
+            torch.device("cpu"), contender="made up", family=family, mode="trainable head",
+            shape={"tokens": 6, "dim": 16, "vocab_size": 64}, repeats=1,
+        )  # fmt: skip
+
+    (row,) = measure(1.0, "ours")
+    assert max(row["errors"].values()) < 1e-3
+    assert row["of_roofline"] == pytest.approx(row["units"] / 4)
+    with pytest.raises(ArithmeticError, match="no time counts"):
+        measure(1.1, "ours")
+    (peer,) = measure(1.1, "naive")  # whose errors stand in the table
+    assert peer["errors"]["loss"] == pytest.approx(0.1, rel=1e-2)
 
 
 @pytest.mark.whole

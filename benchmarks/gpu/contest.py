@@ -11,13 +11,16 @@ import torch
 from benchmarks import accuracy
 from benchmarks.contenders import FAMILIES, Failure
 from benchmarks.inputs import Shape, inputs
+from benchmarks.memory import PLANNED
 from benchmarks.speed import call_of, interleaved, seconds
-from opsdc_kernels import products, testing
+from opsdc_kernels import plan, products, testing
 from opsdc_kernels.memory import PeakMemory
 from opsdc_kernels.testing import Case, Outcome
 
 UNITS = {"trainable head": 4, "frozen head": 3, "forward only": 2}
 """Head GEMMs that a mode cannot do without."""
+WRONG = 2e-2
+"""No relative error of ours is above, with 16-bit operands: ten times what their rounding takes."""
 TRUTH_ROWS = 512
 """Tokens whose float64 logits are held at once."""
 
@@ -35,7 +38,10 @@ def measure(
     repeats: int,
 ) -> list[dict[str, Any]]:
     """Time in units of the bare GEMM beside each call, TF/s of the GEMMs that cannot be done
-    without, peak memory beside inputs, and errors against float64."""
+    without, peak memory beside inputs, and errors against float64.
+
+    Raises ArithmeticError where ours is wrong: such a time is worth nothing.
+    """
     sizes = Shape(**shape)
     chosen = next(each for each in FAMILIES[family]() if each.name == contender)
     case, true = held_inputs(sizes, device, truth=mode != "forward only" and not chosen.other_loss)
@@ -51,6 +57,8 @@ def measure(
         names = ("loss", "hidden_gradient", "weight_gradient")[: 2 + trainable]
         found = accuracy.errors(chosen.loss, case, true, trainable=trainable)
         errors = dict(zip(names, found, strict=False))
+        if family == "ours" and not all(error <= WRONG for error in errors.values()):
+            raise ArithmeticError(f"{contender} is wrong, no time counts: off by {errors}")
     flop = UNITS[mode] * sizes.unit_flop
     return [
         {
@@ -58,8 +66,28 @@ def measure(
             "of_roofline": timing.units / UNITS[mode],
             "teraflops": flop / timing.seconds / 1e12,
             "peak_mib": memory.peak_mib, "errors": errors,
+            "forecast_seconds": _forecast(contender, sizes, mode, case, device),
         }
     ]  # fmt: skip
+
+
+def _forecast(
+    contender: str, sizes: Shape, mode: str, case: Case, device: torch.device
+) -> float | None:
+    """Seconds by the planner; None on a CPU and for others' losses."""
+    if contender not in PLANNED:
+        return None
+    planned = plan.estimate(
+        tokens=sizes.tokens,
+        vocab_size=sizes.vocab_size,
+        student_dim=sizes.dim,
+        dtype=case.student_hidden.dtype,
+        device=device,
+        trainable_head=mode == "trainable head",
+        gradient=mode != "forward only",
+        backend=PLANNED[contender],
+    ).milliseconds
+    return None if planned is None else planned / 1000
 
 
 def products_alone(

@@ -93,12 +93,13 @@ def _contests(rows: list[dict[str, Any]]) -> list[str]:
                 errors = row["errors"] or {}
                 lines.append([
                     row["contender"], mode, f"{1000 * row['seconds']:.1f}",
+                    f"{1000 * row['forecast_seconds']:.1f}" if row["forecast_seconds"] else "–",
                     f"{row['units']:.2f} ({row['units_p20']:.2f}–{row['units_p80']:.2f})",
                     f"{row['of_roofline']:.2f}", f"{row['teraflops']:.0f}",
                     f"{row['peak_mib']:,.0f}",
                     " / ".join(f"{error:.0e}" for error in errors.values()) or "–",
                 ])  # fmt: skip
-        head = ["", "head", "ms", "units", "of the bare GEMMs", "TF/s", "peak MiB",
+        head = ["", "head", "ms", "forecast", "units", "of the bare GEMMs", "TF/s", "peak MiB",
                 "error: loss / dH / dW"]  # fmt: skip
         title = f"N {key[0]:,}, D {key[1]:,}, V {key[2]:,}; each call between two bare GEMMs:"
         found.append(f"{title}\n\n{_table(head, lines)}")

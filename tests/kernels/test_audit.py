@@ -37,6 +37,11 @@ def test_command_line_writes_json(capsys):
     assert [x["target"] for x in record["reports"]] == ["gfx942"] * len(QUICK)
     assert "8192" in record["assumptions"]
     assert [tuple(size.values()) for size in record["sizes"]] == [tuple(size) for size in SIZES]
+    assert len(record["calls"]) == 3 * len(SIZES)
+    for call in record["calls"]:
+        assert call["products_ms"] < call["chunked_ms"]
+        # A pass of wide tiles may be bound by its products alone.
+        assert call["products_ms"] <= call["fused_ms"]
     for report in record["reports"]:
         assert len(report["forecast_ms"]) == len(SIZES)
         assert report["of_products"] >= 1

@@ -147,6 +147,9 @@ def test_fused_by_hand():
     assert auto.fused_ms(jsd, H100, "sm_90") == tiles("statistics") + tiles("jsd")
     shared = replace(loss, shared_head=True)
     assert auto.fused_ms(shared, H100, "sm_90") == tiles("statistics", shared=True)
+    forward = replace(loss, divergence="forward_kl")
+    assert auto.fused_ms(forward, H100, "sm_90") == tiles("statistics", by_teacher=True)
+    assert auto.fused_ms(forward, H100, "sm_90") > auto.fused_ms(loss, H100, "sm_90")
     extras = replace(loss, extras=True)
     assert auto.fused_ms(extras, H100, "sm_90") == tiles("statistics", extras=True)
 
@@ -160,6 +163,7 @@ MUTANTS = (
     ("        if call.trainable:\n            # The", "        if False:\n            # The"),
     ("+ (tiles(\"jsd\", \"jsd\") if jsd else 0.0)", ""),
     ("total += tiles(\"gradient\", \"jsd\" if jsd else \"gradient\")", "pass"),
+    ("by_teacher=call.divergence == \"forward_kl\"", "by_teacher=False"),
     ("return total + products * call.tokens / height", "return total"),
     ("tile + 8 * head", "tile"),
 )  # fmt: skip
@@ -286,3 +290,17 @@ def test_the_loss_runs_what_was_chosen(monkeypatch):
     with torch.no_grad():
         linear_divergence(h, w, ht, skip_tolerance=1e-3)
     assert asked == [False, True]
+
+
+def test_the_planner_forecasts_what_it_was_asked_for():
+    given = {**GIVEN, "workspace_bytes": 2 << 30, "trainable_head": False}
+    found = {name: plan.estimate(**given, backend=name) for name in ("chunked", "fused", "auto")}
+    assert found["auto"].milliseconds == found["chunked"].milliseconds
+    assert found["chunked"].milliseconds < found["fused"].milliseconds
+    assert f"forecast {found['fused'].milliseconds:.1f} ms" in str(found["fused"])
+    for change in (
+        {"device": "cpu"}, {"dtype": torch.float64}, {"kept_share": 0.1}, {"backend": "reference"},
+    ):  # fmt: skip
+        silent = plan.estimate(**{**given, **change})
+        assert silent.milliseconds is None
+        assert ", forecast" not in str(silent)

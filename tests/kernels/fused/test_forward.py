@@ -140,6 +140,23 @@ def test_wide_tiles(shared, monkeypatch):
     check(inputs(N=131, V=270, D=70, shared=shared, scale=3.0))
 
 
+def test_statistics_of_the_forward_kl_have_tiles_of_their_own(monkeypatch):
+    from opsdc_kernels.fused.heads import Heads
+
+    original, asked = Heads.config, []
+
+    def config(self, kernel, extras=False, by_teacher=False):
+        asked.append((kernel, by_teacher))
+        return original(self, kernel, extras, by_teacher)
+
+    monkeypatch.setattr(Heads, "config", config)
+    for divergence in DIVERGENCES:
+        linear_divergence(*inputs(), divergence=divergence, backend="fused")
+    assert asked == [
+        ("statistics", False), ("statistics", True), ("statistics", False), ("jsd", False)
+    ]  # fmt: skip
+
+
 OPTIONS = {
     "temperature": {"temperature": 0.6},
     "scale": {"logit_scale": (1.7, 0.4)},
