@@ -8,7 +8,7 @@ VLLM_NEEDS := aiohttp cachetools cbor2 cloudpickle compressed-tensors einops fas
 	pyzmq uvloop xgrammar
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test test-slow test-gpu chaos fuzz mutants matrix check format docs \
+.PHONY: help install demo quick test test-slow test-gpu gpu-day chaos fuzz mutants matrix check format docs \
 	dist bench recipes clean
 
 help:  ## this list
@@ -45,6 +45,9 @@ test-slow: $(STAMP)  ## the long ones, but for chaos and fuzz
 
 test-gpu: $(STAMP)  ## those that need a GPU
 	$(BIN)/python -m pytest --slow -m gpu tests
+
+gpu-day:  ## a GPU measured in 8 minutes: errors, times, tiles, a step (no network, no .venv)
+	$(PYTHON) -m benchmarks.gpu_day
 
 chaos: $(STAMP)  ## 200 kills, 200 stops and a soak
 	$(BIN)/python -m pytest --slow -m chaos tests

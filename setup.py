@@ -80,7 +80,7 @@ setup(
             "models/*.yaml",
             "recipes/*.yaml",
         ],
-        "opsdc_kernels": ["py.typed", "row_pass/*.[ch]", "columns/columns.c"],
+        "opsdc_kernels": ["py.typed", "measured.json", "row_pass/*.[ch]", "columns/columns.c"],
     },
     install_requires=[
         "torch>=2.9",

@@ -10,6 +10,7 @@ regime. Errors are relative to the truth's own size; gradients by the Frobenius 
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def measure(
 ) -> list[Error]:
     """Every eager contender in every regime, fp32 and bf16 inputs; prints each line."""
     found = []
-    running = [c for c in contenders(device)[0] if not (c.compiled or c.cross_entropy)]
+    running = [c for c in contenders(device)[0] if not (c.compiled or c.other_loss)]
     for dtype in (torch.float32, torch.bfloat16):
         for name, entropy, kl in regimes:
             sizes = QUICK_SIZES if quick else SIZES
@@ -65,19 +66,21 @@ def measure(
     return found
 
 
-def errors(loss: Loss, case: Case, true: Outcome) -> tuple[float, float, float]:
-    """Of the loss, dH and dW."""
+def errors(
+    loss: Loss, case: Case, true: Outcome, *, trainable: bool = True
+) -> tuple[float, float, float]:
+    """Of the loss, dH and dW; the last is NaN for a frozen head."""
     hidden = case.student_hidden.detach().clone().requires_grad_()
-    weight = case.student_weight.detach().clone().requires_grad_()
+    weight = case.student_weight.detach().clone().requires_grad_(trainable)
     shared = case.teacher_weight is None
     value = loss(hidden, weight, case.teacher_hidden, weight if shared else case.teacher_weight)
     value.backward()
     assert hidden.grad is not None
-    assert weight.grad is not None
+    assert (weight.grad is not None) == trainable
     return (
         _relative(value.detach(), true.loss),
         _relative(hidden.grad, true.hidden_gradient),
-        _relative(weight.grad, true.weight_gradient),
+        math.nan if weight.grad is None else _relative(weight.grad, true.weight_gradient),
     )
 
 

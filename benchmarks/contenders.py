@@ -1,7 +1,8 @@
 """Who competes: one function each, from hidden states and heads to a scalar loss.
 
 Every divergence is the reverse KL(student‖teacher), mean over the tokens, at the peer's own best
-setting. Cross entropy appears as a point of reference: it needs one set of logits instead of two.
+setting. Points of reference are cross entropy, which needs one set of logits instead of two, and
+Liger's forward KL, which wants the teacher's probabilities in memory.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Contender:
     """The distribution it comes from."""
     compiled: bool = False
     """Through torch.compile: the first call takes minutes."""
-    cross_entropy: bool = False
-    """Not a divergence: time and memory only."""
+    other_loss: bool = False
+    """Computes something else than the reverse KL: time and memory only."""
     cuda_only: bool = False
 
     @property
@@ -79,7 +80,7 @@ def contenders(device: torch.device) -> tuple[list[Contender], dict[str, str]]:
     """Those that run on `device`, ours first, and for each that does not the reason."""
     found: list[Contender] = []
     missing: dict[str, str] = {}
-    for make in (_ours, _naive, _liger, _trl, _orda, _unsloth, _cross_entropies):
+    for make in FAMILIES.values():
         found.extend(_tried(make, missing))
     for each in [c for c in found if c.cuda_only and device.type != "cuda"]:
         missing[each.name] = "runs on a GPU only"
@@ -151,6 +152,16 @@ def _liger() -> Iterator[Contender]:
 
     yield Contender("Liger, Triton", triton, "liger-kernel", cuda_only=True)
 
+    def forward_kl(h: Tensor, w: Tensor, ht: Tensor, wt: Tensor) -> Tensor:
+        from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+        with torch.no_grad():  # it takes the teacher as probabilities
+            target = (ht @ wt.T).float().softmax(-1).to(h.dtype)
+        return LigerFusedLinearKLDivLoss()(h, w, target)
+
+    yield Contender("Liger, forward KL", forward_kl, "liger-kernel", other_loss=True,
+                    cuda_only=True)  # fmt: skip
+
 
 def _trl() -> Iterator[Contender]:
     distribution("trl")
@@ -213,7 +224,7 @@ def _cross_entropies() -> Iterator[Contender]:
         "torch linear_cross_entropy",
         lambda h, w, ht, wt: F.linear_cross_entropy(h, w, targets(h), options=chunked),
         "torch",
-        cross_entropy=True,
+        other_loss=True,
     )
     distribution("cut-cross-entropy")
     with contextlib.redirect_stderr(None):
@@ -223,7 +234,7 @@ def _cross_entropies() -> Iterator[Contender]:
         "cut-cross-entropy",
         lambda h, w, ht, wt: linear_cross_entropy(h, w, targets(h)),
         "cut-cross-entropy",
-        cross_entropy=True,
+        other_loss=True,
         cuda_only=True,
     )
     yield Contender(
@@ -231,5 +242,12 @@ def _cross_entropies() -> Iterator[Contender]:
         lambda h, w, ht, wt: linear_cross_entropy(h, w, targets(h), impl="torch_compile"),
         "cut-cross-entropy",
         compiled=True,
-        cross_entropy=True,
+        other_loss=True,
     )
+
+
+FAMILIES = {
+    make.__name__[1:]: make
+    for make in (_ours, _naive, _liger, _trl, _orda, _unsloth, _cross_entropies)
+}
+"""What makes the contenders, by whose they are; one that is not installed raises."""

@@ -21,6 +21,11 @@ def added_mib(call: Callable[[], object]) -> float:
     return _status_mib("VmHWM") - before
 
 
+def resident_peak() -> int:
+    """The high-water mark of the resident set, in bytes."""
+    return round(_status_mib("VmHWM") * 2**20)
+
+
 def _status_mib(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):

@@ -63,7 +63,7 @@ def measure(
     found: list[Timing | Failure] = []
     for mode in MODES:
         calls = {c.name: call_of(c, case, mode) for c in running if _has(c, mode)}
-        for timing in _interleaved(calls, case, mode, repeats):
+        for timing in interleaved(calls, case, mode, repeats):
             print(timing, flush=True)
             found.append(timing)
     return found
@@ -71,7 +71,7 @@ def measure(
 
 def _has(contender: Contender, mode: str) -> bool:
     """Cross entropies stand for themselves in one mode."""
-    return mode == MODES[0] or not contender.cross_entropy
+    return mode == MODES[0] or not contender.other_loss
 
 
 def call_of(contender: Contender, case: Case, mode: str) -> Callable[[], None]:
@@ -118,9 +118,11 @@ def seconds(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - before
 
 
-def _interleaved(
+def interleaved(
     calls: dict[str, Callable[[], None]], case: Case, mode: str, repeats: int
 ) -> list[Timing | Failure]:
+    """Time the calls in turn, each between two bare GEMMs of the case; changes `calls`: those that
+    fail are taken out."""
     device = case.student_hidden.device
     gemm = bare_gemm(case)
     gemm()

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import plots, record
 from benchmarks.clock import PHASES as CLOCKED
+from benchmarks.gpu import report
 from benchmarks.rollouts import PROBLEMS, RESPONSE
 from benchmarks.scaling import (
     Point,
@@ -42,6 +43,8 @@ DIGEST_ERRORS = (("float32", "training"), ("float32", "near"), ("bfloat16", "nea
 
 def render(found: dict[str, Any]) -> str:
     """Markdown of one record."""
+    if is_gpu_day(found):
+        return report.render(found)
     return "\n\n".join(
         [
             _speed(found),
@@ -55,6 +58,11 @@ def render(found: dict[str, Any]) -> str:
             _source(found),
         ]
     )
+
+
+def is_gpu_day(found: dict[str, Any]) -> bool:
+    """True for a record of `benchmarks.gpu_day`."""
+    return found.get("kind") == report.KIND
 
 
 def _source(found: dict[str, Any]) -> str:
@@ -321,7 +329,8 @@ def main() -> None:
             text = text[: place.start(2)] + table + "\n" + text[place.end(2) :]
             page.write_text(text, "utf-8")
             print(f"written: {page}")
-        for plot in plots.draw(found, PLOTS, path.stem) if write else []:
+        draw = report.draw if is_gpu_day(found) else plots.draw
+        for plot in draw(found, PLOTS, path.stem) if write else []:
             print(f"written: {plot}")
 
 

@@ -119,9 +119,11 @@ def linear_divergence(
             may be DTensors sharded by rows over this group. One more synchronization of the
             device. See `opsdc_kernels.vocab_parallel`, also for what it communicates.
         backend: ``"chunked"`` (every device, 4 GEMM units with a trainable head, 3 frozen),
-            ``"fused"`` (Triton, no [N, V] scratch in the forward pass), ``"reference"`` (eager,
-            materializes the logits, differentiable twice) or ``"auto"``: chunked on every
-            device. A backend asked for by name runs or raises.
+            ``"fused"`` (experimental: Triton, no [N, V] scratch in the forward pass; checked in
+            Triton's interpreter and by compiling, but no GPU has run it yet), ``"reference"``
+            (eager, materializes the logits, differentiable twice) or ``"auto"``: on a GPU the
+            faster of the first two by measurements or by forecast (`opsdc_kernels.plan.estimate`
+            says which and why), else chunked. A backend asked for by name runs or raises.
         vocab_size: score only the first so many columns of (padded) heads.
         skip_tolerance: None: gradients from all columns. Else the largest relative error of dH and
             dW (Frobenius) to accept for leaving vocabulary columns out whose student probability is
@@ -157,7 +159,9 @@ def linear_divergence(
         backend, options, process_group, student_hidden, student_weight, teacher_hidden,
         teacher_weight, student_bias, teacher_bias, token_weight, target_ids,
     )  # fmt: skip
-    backend = plan.AUTO[0] if backend == "auto" else backend
+    if backend == "auto":
+        chunked_only = options.columns != "exact" or process_group is not None
+        backend = plan.backend_of(problem, chunked_only=chunked_only)
     if options.columns != "exact":
         loss, statistics = columns_divergence(problem)
     elif backend == "reference":

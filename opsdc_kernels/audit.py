@@ -15,12 +15,23 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
 
 import torch
 
+from opsdc_kernels import auto
 from opsdc_kernels.fused import audit as fused
-from opsdc_kernels.fused.audit import DEVICES, QUICK, QWEN3_8B_HEAD, Case, Report, Work
+from opsdc_kernels.fused.audit import QUICK, Case, Report, Work
 from opsdc_kernels.fused.configs import Config
+from opsdc_kernels.fused.cost import (
+    DEVICES,
+    SIZES,
+    STREAMED,
+    SUSTAINED,
+    product_cost,
+    streaming_cost,
+)
 from opsdc_kernels.triton.launch import ROWS
 
 CASES = (
@@ -30,12 +41,24 @@ CASES = (
     Case("rows_statistics", "fp32", divergence=2, shared=True, capped=True),
     Case("rows_gradient", "fp32", divergence=2, shared=True, capped=True),
 )
+MODES = {
+    "trainable head": (True, True),
+    "frozen head": (False, True),
+    "forward only": (False, False),
+}
+"""(trainable, with gradient)."""
+SCRATCH = 2 << 30
+"""Bytes: about the default of a GPU of 141 GB."""
 ASSUMPTIONS = (
-    "Roofline: one pass of the kernel over a Qwen3-8B head (N 8192, D 4096, V 151936) at the "
-    "larger of FLOP / peak and bytes / bandwidth; weights are read from memory once per group of "
-    "row blocks, hidden states once per group, the gradient tile is written once. FLOP and bytes "
-    "per tile are those of one step of BK hidden units, bytes being what the tile loads from L2. "
-    "Row passes have no GEMM: their bytes are two fp32 logits per column and pass."
+    "Milliseconds are forecasts of one pass of the kernel, by bf16, at "
+    + "; ".join(map(str, SIZES))
+    + f": the largest of its products at {SUSTAINED:.0%} of the vendor's TFLOP/s (what a library's "
+    f"large products reach), its bytes from memory at {STREAMED:.0%} of the vendor's TB/s, and its "
+    "bytes from L2 at the rate measured for that. Weights are read from memory once per group of "
+    "row blocks, hidden states once, and every tile reads both from L2. 'bound by' names the "
+    "largest, 'of GEMM' is the first forecast over that of the products alone. What a tile does "
+    "with its logits after its products is not counted. MFLOP and KiB are of one step of BK hidden "
+    "units. Row passes have no product: their bytes are two fp32 logits per column and pass."
 )
 
 
@@ -50,10 +73,39 @@ def audit(case: Case, target: str, config: Config | None = None) -> Report:
         "rows_gradient": kernels.rows_gradient_kernel,
     }[case.kernel]
     reads = 2 if case.kernel == "rows_statistics" and case.divergence == 2 else 1
-    logits = QWEN3_8B_HEAD["N"] * QWEN3_8B_HEAD["V"]
-    moved = 4 * logits * (2 * reads + (case.kernel == "rows_gradient"))
-    work = Work(0, 2 * 4 * ROWS.BV, moved / (1e9 * DEVICES[target][-1]))
+    per_logit = 4 * (2 * reads + (case.kernel == "rows_gradient"))
+    costs = tuple(
+        streaming_cost(DEVICES[target], per_logit * size.tokens * size.vocab_size) for size in SIZES
+    )
+    work = Work(0, 2 * 4 * ROWS.BV, costs)
     return fused.compiled_report(kernel, case, target, ROWS._asdict(), work)
+
+
+def calls(target: str) -> list[dict[str, Any]]:
+    """Forecasts of whole calls, forward and backward, by both backends: bf16, two heads, 2 GiB of
+    scratch."""
+    found = []
+    for size in SIZES:
+        for mode, (trainable, gradient) in MODES.items():
+            call = auto.Call(
+                tokens=size.tokens, vocab_size=size.vocab_size, dims=(size.dim, size.dim),
+                dtype=torch.bfloat16, device=torch.device("cuda"), trainable=trainable,
+                gradient=gradient, divergence="reverse_kl", shared_head=False, recomputes=False,
+                extras=False, rows=min(SCRATCH // (8 * size.vocab_size), size.tokens),
+                workspace_bytes=SCRATCH,
+            )  # fmt: skip
+            products = 2 + gradient + trainable
+            floor = products * product_cost(DEVICES[target], size, 2).milliseconds
+            times = {
+                "chunked": auto.chunked_ms(call, DEVICES[target]),
+                "fused": auto.fused_ms(call, DEVICES[target], target),
+            }
+            found.append({
+                "target": target, "size": str(size), "mode": mode, "products_ms": round(floor, 1),
+                **{f"{name}_ms": round(ms, 1) for name, ms in times.items()},
+                **{f"{name}_of_products": round(ms / floor, 2) for name, ms in times.items()},
+            })  # fmt: skip
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,14 +123,29 @@ def main(arguments: list[str] | None = None) -> int:
             if not options.json:
                 print(_line(report, header=len(reports) == 1), flush=True)
     if options.json:
-        devices = {target: DEVICES[target] for target in options.target}
-        record = {"assumptions": ASSUMPTIONS, "devices": devices, "torch": torch.__version__}
+        record = {
+            "assumptions": ASSUMPTIONS,
+            "devices": {target: DEVICES[target]._asdict() for target in options.target},
+            "sizes": [size._asdict() for size in SIZES],
+            "calls": [call for target in options.target for call in calls(target)],
+            "torch": torch.__version__,
+            "triton": version("triton"),
+        }
         print(json.dumps({**record, "reports": [asdict(x) for x in reports]}, indent=1))
     else:
         print(f"\n{ASSUMPTIONS}")
         for target in options.target:
-            name, half, single, bandwidth = DEVICES[target]
-            print(f"{target}: {name}, {half} TFLOP/s 16-bit, {single} fp32, {bandwidth} TB/s")
+            at = DEVICES[target]
+            print(
+                f"{target}: {at.name}, {at.half} TFLOP/s 16-bit, {at.single} fp32, TB/s: "
+                f"{at.memory} from memory, {at.l2} from L2 ({at.l2_source})"
+            )
+            for call in calls(target):
+                print(
+                    f"  {call['size']}, {call['mode']}: products {call['products_ms']} ms, chunked "
+                    f"{call['chunked_ms']} ({call['chunked_of_products']} times), fused "
+                    f"{call['fused_ms']} ({call['fused_of_products']} times)"
+                )
         failed = sum(not report.passed for report in reports)
         print(f"{len(reports)} kernels compiled, {failed} failed")
     return 0 if all(report.passed for report in reports) else 1
@@ -97,7 +164,9 @@ def _line(report: Report, header: bool) -> str:
         "MFLOP": f"{report.flop_per_tile / 1e6:6.2f}",
         "KiB": f"{report.bytes_per_tile / 1024:6.1f}",
         "FLOP/B": f"{report.intensity:7.1f}",
-        "ms": f"{report.roofline_ms:8.2f}",
+        "ms at the three sizes": "".join(f"{x:8.1f}" for x in report.forecast_ms),
+        "of GEMM": f"{report.of_products:7.2f}" if report.of_products else "      –",
+        "bound by": f"{report.bound_by:8}",
         "": "ok" if report.passed else "FAILED",
     }
     line = "  ".join(columns.values())

@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from opsdc_kernels import auto
 from opsdc_kernels.memory import default_workspace_bytes
-from opsdc_kernels.problem import Problem
+from opsdc_kernels.problem import GradientsWanted, Problem
 from opsdc_kernels.products import GATHER_BLOCK_BYTES, UPCAST_BLOCK_BYTES
 from opsdc_kernels.row_pass.choose import RowPass, choose
 from opsdc_kernels.row_pass.result import block_rows, exact_rows
 from opsdc_kernels.row_pass.threads import PANEL
 
-AUTO = ("chunked", "auto: chunked on every device")
-"""The backend of `auto`, and why."""
 CPU_COLUMN_CHUNK_ROWS = 256
 """The highest chunk where columns are left out: tokens of lower chunks share more of them."""
 GPU_MINIMUM_CHUNK_ROWS = 512
@@ -79,15 +78,19 @@ class Plan:
     """Predicted peak beside inputs: scratch, kept gradients and returned gradients."""
     row_passes: str
     """The code that computes divergence and logit gradient of the rows."""
+    milliseconds: float | None
+    """Forecast of forward and backward on a GPU, see `opsdc_kernels.auto`; None where there is no
+    forecast."""
 
-    def as_dict(self) -> dict[str, str | float]:
+    def as_dict(self) -> dict[str, str | float | None]:
         return asdict(self)
 
     def __str__(self) -> str:
+        forecast = "" if self.milliseconds is None else f", forecast {self.milliseconds:.1f} ms"
         return (
             f"backend {self.backend} ({self.reason}), chunks of {self.chunk_rows} rows, "
             f"workspace {self.workspace_bytes / 2**20:.0f} MiB, {self.gemm_units:g} GEMM units, "
-            f"peak {self.peak_bytes / 2**20:.0f} MiB, row passes {self.row_passes}"
+            f"peak {self.peak_bytes / 2**20:.0f} MiB, row passes {self.row_passes}{forecast}"
         )
 
 
@@ -107,11 +110,13 @@ def estimate(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     kept_share: float | None = None,
+    extras: bool = False,
 ) -> Plan:
     """Predict what `linear_divergence` does for these sizes.
 
     Args:
-        tokens: rows with weight above 0.
+        tokens: rows with weight above 0. (`auto` itself reckons with all rows, whose number is
+            known without asking the device.)
         vocab_size: columns scored.
         student_dim, teacher_dim: hidden sizes; the teacher's defaults to the student's.
         dtype: of hidden states and weights.
@@ -124,12 +129,13 @@ def estimate(
         reduction, backend, workspace_bytes: as given to `linear_divergence`.
         kept_share: with a `skip_tolerance`, the share of columns that it keeps (`DivergenceStats`
             of an earlier call say; it depends on the data). None: none is left out.
+        extras: soft-cap, bias or target ids are given, for which the fused backend has smaller
+            tiles.
 
     Raises:
         ValueError: `workspace_bytes` holds not one row.
     """
     device = torch.device(device)
-    picked, reason = AUTO if backend == "auto" else (backend, "asked for")
     row_pass = choose(device, dtype)
     sizes = Sizes(
         vocab_size=vocab_size,
@@ -138,6 +144,15 @@ def estimate(
         device=device,
         row_pass=row_pass,
     )
+    picked, reason, milliseconds = backend, "asked for", None
+    if backend != "reference":
+        call = _call(
+            tokens, sizes, workspace_bytes, trainable=trainable_head, gradient=gradient,
+            divergence=divergence, shared_head=shared_head, reduction=reduction, extras=extras,
+            chunked_only=kept_share is not None,
+        )  # fmt: skip
+        picked, reason = auto.choose(call) if backend == "auto" else (backend, reason)
+        milliseconds = auto.forecast(call, picked)
     gradients = 0
     if gradient:
         saved = tokens * student_dim + (vocab_size * student_dim if trainable_head else 0)
@@ -145,6 +160,9 @@ def estimate(
         gradients = saved * (sizes.wide + (dtype.itemsize if dtype.itemsize < sizes.wide else 0))
     if picked == "reference":
         rows, scratch = tokens, 6 * sizes.wide * tokens * vocab_size
+    elif picked == "fused":
+        rows = fused_rows(tokens, sizes, workspace_bytes)
+        scratch = gradient * rows * vocab_size * dtype.itemsize
     else:
         rows = chunk_rows(tokens, sizes, workspace_bytes)
         scratch = scratch_bytes(rows, sizes)
@@ -166,6 +184,65 @@ def estimate(
         gemm_units=units,
         peak_bytes=scratch + gradients,
         row_passes=row_pass.name if picked == "chunked" else picked,
+        milliseconds=milliseconds,
+    )
+
+
+def backend_of(problem: Problem, *, chunked_only: bool) -> str:
+    """The backend of `auto` for a call; `chunked_only` where no other computes it.
+
+    Within `torch.compile`, where sizes may be symbols, it is `chunked`.
+    """
+    hidden = problem.student_hidden
+    if hidden.device.type != "cuda" or torch.compiler.is_compiling():
+        return "chunked"
+    wanted, options = GradientsWanted(*problem.wanted), problem.options
+    sides = problem.side(0), problem.side(1)
+    extras = any(side.bias is not None or side.post is not None for side in sides)
+    call = _call(
+        hidden.shape[0], Sizes.of(problem, choose(hidden.device, hidden.dtype)),
+        options.workspace_bytes, trainable=wanted.weight or wanted.bias, gradient=bool(wanted),
+        divergence=options.divergence, shared_head=problem.shared_logits,
+        reduction=options.reduction, extras=extras or problem.target_ids is not None,
+        chunked_only=chunked_only,
+    )  # fmt: skip
+    return auto.choose(call)[0]
+
+
+def _call(
+    tokens: int,
+    sizes: Sizes,
+    workspace_bytes: int | None,
+    *,
+    trainable: bool,
+    gradient: bool,
+    divergence: str,
+    shared_head: bool,
+    reduction: str,
+    extras: bool,
+    chunked_only: bool,
+) -> auto.Call:
+    """What `auto` depends on."""
+    rows, budget = 1, 0
+    if sizes.device.type == "cuda":
+        budget = workspace_bytes or default_workspace_bytes(sizes.device)
+        fits = workspace_bytes is None or scratch_bytes(1, sizes) <= workspace_bytes
+        rows = chunk_rows(tokens, sizes, workspace_bytes) if fits else 0
+    return auto.Call(
+        tokens=tokens,
+        vocab_size=sizes.vocab_size,
+        dims=sizes.dims,
+        dtype=sizes.dtype,
+        device=sizes.device,
+        trainable=trainable and gradient,
+        gradient=gradient,
+        divergence=divergence,
+        shared_head=shared_head,
+        recomputes=reduction == "none" and trainable and gradient,
+        extras=extras,
+        rows=rows,
+        workspace_bytes=budget,
+        sharded=chunked_only,
     )
 
 
@@ -186,6 +263,12 @@ def chunk_rows(tokens: int, sizes: Sizes, workspace_bytes: int | None) -> int:
             f"row of {sizes.vocab_size} columns takes; give more, or None for the default"
         )
     return equal_rows(tokens, rows)
+
+
+def fused_rows(tokens: int, sizes: Sizes, workspace_bytes: int | None) -> int:
+    """Rows of the fused backend's gradient tile, the only scratch of its size, or one."""
+    budget = default_workspace_bytes(sizes.device) if workspace_bytes is None else workspace_bytes
+    return min(max(budget // (sizes.vocab_size * sizes.dtype.itemsize), 1), max(tokens, 1))
 
 
 def column_chunk_rows(

@@ -110,6 +110,7 @@ def make_case(
     shared_head: bool = True,
     common_mode: float = 0.0,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Case:
     """Inputs whose every row has about the wanted student entropy and KL(student‖teacher), in nats.
 
@@ -122,24 +123,27 @@ def make_case(
         common_mode: size of a component that all rows of W share, in units of a row's own size: it
             changes no distribution, and strains arithmetic that does not know that.
         seed: of the draw.
+        device: on which to draw, and to search for entropy and KL; another one draws other numbers.
 
     Raises:
         Unrepresentable: rounding to `dtype` moves entropy or KL off by more than a factor of 3.
     """
     if not 0 < entropy < math.log(vocab_size) - NEAR_UNIFORM_SLACK:
         raise Unrepresentable(f"entropy={entropy} needs more than {vocab_size} columns")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
 
     weight = (normal(vocab_size, dim) / math.sqrt(dim)).to(dtype).double()
     # Like a language model's, a row's logits are a bulk and a few tokens that stand out of it; a
     # peaked row of Gaussian logits would need a far larger scale.
-    favourites = torch.randint(vocab_size, (tokens, 3), generator=generator)
-    direction = (weight[favourites] * torch.tensor([1.0, 0.8, 0.6])[:, None]).sum(1)
+    favourites = torch.randint(vocab_size, (tokens, 3), generator=generator, device=device)
+    shares = torch.tensor([1.0, 0.8, 0.6], device=device)
+    direction = (weight[favourites] * shares[:, None]).sum(1)
     direction = direction + 0.5 * normal(tokens, dim) / math.sqrt(dim)
-    scale = _bisect(lambda x: -_entropy(x[:, None] * direction @ weight.T), -entropy, tokens)
+    unknown = weight.new_zeros(tokens)
+    scale = _bisect(lambda x: -_entropy(x[:, None] * direction @ weight.T), -entropy, unknown)
     hidden = scale[:, None] * direction
     weight = (weight + common_mode * normal(1, dim) / math.sqrt(dim)).to(dtype).double()
     hidden = hidden.to(dtype).double()
@@ -147,12 +151,12 @@ def make_case(
     if shared_head:
         step = normal(tokens, dim)
         step_logits = step @ weight.T
-        size = _bisect(lambda x: _kl(logits, x[:, None] * step_logits), kl, tokens)
+        size = _bisect(lambda x: _kl(logits, x[:, None] * step_logits), kl, unknown)
         case = Case(hidden, weight, hidden + size[:, None] * step)
     else:
         step = normal(vocab_size, dim)
         step_logits = hidden @ step.T
-        size = _bisect(lambda x: _kl(logits, x * step_logits).mean()[None], kl, 1)
+        size = _bisect(lambda x: _kl(logits, x * step_logits).mean()[None], kl, unknown[:1])
         case = Case(hidden, weight, hidden, weight + size * step)
     case = case.to(dtype)
     _check_representable(case, entropy, kl)
@@ -189,10 +193,9 @@ def _kl(logits: Tensor, difference: Tensor) -> Tensor:
     )
 
 
-def _bisect(rising: Any, wanted: float, count: int) -> Tensor:
-    """x [count] > 0 with rising(x) = wanted, by bisection of log x."""
-    low = torch.full((count,), -25.0, dtype=torch.float64)
-    high = torch.full((count,), 9.0, dtype=torch.float64)
+def _bisect(rising: Any, wanted: float, like: Tensor) -> Tensor:
+    """x > 0, of the shape of `like`, with rising(x) = wanted, by bisection of log x."""
+    low, high = torch.full_like(like, -25.0), torch.full_like(like, 9.0)
     for _ in range(22):  # to 1e-5 of x
         middle = (low + high) / 2
         above = rising(middle.exp()) > wanted

@@ -51,7 +51,7 @@ def test_contenders_compute_the_same_loss():
     found, _ = contenders(CPU)
     assert {"ours, chunked", "naive"} <= {c.name for c in found}
     for contender in found:
-        if not (contender.cross_entropy or contender.compiled):
+        if not (contender.other_loss or contender.compiled):
             hidden = case.student_hidden.clone().requires_grad_()
             loss = contender.loss(hidden, case.student_weight, case.teacher_hidden,
                                   case.teacher_weight)  # fmt: skip
@@ -102,10 +102,10 @@ def test_units_are_those_of_the_gemm_beside_the_call(monkeypatch):
 
     monkeypatch.setattr(speed, "bare_gemm", lambda case: takes(1))
     calls = {"four": takes(4), "two": takes(2)}
-    four, two = speed._interleaved(calls, inputs(SMALL), "x", 5)
+    four, two = speed.interleaved(calls, inputs(SMALL), "x", 5)
     assert (four.units, four.units_p20, two.units) == (4, 4, 2)
     calls["nine"] = takes(9)
-    four, *_ = speed._interleaved(calls, inputs(SMALL), "x", 5)
+    four, *_ = speed.interleaved(calls, inputs(SMALL), "x", 5)
     assert four.units == 4
     assert four.seconds > 100
 
@@ -319,7 +319,11 @@ def test_the_pages_show_the_record(path):
         assert tables.between(page.read_text("utf-8"), name) == table
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECORDS if not tables.is_gpu_day(record.load(path))],
+    ids=lambda path: path.stem,
+)
 def test_the_record_keeps_what_was_promised(path):
     """The planner within a tenth; memory of ours flat in N beyond the returned gradients."""
     found = record.load(path)

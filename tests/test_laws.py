@@ -22,6 +22,7 @@ FLOORS = {
         ["chunked"],
         ["vocab_parallel"],
         ["plan"],
+        ["auto"],
         ["row_pass", "fused"],
         ["products", "triton", "reference"],
         ["maths", "problem", "memory", "transforms"],

@@ -211,8 +211,7 @@ class TeacherConfig:
     """How strongly teacher.against is subtracted."""
     target: Annotated[float | None, Field(gt=0, lt=1)] = None
     """Share of the response tokens to save, held there: the dial then moves by itself, from where
-    plain and told lengths put it, or from teacher.dial where that is not 1. It steers only while
-    optim.lr does: with optim.schedule constant to the end."""
+    plain and told lengths put it (or teacher.dial, if not 1); wants optim.schedule constant."""
     dial_max: Annotated[float, Field(gt=0, le=4)] = 2.0
     """The dial's largest value with teacher.target; its smallest is 0."""
     gate: Annotated[bool, UsedWith("teacher.mode", ("refresh",))] = False
@@ -237,7 +236,8 @@ class LossConfig:
     """The mean. sequence: over responses, of their means over tokens (the paper's text); token:
     over all response tokens of the step."""
     backend: Literal["auto", "chunked", "fused", "reference"] = "auto"
-    """Backend of opsdc_kernels; reference holds all logits in memory."""
+    """Backend of opsdc_kernels; auto: the fastest; fused is experimental, no GPU has run it yet;
+    reference holds all logits in memory."""
     workspace_bytes: int | None = None
     """Scratch memory of the loss; unset: by the device."""
     columns: Literal["exact", "unbiased", "bounded"] | None = None

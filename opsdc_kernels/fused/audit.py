@@ -12,21 +12,12 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from math import ceil
 from typing import Any, NamedTuple
 
 from opsdc_kernels.fused.configs import SHARED_MEMORY_LIMIT, Config, config_for
+from opsdc_kernels.fused.cost import DEVICES, SIZES, Cost, Kernel
 from opsdc_kernels.triton.launch import ENABLE_FP_FUSION
 
-QWEN3_8B_HEAD = {"N": 8192, "D": 4096, "V": 151936}
-DEVICES = {
-    "sm_80": ("A100 80GB SXM", 312.0, 19.5, 2.04),
-    "sm_90": ("H100 SXM", 989.0, 67.0, 3.35),
-    "sm_100": ("B200", 2250.0, 75.0, 8.0),
-    "sm_120": ("RTX 5090", 209.5, 104.8, 1.79),
-    "gfx942": ("MI300X", 1307.0, 163.4, 5.3),
-}
-"""Target: device, dense 16-bit TFLOP/s with fp32 sums, fp32 TFLOP/s, TB/s; vendors' figures."""
 TENSOR_INSTRUCTIONS = {
     "sm_80": "HMMA",
     "sm_90": "HGMMA",
@@ -65,6 +56,7 @@ CASES = (
     Case("statistics", "bf16", divergence=1),
     Case("statistics", "bf16", shared=True),
     Case("statistics", "bf16", divergence=1, shared=True),
+    Case("statistics", "fp16"),
     Case("statistics", "bf16", divergence=1, biased=True, targets=True),
     Case("statistics", "fp16", shared=True, capped=True, targets=True),
     Case("statistics", "fp32", targets=True),
@@ -75,6 +67,7 @@ CASES = (
     Case("jsd", "bf16", divergence=2, shared=True, capped=True),
     Case("jsd", "fp32", divergence=2, capped=True),
     Case("gradient", "bf16", divergence=1),
+    Case("gradient", "bf16", shared=True),
     Case("gradient", "bf16", divergence=1, shared=True),
     Case("gradient", "bf16", divergence=2),
     Case("gradient", "bf16", divergence=2, shared=True),
@@ -100,8 +93,15 @@ class Report:
     tensor_count: int
     flop_per_tile: int
     bytes_per_tile: int
+    """Read from L2."""
     intensity: float
-    roofline_ms: float
+    """FLOP per byte from L2."""
+    forecast_ms: tuple[float, ...]
+    """One pass at each of `cost.SIZES`."""
+    bound_by: str
+    """Of the first one: tensor | memory | l2."""
+    of_products: float
+    """The first forecast over that of its products alone; 0 without products."""
     passed: bool
 
 
@@ -112,8 +112,8 @@ class Work(NamedTuple):
     """Per step of a tile."""
     loaded: int
     """Bytes per step of a tile, from L2."""
-    roofline_ms: float
-    """Time of one pass over the Qwen3-8B head."""
+    costs: tuple[Cost, ...]
+    """Of one pass at each of `cost.SIZES`."""
 
 
 def audit(case: Case, target: str, config: Config | None = None) -> Report:
@@ -129,7 +129,10 @@ def audit(case: Case, target: str, config: Config | None = None) -> Report:
         # The JSD's gradient is tiled like its second pass.
         name = "jsd" if case.divergence == 2 and case.kernel == "gradient" else case.kernel
         extras = case.capped or case.biased or case.targets
-        config = config_for(name, target, case.dtype, shared=case.shared, extras=extras)
+        config = config_for(
+            name, target, case.dtype, shared=case.shared, extras=extras,
+            by_teacher=case.divergence == 1,
+        )  # fmt: skip
     return compiled_report(kernel, case, target, config._asdict(), _work(case, target, config))
 
 
@@ -147,6 +150,7 @@ def compiled_report(
     read = _read_amd if target.startswith("gfx") else _read_nvidia
     registers, spill, stack, count = read(compiled.asm, TENSOR_INSTRUCTIONS[target])
     limit, shared = SHARED_MEMORY_LIMIT[target], compiled.metadata.shared
+    first = work.costs[0]
     tensor_missing = case.dtype != "fp32" and count == 0
     return Report(
         case=str(case),
@@ -162,7 +166,9 @@ def compiled_report(
         flop_per_tile=work.flop,
         bytes_per_tile=work.loaded,
         intensity=round(work.flop / work.loaded, 1),
-        roofline_ms=round(work.roofline_ms, 2),
+        forecast_ms=tuple(round(cost.milliseconds, 1) for cost in work.costs),
+        bound_by=first.bound_by,
+        of_products=round(first.milliseconds / first.tensor, 2) if first.tensor else 0.0,
         passed=spill == 0 and shared <= limit and not tensor_missing,
     )
 
@@ -276,16 +282,7 @@ def _read_amd(asm: dict[str, Any], instruction: str) -> tuple[int, int, int, int
 
 
 def _work(case: Case, target: str, config: Config) -> Work:
-    wide = 4 if case.dtype == "fp32" else 2
-    N, D, V = QWEN3_8B_HEAD.values()
-    _, half, single, bandwidth = DEVICES[target]
-    BM, BN, BK = config.BM, config.BN, config.BK
-    products = 3 if case.shared and wide == 2 else 2
-    weights = 1 if case.shared else 2
-    groups = ceil(ceil(N / BM) / config.GROUP)
-    moved = wide * D * (weights * V * groups + products * N)
-    moved += wide * N * V if case.kernel == "gradient" else 0
-    peak = 1e9 * (single if wide == 4 else half)
-    roofline = max(products * 2 * N * D * V / peak, moved / (1e9 * bandwidth))
-    loaded = wide * BK * (products * BM + weights * BN)
-    return Work(products * 2 * BM * BN * BK, loaded, roofline)
+    item = 4 if case.dtype == "fp32" else 2
+    kernel = Kernel.of(case.kernel, shared=case.shared, item=item)
+    costs = tuple(kernel.cost(config, DEVICES[target], size) for size in SIZES)
+    return Work(kernel.step_flop(config), kernel.step_bytes(config), costs)

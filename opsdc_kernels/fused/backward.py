@@ -107,7 +107,7 @@ def backward(
     for start in range(0, n_rows, height):
         rows = slice(start, min(start + height, n_rows))
         dz_CV = buffer[: rows.stop - rows.start]
-        residual_C, dbias = _gradient_tile(
+        residual_C, dbias = gradient_tile(
             heads, config, options, saved, coefficient_K, rows, dz_CV,
             residual=mean_row_D is not None, bias=wanted.bias,
         )  # fmt: skip
@@ -127,7 +127,7 @@ def backward(
     return dh_KD, dw_VD, dbias_V
 
 
-def _gradient_tile(
+def gradient_tile(
     heads: Heads,
     config: Config,
     options: Options,

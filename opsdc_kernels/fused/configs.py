@@ -73,6 +73,16 @@ GRADIENT = SEPARATE | {
 }
 """16-bit inputs, gradient of the KLs of two plain heads: only accumulators live long."""
 
+WIDE_STATISTICS = {"sm_90": Config(128, 128, 64, 2, 16, 8, 3)}
+"""16-bit inputs, statistics of two plain heads but for the forward KL's: 64 FLOP per byte from L2
+instead of 43. Those of the forward KL, whose base is the teacher, spill in such tiles."""
+
+SHARED_GRADIENT = SHARED | {
+    "sm_90": Config(128, 128, 64, 2, 16, 8, 3),
+    "sm_100": Config(128, 128, 64, 2, 16, 8, 3),
+}
+"""16-bit inputs, gradient of the KLs of one plain head: 96 FLOP per byte from L2."""
+
 JSD_SLICES = 4
 """Three logarithms per logit, which the JSD takes, hold more registers than anything else."""
 
@@ -93,18 +103,23 @@ def target_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-def config_for(kernel: str, target: str, dtype: str, *, shared: bool, extras: bool) -> Config:
+def config_for(
+    kernel: str, target: str, dtype: str, *, shared: bool, extras: bool, by_teacher: bool = False
+) -> Config:
     """The shipped configuration.
 
     `kernel`: statistics | jsd (its gradient too) | gradient (of the KLs); `dtype`: fp32 or a 16-bit
-    one; `extras`: soft-cap, bias, targets, or a bias gradient.
+    one; `extras`: soft-cap, bias, targets, or a bias gradient; `by_teacher`: statistics of the
+    forward KL.
     """
     if dtype == "fp32":
         return SINGLE[target]
     if extras or (kernel == "jsd" and target == "sm_80"):
         config = WITH_EXTRAS[target]
     elif shared:
-        config = SHARED[target]
+        config = (SHARED_GRADIENT if kernel == "gradient" else SHARED)[target]
+    elif kernel == "statistics" and not by_teacher:
+        config = (SEPARATE | WIDE_STATISTICS)[target]
     else:
         config = (GRADIENT if kernel == "gradient" else SEPARATE)[target]
     return config._replace(SLICES=JSD_SLICES) if kernel == "jsd" else config

@@ -165,12 +165,13 @@ def forward(
     student, teacher, kind = heads.student, heads.teacher, options.kind
     n_rows, V = student.hidden.shape[0], vocab_size
     single = torch.empty((), dtype=torch.float32, device=student.hidden.device).new_empty
-    config = heads.config("statistics", extras=target_ids_N is not None)
+    by_teacher = options.divergence == "forward_kl"
+    config = heads.config("statistics", extras=target_ids_N is not None, by_teacher=by_teacher)
     tiles_per_part, parts = vocabulary_parts(n_rows, V, config, heads.processors)
     state, results = single((parts, FIELDS.value, n_rows)), single((RESULTS, n_rows))
     statistics_kernel[(triton.cdiv(n_rows, config.BM) * parts,)](
         student, teacher, target_ids_N, state, n_rows, V, tiles_per_part, parts,
-        BASE_TEACHER=options.divergence == "forward_kl", MASKED=heads.masked,
+        BASE_TEACHER=by_teacher, MASKED=heads.masked,
         **heads.launch_options(config),
     )  # fmt: skip
     combine_kernel[(triton.cdiv(n_rows, COMBINE_ROWS),)](

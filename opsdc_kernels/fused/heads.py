@@ -53,7 +53,7 @@ class Heads:
             return 3  # parts to combine, in tests
         return torch.cuda.get_device_properties(self.student.hidden.device).multi_processor_count
 
-    def config(self, kernel: str, extras: bool = False) -> Config:
+    def config(self, kernel: str, extras: bool = False, by_teacher: bool = False) -> Config:
         """Tile sizes, see `configs.config_for`; `extras`: targets or a bias gradient."""
         if INTERPRETED:
             return INTERPRETER
@@ -62,7 +62,9 @@ class Heads:
             extras = extras or side.post is not None or side.bias is not None
         dtype = "fp32" if hidden.dtype == torch.float32 else "16-bit"
         target = target_of(hidden.device)
-        return config_for(kernel, target, dtype, shared=self.shared, extras=extras)
+        return config_for(
+            kernel, target, dtype, shared=self.shared, extras=extras, by_teacher=by_teacher
+        )
 
     def launch_options(self, config: Config) -> dict[str, object]:
         """Constants and options of every kernel that computes logit tiles."""

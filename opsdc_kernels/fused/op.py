@@ -1,4 +1,5 @@
-"""The `fused` backend: Triton kernels that never write a logit.
+"""The `fused` backend: Triton kernels that never write a logit. Experimental: it is checked in
+Triton's interpreter and by compiling, and has not run on a GPU yet.
 
 Forward: one kernel computes tiles of both heads' logits and the statistics of both distributions
 (`fused.forward`). Backward recomputes the tiles, writes the gradient of a chunk of rows in 16 bits

@@ -66,7 +66,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> RowPass:
     if dtype == torch.float64:
         return in_torch(device, "torch (float64)")
     if device.type == "cuda":
-        return _in_triton() if find_spec("triton") else in_torch(device, "torch (no triton)")
+        return in_triton() if find_spec("triton") else in_torch(device, "torch (no triton)")
     if device.type != "cpu":
         return in_torch(device, f"torch ({device.type})")
     native = compiled.native()
@@ -86,7 +86,8 @@ def in_torch(device: torch.device, name: str = "torch") -> RowPass:
     )
 
 
-def _in_triton() -> RowPass:
+def in_triton() -> RowPass:
+    """The pass of GPUs; in Triton's interpreter it runs on a CPU's tensors too."""
     from opsdc_kernels.row_pass import kernels
 
     return RowPass(name="triton", layout=Layout.BY_ROW, run=kernels.divergence_rows_, temporaries=0)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from opsdc_kernels.audit import CASES, DEVICES, QUICK, audit, main
+from opsdc_kernels.audit import CASES, QUICK, audit, main
 from opsdc_kernels.fused import audit as fused
+from opsdc_kernels.fused.cost import DEVICES, SIZES
 
 ROW_PASS = [case for case in CASES if case not in fused.CASES]
 
@@ -14,6 +15,10 @@ def test_a_row_pass_is_audited_too():
     report = audit(ROW_PASS[0], "sm_90")
     assert report.case.startswith("rows_statistics")
     assert report.passed
+    # Two fp32 logits are read per column.
+    logits = SIZES[0].tokens * SIZES[0].vocab_size
+    assert report.forecast_ms[0] == pytest.approx(8 * logits / (0.9 * 3.35e12) * 1e3, rel=0.02)
+    assert report.bound_by == "memory"
 
 
 @pytest.mark.slow
@@ -31,3 +36,12 @@ def test_command_line_writes_json(capsys):
     record = json.loads(capsys.readouterr().out)
     assert [x["target"] for x in record["reports"]] == ["gfx942"] * len(QUICK)
     assert "8192" in record["assumptions"]
+    assert [tuple(size.values()) for size in record["sizes"]] == [tuple(size) for size in SIZES]
+    assert len(record["calls"]) == 3 * len(SIZES)
+    for call in record["calls"]:
+        assert call["products_ms"] < call["chunked_ms"]
+        # A pass of wide tiles may be bound by its products alone.
+        assert call["products_ms"] <= call["fused_ms"]
+    for report in record["reports"]:
+        assert len(report["forecast_ms"]) == len(SIZES)
+        assert report["of_products"] >= 1

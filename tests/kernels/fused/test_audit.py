@@ -2,8 +2,9 @@
 
 import pytest
 
-from opsdc_kernels.fused.audit import CASES, DEVICES, QUICK, TENSOR_INSTRUCTIONS, audit
+from opsdc_kernels.fused.audit import CASES, QUICK, TENSOR_INSTRUCTIONS, audit
 from opsdc_kernels.fused.configs import Config
+from opsdc_kernels.fused.cost import DEVICES
 
 
 def check(report):

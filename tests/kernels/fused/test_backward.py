@@ -69,13 +69,13 @@ def test_common_direction_of_the_head_costs_nothing(options, monkeypatch):
         tensors[1][70:] = -10.0  # rows that are not scored must not enter the mean row
     truth = run("reference", tensors, **options)
     corrected = relative(run("fused", tensors, **options)[1], truth[1])
-    original = backward._gradient_tile
+    original = backward.gradient_tile
 
     def without(*arguments, **options):
         residual, dbias = original(*arguments, **options)
         return torch.zeros_like(residual), dbias
 
-    monkeypatch.setattr(backward, "_gradient_tile", without)
+    monkeypatch.setattr(backward, "gradient_tile", without)
     uncorrected = relative(run("fused", tensors, **options)[1], truth[1])
     assert corrected <= 1e-2
     assert uncorrected >= 3 * corrected

@@ -127,6 +127,36 @@ def test_small_tiles_cut_into_slices(slices, divergence, monkeypatch):
     check(tensors, divergence=divergence, target_ids=torch.arange(37) % 52)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_wide_tiles(shared, monkeypatch):
+    """The widest tiles that ship, student's and teacher's accumulators cut into slices, over
+    several blocks and tiles, the last ones cut short."""
+    from opsdc_kernels.fused import configs, heads
+
+    table = configs.SHARED_GRADIENT if shared else configs.WIDE_STATISTICS
+    wide = table["sm_90"]._replace(num_warps=1, num_stages=1)
+    assert (wide.BM, wide.BN, wide.SLICES) == (128, 128, 2)
+    monkeypatch.setattr(heads, "INTERPRETER", wide)
+    check(inputs(N=131, V=270, D=70, shared=shared, scale=3.0))
+
+
+def test_statistics_of_the_forward_kl_have_tiles_of_their_own(monkeypatch):
+    from opsdc_kernels.fused.heads import Heads
+
+    original, asked = Heads.config, []
+
+    def config(self, kernel, extras=False, by_teacher=False):
+        asked.append((kernel, by_teacher))
+        return original(self, kernel, extras, by_teacher)
+
+    monkeypatch.setattr(Heads, "config", config)
+    for divergence in DIVERGENCES:
+        linear_divergence(*inputs(), divergence=divergence, backend="fused")
+    assert asked == [
+        ("statistics", False), ("statistics", True), ("statistics", False), ("jsd", False)
+    ]  # fmt: skip
+
+
 OPTIONS = {
     "temperature": {"temperature": 0.6},
     "scale": {"logit_scale": (1.7, 0.4)},

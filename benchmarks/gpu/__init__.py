@@ -1,0 +1,1 @@
+"""The stages of `benchmarks.gpu_day`, and how they are run."""
