@@ -306,7 +306,7 @@ def test_the_students_chat_template_renders_both_prompts(taught, tmp_path, capsy
 def test_the_plan_counts_its_weights_states_and_products(taught):
     def plan(**teacher):
         settings = {f"teacher.{key}": value for key, value in teacher.items()}
-        return make_plan(taught(**settings), memory_bytes=10**9)
+        return make_plan(taught(**settings, **{"loss.backend": "chunked"}), memory_bytes=10**9)
 
     alone, whole, paged = plan(model=None), plan(), plan(offload=True)
     module = wide(vocab_size=272)

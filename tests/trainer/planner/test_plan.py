@@ -287,7 +287,7 @@ def test_the_loss_scores_all_tokens_and_trains_on_their_share():
     architecture = tiny_model().config
 
     def flop(**loss):
-        config = OPSDCConfig.from_dict({"loss": loss})
+        config = OPSDCConfig.from_dict({"loss": {"backend": "chunked", **loss}})
         return make_plan(config, memory_bytes=10**9, architecture=architecture).loss_flop
 
     # Two head GEMMs to score all, four for what is trained on.
@@ -312,7 +312,7 @@ def test_an_anchor_counts_the_start_its_head_and_the_contexts():
     architecture = tiny_model(tied=False).config
 
     def plan(**teacher):
-        config = OPSDCConfig.from_dict({"teacher": teacher})
+        config = OPSDCConfig.from_dict({"teacher": teacher, "loss": {"backend": "chunked"}})
         return make_plan(config, memory_bytes=10**9, architecture=architecture)
 
     one, dialled, anchored = plan(), plan(dial=0.5), plan(anchor=0.1)
