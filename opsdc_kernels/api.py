@@ -125,18 +125,23 @@ def linear_divergence(
             faster of the first two by measurements or by forecast (`opsdc_kernels.plan.estimate`
             says which and why), else chunked. A backend asked for by name runs or raises.
         vocab_size: score only the first so many columns of (padded) heads.
-        skip_tolerance: None: gradients from all columns. Else the largest relative error of dH and
-            dW (Frobenius) to accept for leaving vocabulary columns out whose student probability is
-            negligible in a whole chunk of tokens: reverse KL on the chunked backend, 1 + 3·(share
-            kept) GEMM units instead of 4. The statistics say how large the error can be at the
-            most; the choice keeps that bound within the tolerance wherever it can be known before
-            the gradient is (`hidden_gradient_bound` and `weight_gradient_bound` tell). Rounding,
-            which exact gradients have too, comes on top. Loss and `divergence` are then lower
-            bounds (see `divergence_error`), teacher entropy, normalizer and agreement those of the
-            kept columns. The student's statistics, and passes without gradients, stay exact. See
-            `opsdc_kernels.columns`.
-        exact_value: with `skip_tolerance`, the loss and all statistics from all columns, for one
-            GEMM unit more.
+        columns: the vocabulary columns that the gradients come from; for the reverse KL on the
+            chunked backend, others refuse. ``"exact"``: all. ``"unbiased"``: those of much
+            probability in a chunk of tokens, and a random sample of the others; the expectation
+            over `seed` is the exact gradient. ``"bounded"``: those that a proven bound of the
+            error cannot do without. Both take 1 + 3·(share of columns) GEMM units instead of 4.
+            None: bounded with a `skip_tolerance`, else exact. See `opsdc_kernels.columns`.
+        skip_tolerance: relative error of dH and dW (Frobenius). Bounded: the largest to accept.
+            The choice keeps the bound within it wherever it can be known before the gradient is
+            (`hidden_gradient_bound` and `weight_gradient_bound` tell), and a call that turns out
+            above is done again with all columns. Unbiased: the standard error to aim at, 0.01
+            where it is None; `hidden_gradient_error` and `weight_gradient_error` are what came
+            out. Rounding, which exact gradients have too, comes on top. Loss and `divergence` are
+            then lower bounds, or estimates (see `divergence_error`), and so is what is said of the
+            teacher. The student's statistics, and passes without gradients, stay exact.
+        seed: of the draw of unbiased columns, from 0; take another in every step.
+        exact_value: where columns are left out, the loss and all statistics from all columns, for
+            one GEMM unit more.
         workspace_bytes: budget of the scratch; None: a share of the device's total memory.
 
     Returns:

@@ -265,7 +265,10 @@ def test_sigterm_at_a_random_moment(settings, whole, tmp_path, part):
                 with contextlib.suppress(ProcessLookupError):  # it may end in this very moment
                     os.kill(process.pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
             took = runs.wait(process, 60)
-            assert process.exitcode == 0, runs.log(out)
+            # A signal that comes when the run is over and has given its handlers back ends what is
+            # left of the process; the record must be whole all the same.
+            over = asked and "record: " in runs.log(out)
+            assert process.exitcode == 0 or over, runs.log(out)
             stopped = "stopped by SIG" in runs.log(out)
             assert resumed(settings, out) == expected, (i, after)
             shutil.rmtree(out)
